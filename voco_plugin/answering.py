@@ -1,0 +1,198 @@
+"""Questions in words → answers in words: with the image in the prompt, from a cache, or with no image at all.
+
+What `voco compress`, `voco generate` and `voco eval` stand on. Everything is batched; rows are padded on the left.
+
+Shapes: ``B`` prompts of a batch, ``K`` VoCo tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .cache import VoCoCache
+from .modeling import attachment, is_attached
+
+Messages = list[dict[str, Any]]
+Tick = Callable[[int], Any]
+
+
+def ask(question: str, num_images: int = 1) -> Messages:
+    """One user turn: the images, then the question."""
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
+def encode(processor: Any, batch: Sequence[Messages], images: Sequence[Sequence[Any]] | None) -> dict[str, Any]:
+    """A processor's output for ``B`` conversations, ready for generation: ``input_ids`` ``(B, N)`` and the rest.
+
+    Args:
+        images: per conversation its images in order; ``None`` where there are none at all.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+    texts = render(processor, batch)
+    more = {} if images is None else {"images": [list(row) for row in images]}
+    out = processor(
+        text=texts, return_tensors="pt", padding=True, padding_side="left",
+        add_special_tokens=_adds_special_tokens(processor, texts), **more,
+    )  # fmt: skip
+    return dict(out)
+
+
+def render(processor: Any, batch: Sequence[Messages]) -> list[str]:
+    """The chat template's text of each conversation, up to where the answer begins."""
+    template = getattr(processor, "chat_template", None)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if template is None and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("this processor has no chat template; save one with it (processor.chat_template = …).")
+    renderer = processor if template is not None else tokenizer
+    return renderer.apply_chat_template(list(batch), tokenize=False, add_generation_prompt=True)
+
+
+def _adds_special_tokens(processor: Any, texts: Sequence[str]) -> bool:
+    """No second BOS where the template has written one already."""
+    bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+    return not (bos and texts and texts[0].startswith(bos))
+
+
+def stream_of(model: Any, processor: Any, batch: Sequence[Messages], cache: VoCoCache) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` of the compressed stream of ``B`` conversations, made without an image.
+
+    Row ``b`` gets the K of each block that ``cache`` holds for it.
+    """
+    from .generation import stream_from_messages
+
+    return stream_from_messages(processor, list(batch), attachment(model).vocab, cache, add_generation_prompt=True)
+
+
+@torch.no_grad()
+def compress_images(
+    model: Any,
+    processor: Any,
+    images: Iterable[Any],
+    *,
+    num_tokens: int | None = None,
+    batch_size: int = 8,
+    tick: Tick | None = None,
+) -> Iterator[VoCoCache]:
+    """Each image compressed alone (paper, Sec. 3.3, stage 1): a cache of one block, in order.
+
+    Args:
+        images: PIL images; read as they are needed.
+        num_tokens: K; ``None`` takes the model's.
+        tick: called with the number of images just done.
+    """
+    for chunk in _chunks(images, batch_size):
+        inputs = encode(processor, [ask("") for _ in chunk], [[image] for image in chunk])
+        inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
+        cache = model.compress(**_on(model, inputs))
+        for row in range(len(chunk)):
+            yield cache.row(row)
+        if tick is not None:
+            tick(len(chunk))
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    *,
+    images: Sequence[Sequence[Any]] | None = None,
+    caches: Sequence[VoCoCache] | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    tick: Tick | None = None,
+    **generate: Any,
+) -> list[str]:
+    """The model's answers, greedy unless ``generate`` says otherwise.
+
+    Args:
+        questions: ``Q`` questions, each asked alone.
+        images: per question its images. An attached model compresses them, a plain one reads every vision token.
+        caches: instead of images: per question the cache of its images, which are not opened again.
+        generate: passed to ``model.generate``.
+
+    Raises:
+        ValueError: images and caches are both given, their number is not that of the questions, or a plain model
+            is to answer from a cache.
+    """
+    if images is not None and caches is not None:
+        raise ValueError("give images or caches, not both.")
+    for name, given in (("images", images), ("caches", caches)):
+        if given is not None and len(given) != len(questions):
+            raise ValueError(f"{len(given)} {name} for {len(questions)} questions; give one entry per question.")
+    if caches is not None and not is_attached(model):
+        raise ValueError("a model without VoCo attached cannot answer from a cache; load it with voco_plugin.load.")
+    generate.setdefault("do_sample", False)
+    out: list[str] = []
+    with _eval(model):
+        for start in range(0, len(questions), batch_size):
+            part = slice(start, start + batch_size)
+            inputs = prompt(model, processor, questions[part], _part(images, part), _part(caches, part))
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)
+            fresh = ids[:, inputs["input_ids"].shape[1] :]
+            out += [text.strip() for text in processor.batch_decode(fresh, skip_special_tokens=True)]
+            if tick is not None:
+                tick(len(questions[part]))
+    return out
+
+
+def prompt(
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Sequence[Any]] | None = None,
+    caches: Sequence[VoCoCache] | None = None,
+) -> dict[str, Any]:
+    """The arguments of ``model(...)`` or ``model.generate(...)`` for a batch of questions; see :func:`answer`."""
+    if caches is not None:
+        stacked = VoCoCache.stack(caches)
+        batch = [ask(q, len(c)) for q, c in zip(questions, caches, strict=True)]
+        return _on(model, {**stream_of(model, processor, batch, stacked), "voco_cache": stacked})
+    if images is None:
+        return _on(model, encode(processor, [ask(q, 0) for q in questions], None))
+    batch = [ask(q, len(row)) for q, row in zip(questions, images, strict=True)]
+    inputs = encode(processor, batch, images)
+    return _on(model, model.insert_voco_tokens(inputs) if is_attached(model) else inputs)
+
+
+def _part(items: Any, part: slice) -> Any:
+    return None if items is None else items[part]
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _on(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs`` on the model's device, pixels in its dtype."""
+    device, dtype = model.device, model.dtype
+    return {
+        key: value.to(device, dtype) if torch.is_tensor(value) and value.is_floating_point()
+        else value.to(device) if torch.is_tensor(value) else value
+        for key, value in inputs.items()
+    }  # fmt: skip
+
+
+@contextmanager
+def _eval(model: Any) -> Iterator[None]:
+    """Evaluation mode, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,306 @@
+"""The rule at work inside a model: two hooks around the backbone's forward, below the LM head.
+
+Before the forward, the layout is read from ``input_ids``, positions are computed and the rule is put in force; after
+it (also when it raised) the rule is lifted, and the KV cache remembers what its slots hold, so that decoding goes
+on under the same rule. A batch without vision or VoCo tokens passes through untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from .attention import ActiveRule, activate, deactivate
+from .config import VoCoConfig
+from .families.base import Family
+from .layout import SequenceLayout, TokenKind, TokenVocabulary, compact_positions
+from .masks import TokenTable
+
+_STATE = "_voco_state"
+
+
+@dataclass
+class CacheState:
+    """What the slots of a KV cache hold, and where the sequence goes on.
+
+    Attributes:
+        table: kind, block and sequence index of every slot, ``(B, L)``.
+        next_position: ``(B,)`` int64, position of the next stream token.
+        next_order: ``(B,)`` int64, sequence index of the next token (vision tokens counted).
+        num_blocks: ``(B,)`` int64, blocks so far.
+        planned: stage 2 only: the prompt's text tokens still to come, ``(B, T)``; images stand between them, so
+            their numbers have gaps.
+        planned_positions: ``(B, T)`` int64, their positions.
+    """
+
+    table: TokenTable
+    next_position: torch.Tensor
+    next_order: torch.Tensor
+    num_blocks: torch.Tensor
+    planned: TokenTable | None = None
+    planned_positions: torch.Tensor | None = None
+
+    def put_on(self, cache: Cache) -> None:
+        """Remember this state on ``cache``."""
+        setattr(cache, _STATE, self)
+
+    @staticmethod
+    def of(cache: Any) -> CacheState | None:
+        """The state remembered on ``cache``, if any."""
+        return getattr(cache, _STATE, None)
+
+    def synced(self, length: int, rows: int) -> CacheState:
+        """This state cut to ``length`` slots (an assisted decoder crops) and repeated to ``rows`` (beams)."""
+        state = self
+        if rows != state.table.num_rows:
+            if rows % state.table.num_rows:
+                raise ValueError(f"a batch of {rows} rows cannot go on from a cache of {state.table.num_rows} rows.")
+            state = state._repeated(rows // state.table.num_rows)
+        cut = state.table.length - length
+        if cut > 0:
+            tail = state.table.kind[:, length:]
+            if bool(((tail == TokenKind.VISION) | (tail == TokenKind.VOCO)).any()):
+                raise ValueError("the KV cache was cropped inside a vision block; compress the image again.")
+            dropped = (tail != TokenKind.PAD).sum(dim=1)
+            state = CacheState(
+                state.table.crop(length), state.next_position - dropped, state.next_order - dropped, state.num_blocks
+            )
+        elif cut < 0:
+            raise ValueError(
+                f"the KV cache holds {length} slots, of which only {state.table.length} were written under the rule."
+            )
+        return state
+
+    def _repeated(self, times: int) -> CacheState:
+        vectors = (self.next_position, self.next_order, self.num_blocks)
+        planned = self.planned_positions
+        return CacheState(
+            self.table.repeat_rows(times),
+            *(v.repeat_interleave(times) for v in vectors),
+            self.planned.repeat_rows(times) if self.planned is not None else None,
+            planned.repeat_interleave(times, dim=0) if planned is not None else None,
+        )
+
+    def take_planned(self, tokens: int) -> tuple[torch.Tensor, CacheState]:
+        """Positions ``(B, tokens)`` of the next planned tokens, and the state after them."""
+        assert self.planned is not None and self.planned_positions is not None
+        ahead = self.planned.length
+        if tokens > ahead:
+            raise ValueError(f"{tokens} tokens were given where the cached prompt has {ahead} still to come.")
+        rest = None
+        if tokens < ahead:
+            rest = TokenTable(*(getattr(self.planned, n)[:, tokens:] for n in ("kind", "block", "order")))
+        return self.planned_positions[:, :tokens], CacheState(
+            self.table.append(self.planned.crop(tokens)),
+            self.next_position,
+            self.next_order,
+            self.num_blocks,
+            rest,
+            self.planned_positions[:, tokens:] if rest is not None else None,
+        )
+
+
+class Attachment:
+    """Everything that :func:`~voco_plugin.modeling.attach` put on a model.
+
+    Attributes:
+        config: the :class:`~voco_plugin.config.VoCoConfig` in force.
+        vocab: the ids by which sequences are read.
+        family: the model's :class:`~voco_plugin.families.base.Family`.
+        processor: the processor given to ``attach``, or ``None``.
+    """
+
+    def __init__(self, config: VoCoConfig, vocab: TokenVocabulary, family: Family, processor: Any) -> None:
+        self.config, self.vocab, self.family, self.processor = config, vocab, family, processor
+        self.restore: dict[str, Any] = {}
+        self.handles: list[Any] = []
+        self._local = threading.local()
+
+    def __deepcopy__(self, memo: dict) -> Attachment:
+        import copy
+
+        new = Attachment(self.config, self.vocab, self.family, self.processor)
+        memo[id(self)] = new
+        new.restore = copy.deepcopy(self.restore, memo)
+        new.handles = copy.deepcopy(self.handles, memo)
+        return new
+
+    @contextlib.contextmanager
+    def positions(self, policy: str) -> Iterator[None]:
+        """How ``position_ids`` given to the backbone are taken inside the block.
+
+        ``check`` (the default): refused where they contradict the rule's. ``own``: ignored, the rule's are used.
+        ``trust``: used as they are.
+        """
+        before = getattr(self._local, "policy", "check")
+        self._local.policy = policy
+        try:
+            yield
+        finally:
+            self._local.policy = before
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def install(self, backbone: torch.nn.Module) -> None:
+        """Hook the backbone's forward."""
+        self.handles = [
+            backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def _stack(self) -> list:
+        if not hasattr(self._local, "stack"):
+            self._local.stack = []
+        return self._local.stack
+
+    @torch.compiler.disable
+    def before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Read the layout, set the positions, put the rule in force."""
+        if args:
+            names = list(inspect.signature(module.forward).parameters)
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        prepared = self.prepare(module, kwargs) if self.config.isolates else None
+        if prepared is None:
+            self._stack().append((None, None, None, None))
+            return args, kwargs
+        kwargs, active, state = prepared
+        self._stack().append((activate(active), active, state, kwargs.get("past_key_values")))
+        return (), kwargs
+
+    @torch.compiler.disable
+    def after_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Lift the rule; check that a mask was built under it; let the KV cache remember its slots."""
+        if not self._stack():
+            return  # the pre-hook itself raised
+        token, active, state, past = self._stack().pop()
+        if token is None:
+            return
+        deactivate(token)
+        if output is None:
+            return  # the forward raised
+        if active.masks_built == 0:
+            raise RuntimeError(
+                f"{type(module).__name__} built no attention mask through transformers' mask interface, so the "
+                "isolation rule was not applied; this family is not supported."
+            )
+        if not isinstance(past, Cache):
+            past = getattr(output, "past_key_values", None)
+        if isinstance(past, Cache):
+            state.put_on(past)
+
+    # -- what the hooks compute ----------------------------------------------------------------------------------
+
+    def prepare(self, backbone: torch.nn.Module, kwargs: dict) -> tuple[dict, ActiveRule, CacheState] | None:
+        """New keyword arguments, the rule and the cache state of one forward; ``None`` where no rule applies."""
+        past = kwargs.get("past_key_values")
+        length = past.get_seq_length() if isinstance(past, Cache) else 0
+        state = CacheState.of(past)
+        input_ids = kwargs.get("input_ids")
+        if input_ids is None:
+            if state is None and kwargs.get("inputs_embeds") is None:
+                return None
+            raise ValueError(
+                "input_ids are needed to find the vision and VoCo tokens; inputs_embeds alone do not show where "
+                "they are: pass input_ids (and pixel_values), or detach the model."
+            )
+        rows, tokens = input_ids.shape
+        mask = self._mask(kwargs.get("attention_mask"), rows, tokens, length, input_ids)
+        layout = SequenceLayout.from_ids(input_ids, mask[:, length:], self.vocab)
+        if state is None and not (layout.has_vision or layout.has_voco):
+            return None
+        if isinstance(kwargs.get("attention_mask"), dict) or getattr(kwargs.get("attention_mask"), "ndim", 2) != 2:
+            raise ValueError(
+                "attention_mask must be the 2-D padding mask: a ready-made mask (a static cache's, or a 4-D one) "
+                "replaces the isolation rule; pass the 2-D mask and a dynamic cache."
+            )
+        device = input_ids.device
+        state = self._past_state(state, mask[:, :length], length, rows, device)
+        positions, state = self._extend(backbone, layout, mask[:, length:], input_ids, kwargs, state)
+        kwargs = dict(kwargs)
+        kwargs["attention_mask"] = mask
+        kwargs["position_ids"] = self._agree(kwargs.get("position_ids"), positions, layout, backbone)
+        return kwargs, ActiveRule(self.config, state.table, state.table.in_slot_order), state
+
+    @staticmethod
+    def _mask(given: Any, rows: int, tokens: int, length: int, ids: torch.Tensor) -> torch.Tensor:
+        """The 2-D mask over past and new tokens, ``(B, length + N)``; all ones where none was given."""
+        if not isinstance(given, torch.Tensor) or given.ndim != 2:
+            return torch.ones(rows, length + tokens, dtype=torch.long, device=ids.device)
+        if given.shape[1] != length + tokens:
+            raise ValueError(
+                f"attention_mask has {given.shape[1]} columns; {length} cached + {tokens} new tokens need "
+                f"{length + tokens}."
+            )
+        return given
+
+    @staticmethod
+    def _past_state(
+        state: CacheState | None, mask: torch.Tensor, length: int, rows: int, device: torch.device
+    ) -> CacheState:
+        """The state before this forward: remembered, or of a past of plain text."""
+        if state is not None:
+            return state.synced(length, rows)
+        count = mask.long().sum(dim=1).to(device)
+        kind = torch.where(mask.bool(), int(TokenKind.TEXT), int(TokenKind.PAD)).to(device)
+        order = torch.arange(length, device=device).expand(rows, length)
+        table = TokenTable(kind, torch.full_like(kind, -1), order)
+        start = torch.full((rows,), length, device=device)
+        return CacheState(table, count, start, torch.zeros_like(count))
+
+    def _extend(self, backbone, layout, mask, input_ids, kwargs, state) -> tuple[torch.Tensor, CacheState]:
+        """Positions of the new tokens, and the state after them."""
+        device = input_ids.device
+        if state.planned is not None:
+            return state.take_planned(layout.num_tokens)
+        sequential = self.family.sequential(backbone, input_ids, mask, kwargs).to(device)
+        if self.config.positions == "compact":
+            local = compact_positions(layout, sequential)
+        else:
+            local = sequential
+        positions = local + state.next_position[:, None]
+        real = (layout.kind != TokenKind.PAD).to(device)
+        stream = layout.in_stream.to(device)
+        counted = stream if self.config.positions == "compact" else real
+        flat = positions if positions.dim() == 2 else positions.amax(dim=0)
+        last = torch.where(counted, flat, torch.full_like(flat, -1)).amax(dim=1)
+        next_position = torch.maximum(last + 1, state.next_position)
+        block = layout.block.to(device)
+        block = torch.where(block >= 0, block + state.num_blocks[:, None], block)
+        order = state.next_order[:, None] + torch.arange(layout.num_tokens, device=device)
+        table = state.table.to(device).append(TokenTable(layout.kind.to(device), block, order))
+        blocks = torch.tensor([len(layout.row_spans(r)) for r in range(layout.num_rows)], device=device)
+        return positions, CacheState(
+            table, next_position, state.next_order + layout.num_tokens, state.num_blocks + blocks
+        )
+
+    def _agree(self, given, own, layout, backbone) -> torch.Tensor:
+        """The positions to use: the rule's, unless the caller's are trusted; a contradiction raises."""
+        policy = getattr(self._local, "policy", "check")
+        if policy == "trust" and given is not None:
+            return given
+        if policy == "check" and given is not None:
+            flat, mine = given.to(own.device), own
+            if flat.dim() == 3 and mine.dim() == 3:
+                flat = flat[-mine.shape[0] :]  # some families put 1-D text positions in front
+            elif flat.dim() != mine.dim():
+                flat, mine = (flat[-1] if flat.dim() == 3 else flat), (mine[0] if mine.dim() == 3 else mine)
+            real = (layout.kind != TokenKind.PAD).to(own.device)
+            if flat.shape[-1] != mine.shape[-1] or bool(((flat != mine) & real).any()):
+                raise ValueError(
+                    f"position_ids given do not agree with positions={self.config.positions!r} of the VoCo config; "
+                    "leave position_ids out."
+                )
+        return self.family.shape_positions(backbone, own)

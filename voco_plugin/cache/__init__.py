@@ -1,0 +1,7 @@
+"""VoCo caches: the keys and values of compressed images, saved, combined and placed anywhere."""
+
+from .block import VoCoBlock
+from .cache import VoCoCache
+from .files import CacheFileError
+
+__all__ = ["CacheFileError", "VoCoBlock", "VoCoCache"]

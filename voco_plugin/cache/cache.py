@@ -1,0 +1,125 @@
+"""``VoCoCache``: an ordered series of compressed blocks, with the fingerprint of what made them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from .block import VoCoBlock
+from .files import read_cache, write_cache
+
+
+class VoCoCache:
+    """Blocks in order, each with the batch row it belongs to. Never changed in place: every method gives a new one.
+
+    Args:
+        blocks: the compressed blocks.
+        rows: the batch row of each; all row 0 where left out.
+        num_rows: rows of the batch (some may hold no block).
+        fingerprint: what made them: hashes of model, adapter and processor, and the rule (see ``fingerprint.py``).
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[VoCoBlock] = (),
+        rows: Iterable[int] | None = None,
+        num_rows: int | None = None,
+        fingerprint: dict[str, Any] | None = None,
+    ) -> None:
+        self.blocks = tuple(blocks)
+        self.rows = tuple(rows) if rows is not None else (0,) * len(self.blocks)
+        if len(self.rows) != len(self.blocks):
+            raise ValueError(f"{len(self.blocks)} blocks but {len(self.rows)} rows were given.")
+        self.num_rows = num_rows if num_rows is not None else max(self.rows, default=0) + 1
+        if any(not 0 <= row < self.num_rows for row in self.rows):
+            raise ValueError(f"rows {sorted(set(self.rows))} do not fit a batch of {self.num_rows}.")
+        self.fingerprint = dict(fingerprint or {})
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[VoCoBlock]:
+        return iter(self.blocks)
+
+    def __getitem__(self, index: int | slice | Iterable[int]) -> VoCoCache:
+        """The named blocks (an index, a slice or a list of indices) as a cache of one row; order as asked."""
+        if isinstance(index, int):
+            chosen = [self.blocks[index]]
+        elif isinstance(index, slice):
+            chosen = list(self.blocks[index])
+        else:
+            chosen = [self.blocks[i] for i in index]
+        return VoCoCache(chosen, fingerprint=self.fingerprint)
+
+    def row(self, row: int) -> VoCoCache:
+        """The blocks of one batch row, as a cache of one row."""
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} is outside this cache's {self.num_rows} rows.")
+        return VoCoCache([b for b, r in zip(self.blocks, self.rows, strict=True) if r == row], fingerprint=self.fingerprint)
+
+    @staticmethod
+    def cat(caches: Iterable[VoCoCache]) -> VoCoCache:
+        """All blocks in order as one row (images of different runs in one prompt).
+
+        Raises:
+            ValueError: they were made by different models, adapters, processors or rules; the message says which.
+        """
+        caches = list(caches)
+        if not caches:
+            return VoCoCache()
+        from .fingerprint import differences
+
+        first = next((c for c in caches if len(c)), caches[0])
+        for number, cache in enumerate(caches):
+            wrong = differences(first.fingerprint, cache.fingerprint) if len(cache) else []
+            if wrong:
+                raise ValueError(f"cache {number} was made otherwise than the first: {'; '.join(wrong)}.")
+        return VoCoCache([b for c in caches for b in c.blocks], fingerprint=first.fingerprint)
+
+    @staticmethod
+    def stack(caches: Iterable[VoCoCache]) -> VoCoCache:
+        """A batch: each cache's blocks become one row."""
+        caches = list(caches)
+        joined = VoCoCache.cat(caches)
+        rows = [row for row, cache in enumerate(caches) for _ in cache.blocks]
+        return VoCoCache(joined.blocks, rows, max(len(caches), 1), joined.fingerprint)
+
+    def first(self, k: int) -> VoCoCache:
+        """Every block cut to its first ``k`` VoCo tokens (paper, Table 4)."""
+        return VoCoCache([b.first(k) for b in self.blocks], self.rows, self.num_rows, self.fingerprint)
+
+    def to(self, *args: Any, **kwargs: Any) -> VoCoCache:
+        """Moved or cast as ``Tensor.to``."""
+        return VoCoCache([b.to(*args, **kwargs) for b in self.blocks], self.rows, self.num_rows, self.fingerprint)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(b.nbytes for b in self.blocks)
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """K of each block."""
+        return [b.num_tokens for b in self.blocks]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file with metadata and a checksum; whole or not at all."""
+        write_cache(path, self.blocks, self.rows, self.num_rows, self.fingerprint)
+
+    @staticmethod
+    def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> VoCoCache:
+        """Read a file written by :meth:`save`, checked before it is used.
+
+        Raises:
+            CacheFileError: not a cache file, truncated, tampered with, or of another format version.
+            FileNotFoundError: there is no such file.
+        """
+        cache = VoCoCache(*read_cache(path))
+        return cache if str(device) == "cpu" else cache.to(device)
+
+    def __repr__(self) -> str:
+        tokens = sorted(set(self.num_tokens))
+        return f"VoCoCache({len(self)} blocks, K={tokens}, {self.num_rows} rows, {self.nbytes / 1e6:.3f} MB)"

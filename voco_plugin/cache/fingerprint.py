@@ -1,0 +1,93 @@
+"""What made a cache: hashes of model, adapter and processor, and the rule. A cache of another is refused by name.
+
+The hash of a weight covers its name, shape, dtype and values: all of them up to 2^16 values, a strided sample of
+2^14 above (reading 14 GB for every image would cost more than compressing it), and always the VoCo token's row.
+It tells models apart; it is no proof against an attacker who knows which values are sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from ..config import VoCoConfig
+
+_WHOLE, _SAMPLE = 1 << 16, 1 << 14
+_RULE_FIELDS = ("rule", "block_context", "positions", "block_sink", "hide_prefix", "token_init")
+
+
+def _hash_tensor(sha: Any, name: str, tensor: torch.Tensor) -> None:
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > _WHOLE:
+        flat = flat[:: flat.numel() // _SAMPLE]
+    sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    sha.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part.startswith(("lora_", "trainable_tokens_", "ia3_", "oft_", "vera_")) for part in name.split("."))
+
+
+def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
+    """``{"model": …, "adapter": …}`` of a transformers model; computed anew only when a weight changed."""
+    named = dict(model.named_parameters())
+    switched = sorted(
+        f"{name}:{getattr(m, 'active_adapters', '')}:{getattr(m, 'disable_adapters', False)}"
+        for name, m in model.named_modules()
+        if hasattr(m, "active_adapters") and hasattr(m, "disable_adapters")
+    )
+    key = (tuple((n, id(p), p._version, p.dtype) for n, p in named.items()), tuple(switched), voco_id)
+    cached = getattr(model, "_voco_hashes", None)
+    if cached is not None and cached[0] == key:
+        return cached[1]
+    base, adapter = hashlib.sha256(), hashlib.sha256()
+    has_adapter = False
+    for name in sorted(named):
+        if _is_adapter(name):
+            has_adapter = True
+            _hash_tensor(adapter, name, named[name])
+        else:
+            _hash_tensor(base, name.replace(".base_layer", ""), named[name])
+    embedding = model.get_input_embeddings().weight
+    base.update(embedding[voco_id].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    adapter.update("\n".join(switched).encode())
+    hashes = {"model": base.hexdigest()[:32], "adapter": adapter.hexdigest()[:32] if has_adapter else "none"}
+    object.__setattr__(model, "_voco_hashes", (key, hashes))
+    return hashes
+
+
+def processor_hash(processor: Any) -> str:
+    """Hash of what decides the pixels: the image (and video) processor's settings."""
+    parts = []
+    for name in ("image_processor", "video_processor"):
+        part = getattr(processor, name, None)
+        if part is not None:
+            values = {k: v for k, v in part.to_dict().items() if not k.endswith("_processor_type")}
+            parts.append(json.dumps(values, sort_keys=True, default=str))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] if parts else "none"
+
+
+def fingerprint(model: torch.nn.Module, config: VoCoConfig, processor: Any, voco_id: int) -> dict[str, Any]:
+    """The fingerprint of what ``model`` would write now."""
+    return {
+        **model_hashes(model, voco_id),
+        "processor": processor_hash(processor) if processor is not None else "none",
+        "name": str(getattr(model.config, "model_type", type(model).__name__)),
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "num_tokens": config.num_tokens,
+        **{name: getattr(config, name) for name in _RULE_FIELDS},
+    }
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """In words, what two fingerprints disagree on. ``num_tokens`` is the blocks' own business (``first(k)``)."""
+    wrong = []
+    for name in sorted(set(expected) | set(found)):
+        here, there = expected.get(name), found.get(name)
+        if name == "num_tokens" or here == there or (name == "processor" and "none" in (here, there)):
+            continue
+        wrong.append(f"{name} is {there!r}, not {here!r}")
+    return wrong

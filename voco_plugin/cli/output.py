@@ -1,0 +1,74 @@
+"""What a command prints: results on stdout, progress and errors on stderr.
+
+The one file of the package that calls ``print``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def emit(text: str = "") -> None:
+    """A line of the result, on stdout."""
+    print(text, flush=True)
+
+
+def emit_json(value: Any) -> None:
+    """The result for a program: one JSON value on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str), flush=True)
+
+
+def note(text: str) -> None:
+    """A word to the person at the terminal, on stderr, out of the way of the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def error(command: str, problem: BaseException | str) -> None:
+    """One line on stderr: the command and what is wrong, line breaks taken out."""
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    print(f"{command}: error: {text}", file=sys.stderr, flush=True)
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
+    """Columns lined up: text to the left, numbers (of two decimals where they are floats) to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    numeric = [all(_is_number(row[i]) for row in cells) for i in range(len(header))] if cells else []
+    widths = [max(len(h), *(len(row[i]) for row in cells)) if cells else len(h) for i, h in enumerate(header)]
+    lines = [[h for h in header], ["-" * w for w in widths], *cells]
+    out = []
+    for row in lines:
+        parts = [
+            value.rjust(width) if cells and right else value.ljust(width)
+            for value, width, right in zip(row, widths, numeric or [False] * len(header), strict=True)
+        ]
+        out.append("  ".join(parts).rstrip())
+    return "\n".join(out)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or text.replace(".", "", 1).replace("-", "", 1).replace("%", "").replace(",", "").isdigit()
+
+
+def progress(items: Iterable[Any] | None = None, *, total: int | None = None, unit: str, quiet: bool = False) -> Any:
+    """A tqdm bar on stderr, drawn only on a terminal (a log file gets no bars) and not at all when ``quiet``."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit=unit, disable=True if quiet else None, dynamic_ncols=True)
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` → ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,216 @@
+"""``VoCoDataCollator``: TRL's vision collator, with VoCo tokens after each image.
+
+rows (messages | prompt + completion | text | LLaVA's conversations)
+  → copies in TRL's own format → TRL's collator, without a length limit → VoCo tokens in → cut to max_length
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.image_utils import load_image
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from .config import VoCoConfig
+from .conversations import llava_to_messages
+from .injection import insert_voco_tokens, truncate
+from .layout import TokenVocabulary
+
+
+@dataclass
+class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
+    """Batches of a vision dataset with K VoCo tokens after each image, labelled -100.
+
+    Every row is one of TRL's vision formats (``messages``, ``prompt`` and ``completion``, or ``text``) or
+    LLaVA's ``conversations``, with ``image`` or ``images``: PIL images, paths, lists of them, or none. Rows
+    are not mutated.
+
+    The tokenizer of ``processor`` must know the VoCo token (:func:`voco_plugin.attach` adds it).
+
+    Differs from TRL's collator: ``max_length`` never cuts through an image, which raises;
+    ``pad_to_multiple_of`` holds for prompt-completion rows too; rows with and without images may be mixed.
+
+    Args:
+        voco: what is compressed; ``None`` is TRL's collator as it is, without VoCo tokens (``vocab``,
+            ``num_tokens`` and ``seed`` are then unused).
+        vocab: the ids by which sequences are read; ``None`` derives it from ``processor``.
+        num_tokens: K; ``None`` takes ``voco.num_tokens``; ``(low, high)`` draws one K per batch, both ends
+            included. The draw depends on the batch's ids, ``seed`` and the epoch only, so that neither
+            workers, processes nor a resumed run change it.
+        seed: seed of that draw.
+
+    Returns:
+        a dict with ``input_ids``, ``attention_mask``, ``labels`` ``(B, M)``, type ids where the processor
+        gives them, and its pixel arguments.
+
+    Raises:
+        ValueError: a row's format is unknown or differs from its neighbours', images and placeholders differ
+            in number, or a cut at ``max_length`` would go through an image.
+    """
+
+    voco: VoCoConfig | None = None
+    vocab: TokenVocabulary | None = None
+    num_tokens: int | tuple[int, int] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # shared memory, so that workers that outlive an epoch see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if self.voco is None:
+            return
+        if self.vocab is None:
+            from .families import vocabulary_for
+
+            self.vocab = vocabulary_for(processor=self.processor, config=None, voco=self.voco)
+        if self.num_tokens is None:
+            self.num_tokens = self.voco.num_tokens
+        if not isinstance(self.num_tokens, int):
+            self.num_tokens = check_range(self.num_tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch it is: a K drawn from a range differs between epochs."""
+        self._epoch.fill_(int(epoch))
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of ``examples``; see the class."""
+        names = [_name(example, row) for row, example in enumerate(examples)]
+        rows = [as_trl_row(e, self.dataset_text_field, n) for e, n in zip(examples, names, strict=True)]
+        _check_same_kind(rows, self.dataset_text_field, names)
+        if self.voco is None:
+            return super().torch_call(rows)
+        images = [len(row["images"]) for row in rows]
+        # TRL's limit cuts through images, and its padding is undone by the insertion: both come after it
+        plain = copy.copy(self)
+        plain.max_length = plain.pad_to_multiple_of = None
+        batch = super(VoCoDataCollator, plain).torch_call(rows)
+        shape = {
+            "pad_token_id": self.processor.tokenizer.pad_token_id,
+            "padding_side": "right",
+            "pad_to_multiple_of": self.pad_to_multiple_of,
+            "names": names,
+        }
+        count = self.draw_num_tokens(batch["input_ids"])
+        batch = insert_voco_tokens(dict(batch), self.vocab, count, images_per_row=images, **shape)
+        if self.max_length is not None and int(batch["attention_mask"].sum(1).max()) > self.max_length:
+            batch = truncate(batch, self.vocab, self.max_length, **shape)
+        return batch
+
+    def draw_num_tokens(self, input_ids: torch.Tensor) -> int:
+        """K for the batch of ``input_ids`` ``(B, N)``, before the VoCo tokens are in."""
+        if isinstance(self.num_tokens, int):
+            return self.num_tokens
+        low, high = self.num_tokens
+        key = f"{self.seed}/{int(self._epoch)}/{tuple(input_ids.shape)}/".encode()
+        digest = hashlib.blake2b(
+            key + input_ids.cpu().numpy().astype("<i8").tobytes(), digest_size=8
+        ).digest()
+        return low + int.from_bytes(digest, "little") % (high - low + 1)
+
+
+def check_range(value: Sequence[int]) -> tuple[int, int]:
+    """``(low, high)`` with ``1 <= low <= high``, or ``ValueError``."""
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    if len(values) != 2 or not whole or not 1 <= values[0] <= values[1]:
+        raise ValueError(
+            f"num_tokens range {value!r} must be two integers [low, high] with 1 <= low <= high."
+        )
+    return values
+
+
+def as_trl_row(
+    example: Mapping[str, Any], text_field: str = "text", where: str = "the sample"
+) -> dict[str, Any]:
+    """A copy of ``example`` in TRL's vision format, its images loaded into ``images`` in reading order."""
+    row = {key: value for key, value in example.items() if key not in ("image", "images", "conversations")}
+    if "conversations" in example and "messages" not in example:
+        row["messages"] = llava_to_messages(example, where)
+    if not any(key in row for key in ("messages", text_field)) and not {"prompt", "completion"} <= set(row):
+        raise ValueError(
+            f"{where} has the keys {', '.join(map(str, example))}; give 'messages', 'prompt' and "
+            f"'completion', {text_field!r} or 'conversations', with 'image' or 'images'."
+        )
+    given = [_load(image, where) for key in ("image", "images") for image in _as_list(example.get(key))]
+    if example.get("videos") and not given:
+        raise ValueError(
+            f"{where} has videos and no images, and videos are not read here; give frames as images."
+        )
+    row["images"] = images = []
+    for key in ("messages", "prompt", "completion"):
+        if isinstance(row.get(key), list):
+            row[key] = [_lift_images(message, given, images, where) for message in row[key]]
+    images += given  # of plain text, and of messages whose content is a string
+    spoken = row.get("messages", row.get("prompt"))
+    if isinstance(spoken, list):
+        try:
+            prepare_multimodal_messages(spoken, images=images)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: {error} Write one placeholder per image, where the image stands."
+            ) from None
+    return row
+
+
+def _lift_images(message: dict[str, Any], given: list[Any], images: list[Any], where: str) -> dict[str, Any]:
+    """A copy of ``message``; the image of each image part (its own, or the next given) goes to ``images``."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    parts = []
+    for part in content:
+        part = {
+            key: value for key, value in part.items() if value is not None
+        }  # Arrow fills absent keys with None
+        if part.get("type") == "image":
+            own = [part.pop(key) for key in ("image", "url", "path", "base64") if key in part]
+            if own:
+                images.append(_load(own[0], where))
+            elif given:
+                images.append(given.pop(0))
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _load(image: Any, where: str) -> Any:
+    """A PIL image (RGB) of a PIL image, a path, or a record of bytes or path; arrays as they are."""
+    if isinstance(image, Mapping):
+        image = Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else image.get("path")
+    if isinstance(image, (str, os.PathLike)):
+        image = os.fspath(image)
+    elif not isinstance(image, Image.Image):
+        return image
+    try:
+        return load_image(image)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: image {image!r} cannot be read ({error}).") from None
+
+
+def _kind(row: Mapping[str, Any], text_field: str) -> str:
+    return next((key for key in ("messages", text_field) if key in row), "prompt")
+
+
+def _check_same_kind(rows: list[dict[str, Any]], text_field: str, names: list[str]) -> None:
+    """One format a batch: TRL's collator goes by its first row."""
+    kinds = [_kind(row, text_field) for row in rows]
+    for kind, name in zip(kinds, names, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"{name} has {kind!r} where {names[0]} has {kinds[0]!r}; give all rows one format."
+            )
+
+
+def _name(example: Mapping[str, Any], row: int) -> str:
+    return f"sample {row} (id {example['id']!r})" if "id" in example else f"sample {row}"

@@ -1,0 +1,152 @@
+"""``VoCoConfig``: what is compressed, under which rule, and at which positions."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .files import atomic_write_text
+
+CONFIG_NAME = "voco_config.json"
+FORMAT_VERSION = 1
+
+RULES = ("isolated", "causal", "star")
+BLOCK_CONTEXTS = ("self", "prefix")
+POSITIONS = ("compact", "sequential")
+BLOCK_SINKS = ("none", "bos")
+ATTENTIONS = ("auto", "dense")
+TOKEN_INITS = ("learned",)
+
+
+def nearest(name: str, known: Any) -> str:
+    """`` (did you mean 'x'?)`` for a mistyped ``name``, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclass
+class VoCoConfig:
+    """The isolation rule and its options (paper, Sec. 3.2 and 3.3).
+
+    Args:
+        num_tokens: K, the number of VoCo tokens after each vision block, at least 1.
+        rule: ``isolated`` (text reads VoCo tokens, never vision tokens), ``causal`` (no isolation: the
+            paper's upper bound) or ``star`` (isolated, and a vision token sees only itself).
+        block_context: what a block sees of the stream before it. ``self``: nothing, so that stage 1 is
+            ``[V, C]`` alone (Sec. 3.3) and a cached block can be reused in any prompt. ``prefix``: the text
+            and VoCo tokens before it (Eq. 3 to the letter).
+        positions: ``compact`` numbers the stream as if the vision tokens were not there; ``sequential`` counts
+            as the backbone does. ``None`` takes ``compact`` where the rule allows it (an isolating rule with
+            ``block_context="self"``), else ``sequential``.
+        attention: ``auto`` or ``dense`` (both: a dense mask on the backbone's own eager or sdpa kernel).
+        block_sink: ``bos`` starts each block with its own copy of the BOS token, which counts as a vision token.
+        hide_prefix: the official code's mask: text after a block does not see what came before the first
+            VoCo token (the system prompt included).
+        token_init: how the VoCo token's input embedding is made: ``learned`` is a trained row.
+        token: the text of the VoCo token.
+        token_id: its id; ``None`` until a model is attached, or given where there is no tokenizer to ask.
+        token_seed: seed of the new embedding rows.
+
+    Raises:
+        ValueError: a value is unknown, or two options contradict each other.
+    """
+
+    num_tokens: int = 1
+    rule: str = "isolated"
+    block_context: str = "self"
+    positions: str | None = None
+    attention: str = "auto"
+    block_sink: str = "none"
+    hide_prefix: bool = False
+    token_init: str = "learned"
+    token: str = "<voco>"
+    token_id: int | None = None
+    token_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("rule", RULES),
+            ("block_context", BLOCK_CONTEXTS),
+            ("attention", ATTENTIONS),
+            ("block_sink", BLOCK_SINKS),
+            ("token_init", TOKEN_INITS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"VoCoConfig.{name}={value!r} is not known{nearest(value, allowed)}; "
+                    f"use one of {', '.join(allowed)}."
+                )
+        for name in ("num_tokens", "token_seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"VoCoConfig.{name}={value!r} must be an integer.")
+        if self.num_tokens < 1:
+            raise ValueError(f"VoCoConfig.num_tokens={self.num_tokens} must be at least 1.")
+        if not isinstance(self.hide_prefix, bool):
+            raise ValueError(f"VoCoConfig.hide_prefix={self.hide_prefix!r} must be true or false.")
+        if not isinstance(self.token, str) or not self.token.strip():
+            raise ValueError(f"VoCoConfig.token={self.token!r} must be a non-empty string.")
+        if self.positions is None:
+            self.positions = "compact" if self.relocatable_rule else "sequential"
+        if self.positions not in POSITIONS:
+            raise ValueError(
+                f"VoCoConfig.positions={self.positions!r} is not known{nearest(self.positions, POSITIONS)}; "
+                f"use one of {', '.join(POSITIONS)}."
+            )
+        if self.positions == "compact" and not self.relocatable_rule:
+            why = "rule='causal' lets text read vision tokens" if self.rule == "causal" else "block_context='prefix'"
+            raise ValueError(
+                f"VoCoConfig.positions='compact' places vision and text tokens on the same positions, which {why} "
+                "does not allow; use positions='sequential', or rule='isolated' with block_context='self'."
+            )
+
+    @property
+    def isolates(self) -> bool:
+        """Whether text is kept from the vision tokens (false only for ``rule="causal"``)."""
+        return self.rule != "causal"
+
+    @property
+    def relocatable_rule(self) -> bool:
+        """Whether a block depends on nothing outside itself, so that its cache can be placed anywhere."""
+        return self.isolates and self.block_context == "self"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VoCoConfig:
+        """The config of ``values``; an unknown key raises ``ValueError`` with the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"VoCoConfig has no field {key!r}{nearest(key, known)}; it has {', '.join(known)}.")
+        return cls(**values)
+
+    def save(self, folder: str | os.PathLike, **extra: Any) -> Path:
+        """Write ``voco_config.json`` into ``folder``; ``extra`` holds facts of the model (vision ids and such)."""
+        path = Path(folder) / CONFIG_NAME
+        record = {"format_version": FORMAT_VERSION, "voco": self.to_dict(), **extra}
+        atomic_write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> tuple[VoCoConfig, dict[str, Any]]:
+        """Read ``voco_config.json``: the config and the facts that were saved with it."""
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: {folder} was not saved by voco_plugin.")
+        try:
+            record = json.loads(path.read_text())
+            version, voco = record["format_version"], record["voco"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a VoCo config file ({error}); save the model again.") from None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}; upgrade it.")
+        extra = {k: v for k, v in record.items() if k not in ("format_version", "voco")}
+        return cls.from_dict(voco), extra

@@ -1,0 +1,151 @@
+"""Questions about a gridworld scene, with exact answers, and how far a guesser who sees no image gets.
+
+Six types, and the caption:
+
+    object    What is at b2?                                        red circle | digit 7
+    colour    What colour is the shape at b2?                       red
+    count     How many red shapes are there?                        2
+    exists    Is there a green triangle?                            yes | no
+    relation  Which is further left, the red circle or the digit 7? digit 7
+    sum       What is the sum of the digits at a1 and b2?           13
+    describe  Describe the image.                                   a1 red circle, b1 digit 7, …
+
+Answers are balanced within a type: `exists` is yes half of the time, of `relation`'s two names the first is right
+half of the time, and `count` draws its answer before it draws what to count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from voco_plugin.data.gridworld_scenes import COLORS, SHAPES, Scene
+
+DESCRIBE = "describe"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question with its exact answer; `type` is a key of `QUESTION_TYPES` or `describe`."""
+
+    type: str
+    question: str
+    answer: str
+
+
+def _pick(rng: np.random.Generator, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def _object(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+    index = int(rng.integers(len(scene.things)))
+    return f"What is at {scene.cell_name(index)}?", scene.things[index].name
+
+
+def _colour(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+    index = _pick(rng, [i for i, thing in enumerate(scene.things) if not thing.is_digit])
+    return f"What colour is the shape at {scene.cell_name(index)}?", str(scene.things[index].color)
+
+
+def _count(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+    subjects = [(f"{color} shapes", sum(t.color == color for t in scene.things)) for color in colors]
+    subjects += [(f"{shape}s", sum(t.shape == shape for t in scene.things)) for shape in SHAPES]
+    number = _pick(rng, sorted({count for _, count in subjects}))
+    subject = _pick(rng, [name for name, count in subjects if count == number])
+    return f"How many {subject} are there?", str(number)
+
+
+def _exists(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+    present = set(scene.names)
+    example = _pick(rng, scene.things)
+    if rng.random() < 0.5:
+        return f"Is there a {example.name}?", "yes"
+    if example.is_digit:
+        absent = [f"digit {d}" for d in range(10) if f"digit {d}" not in present]
+    else:  # close misses: the example's colour in another shape, or its shape in another colour
+        near = [f"{example.color} {shape}" for shape in SHAPES]
+        near += [f"{color} {example.shape}" for color in colors]
+        absent = [name for name in near if name not in present]
+    return (f"Is there a {_pick(rng, absent)}?", "no") if absent else None
+
+
+def _relation(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+    unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
+    word, place = _pick(rng, [("further left", scene.column), ("higher", scene.row)])
+    pairs = [(i, j) for i in unique for j in unique if place(i) < place(j)]
+    if not pairs:
+        return None
+    first, second = _pick(rng, pairs)
+    answer = scene.things[first].name
+    if rng.random() < 0.5:
+        first, second = second, first
+    return f"Which is {word}, the {scene.things[first].name} or the {scene.things[second].name}?", answer
+
+
+def _sum(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+    digits = [i for i, thing in enumerate(scene.things) if thing.is_digit]
+    if len(digits) < 2:
+        return None
+    i, j = (digits[int(k)] for k in sorted(rng.choice(len(digits), 2, replace=False)))
+    total = scene.things[i].digit + scene.things[j].digit
+    return f"What is the sum of the digits at {scene.cell_name(i)} and {scene.cell_name(j)}?", str(total)
+
+
+QUESTION_TYPES: dict[str, Callable[[Scene, np.random.Generator, tuple[str, ...]], tuple[str, str] | None]] = {
+    "object": _object,
+    "colour": _colour,
+    "count": _count,
+    "exists": _exists,
+    "relation": _relation,
+    "sum": _sum,
+}
+
+
+def describe(scene: Scene) -> Turn:
+    """The caption: every cell's name and content, in row-major order."""
+    parts = [f"{scene.cell_name(i)} {thing.name}" for i, thing in enumerate(scene.things)]
+    return Turn(DESCRIBE, "Describe the image.", ", ".join(parts))
+
+
+def ask(scene: Scene, rng: np.random.Generator, num_questions: int, num_colors: int) -> list[Turn]:
+    """Draws `num_questions` different questions about one scene, going round the types it allows in random order.
+
+    Raises:
+        ValueError: the scene does not allow that many different questions.
+    """
+    colors = tuple(COLORS)[:num_colors]
+    turns: list[Turn] = []
+    seen: set[str] = set()
+    for _ in range(20 * num_questions):
+        for kind in rng.permutation(sorted(QUESTION_TYPES)):
+            asked = QUESTION_TYPES[str(kind)](scene, rng, colors)
+            if asked is None or asked[0] in seen:
+                continue
+            seen.add(asked[0])
+            turns.append(Turn(str(kind), *asked))
+            if len(turns) == num_questions:
+                return turns
+    raise ValueError(f"a {scene.grid} x {scene.grid} scene has fewer than {num_questions} different questions: ask fewer")
+
+
+def blind_accuracy(train: Iterable[Turn], test: Iterable[Turn]) -> dict[str, float]:
+    """Accuracy, 0…1, of the best guesser who sees no image: per question text, the commonest training answer.
+
+    A question never seen in training gets its type's commonest answer. Keys: each type in `test`, and `all`.
+    """
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    by_type: dict[str, Counter[str]] = defaultdict(Counter)
+    for turn in train:
+        by_text[turn.question][turn.answer] += 1
+        by_type[turn.type][turn.answer] += 1
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for turn in test:
+        counts = by_text.get(turn.question) or by_type[turn.type]
+        # ties go to the alphabetically first answer, so that the figure does not depend on the order of the data
+        guess = min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""
+        hits[turn.type].append(guess == turn.answer)
+        hits["all"].append(guess == turn.answer)
+    return {kind: float(np.mean(values)) for kind, values in sorted(hits.items())}

@@ -1,0 +1,185 @@
+"""Scenes of the gridworld: a grid whose cells hold coloured shapes or real handwritten digits.
+
+A scene is sampled from a seed, named in words, and drawn. Cells are named like a chessboard read from the top left:
+column letter, then row number.
+
+        a    b
+    1 [ a1 | b1 ]      row-major order: a1, b1, a2, b2
+    2 [ a2 | b2 ]
+
+Shapes: `G` cells per side, `P` pixels per cell; an image is `G*P x G*P` RGB.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (226, 52, 52),
+    "green": (62, 188, 78),
+    "blue": (64, 112, 240),
+    "yellow": (240, 212, 56),
+    "purple": (160, 74, 200),
+    "orange": (246, 142, 40),
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+SPLITS: tuple[str, ...] = ("train", "test")
+
+# One digit image, and one combination of things, in five belongs to the test split.
+_TEST_EVERY = 5
+_MAX_TRIES = 1000
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What one cell holds: a coloured shape (`color`, `shape`) or a digit (`digit`, `sample` in `load_digits`)."""
+
+    color: str | None = None
+    shape: str | None = None
+    digit: int | None = None
+    sample: int | None = None
+
+    @property
+    def is_digit(self) -> bool:
+        return self.digit is not None
+
+    @property
+    def name(self) -> str:
+        """In words, as questions and answers use it: `red circle`, `digit 7`."""
+        return f"digit {self.digit}" if self.is_digit else f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`grid` cells per side and the things in them, in row-major order (`grid * grid` of them)."""
+
+    grid: int
+    things: tuple[Thing, ...]
+
+    def row(self, index: int) -> int:
+        """Row of cell `index`, from the top, in cells."""
+        return index // self.grid
+
+    def column(self, index: int) -> int:
+        """Column of cell `index`, from the left, in cells."""
+        return index % self.grid
+
+    def cell_name(self, index: int) -> str:
+        return cell_name(self.row(index), self.column(index))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(thing.name for thing in self.things)
+
+    def as_json(self) -> dict[str, Any]:
+        """The scene as plain data: cell name to the thing's fields (those that apply)."""
+        cells = {}
+        for index, thing in enumerate(self.things):
+            fields = {k: v for k, v in vars(thing).items() if v is not None}
+            cells[self.cell_name(index)] = fields
+        return {"grid": self.grid, "cells": cells}
+
+
+def cell_name(row: int, column: int) -> str:
+    """`(0, 0)` is a1, `(0, 1)` is b1, `(1, 0)` is a2."""
+    return f"{chr(ord('a') + column)}{row + 1}"
+
+
+@lru_cache(maxsize=1)
+def digit_images() -> tuple[np.ndarray, np.ndarray]:
+    """The handwritten digits of scikit-learn: images `(1797, 8, 8)` with ink 0…16, and labels `(1797,)`.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            'gridworld draws digits from scikit-learn, which is missing: pip install "voco_plugin[quickstart]"'
+        ) from error
+    data = load_digits()
+    return data.images, data.target
+
+
+@lru_cache(maxsize=64)
+def digit_samples(split: str, digit: int) -> tuple[int, ...]:
+    """Indices into `digit_images()` of one digit that `split` may draw; the two splits share none."""
+    _, labels = digit_images()
+    held_out = split == "test"
+    return tuple(int(i) for i in np.flatnonzero(labels == digit) if (i % _TEST_EVERY == 0) == held_out)
+
+
+def in_split(names: tuple[str, ...], split: str) -> bool:
+    """Whether this combination of things belongs to `split`: no combination is in both, whatever the sizes."""
+    return (zlib.crc32("|".join(names).encode()) % _TEST_EVERY == 0) == (split == "test")
+
+
+def sample_scene(rng: np.random.Generator, grid: int, num_colors: int, split: str) -> Scene:
+    """Draws a scene: between one and all but one of its cells hold digits, the others shapes."""
+    colors = tuple(COLORS)[:num_colors]
+    cells = grid * grid
+    for _ in range(_MAX_TRIES):
+        num_digits = int(rng.integers(1, cells))
+        is_digit = rng.permutation(cells) < num_digits
+        things = []
+        for flag in is_digit:
+            if flag:
+                digit = int(rng.integers(10))
+                samples = digit_samples(split, digit)
+                things.append(Thing(digit=digit, sample=samples[int(rng.integers(len(samples)))]))
+            else:
+                color = colors[int(rng.integers(num_colors))]
+                things.append(Thing(color=color, shape=SHAPES[int(rng.integers(len(SHAPES)))]))
+        scene = Scene(grid, tuple(things))
+        if in_split(scene.names, split):
+            return scene
+    raise AssertionError("no scene of this split in a thousand draws")
+
+
+def draw_scene(scene: Scene, rng: np.random.Generator, cell_pixels: int) -> Image.Image:
+    """Draws the scene as an RGB image of `grid * cell_pixels` pixels a side; sizes and places vary with `rng`."""
+    side = scene.grid * cell_pixels
+    shade = int(rng.integers(16, 48))
+    image = Image.new("RGB", (side, side), (shade, shade, shade))
+    for index, thing in enumerate(scene.things):
+        size = int(round(cell_pixels * rng.uniform(0.62, 0.84)))
+        slack = cell_pixels - size
+        left = scene.column(index) * cell_pixels + int(rng.integers(slack + 1))
+        top = scene.row(index) * cell_pixels + int(rng.integers(slack + 1))
+        if thing.is_digit:
+            mask, ink = _digit_mask(thing, size), (235, 235, 235)
+        else:
+            brightness = rng.uniform(0.85, 1.0)
+            mask, ink = _shape_mask(thing.shape, size), tuple(int(c * brightness) for c in COLORS[thing.color])
+        image.paste(ink, (left, top), mask)
+    return image
+
+
+def _digit_mask(thing: Thing, size: int) -> Image.Image:
+    """Ink of the handwritten digit, 8 x 8 pixels enlarged to `size x size`."""
+    images, _ = digit_images()
+    ink = np.clip(images[thing.sample] * (255.0 / 16.0), 0, 255).astype(np.uint8)
+    return Image.fromarray(ink).resize((size, size), Image.Resampling.BILINEAR)
+
+
+@lru_cache(maxsize=512)
+def _shape_mask(shape: str, size: int) -> Image.Image:
+    """Coverage of the shape over `size x size` pixels, 0…255."""
+    big = size * 4  # drawn four times as large, then reduced: smooth edges
+    mask = Image.new("L", (big, big), 0)
+    pen = ImageDraw.Draw(mask)
+    if shape == "circle":
+        pen.ellipse((0, 0, big - 1, big - 1), fill=255)
+    elif shape == "square":
+        inset = big // 12
+        pen.rectangle((inset, inset, big - 1 - inset, big - 1 - inset), fill=255)
+    else:
+        pen.polygon([(big // 2, 0), (big - 1, big - 1), (0, big - 1)], fill=255)
+    return mask.resize((size, size), Image.Resampling.BOX)

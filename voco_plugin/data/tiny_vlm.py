@@ -1,0 +1,296 @@
+"""A tiny vision-language model of the real classes, to train on the gridworld on a CPU.
+
+`build_tiny_vlm` gives a `LlavaForConditionalGeneration` (CLIP tower, two-layer GELU projector, Llama LLM) and its
+`LlavaProcessor`: a tokenizer trained with `tokenizers`, a CLIP image processor at the tiny resolution, and a chat
+template in LLaVA-1.5's form. `pretrain_tower` then teaches the tower what CLIP already knows when LLaVA starts.
+What `save_pretrained` writes is an ordinary transformers checkpoint.
+
+    <s> USER: <image>
+    What is at a1? ASSISTANT: red circle</s> USER: Is there a digit 7? ASSISTANT: no</s>
+
+What may surprise:
+
+- The template marks each answer and its `</s>` with `{% generation %}`: assistant-only loss works in TRL.
+- As in LLaVA, features come from the tower's second-to-last layer without the class token
+  (`vision_feature_layer=-2`, `"default"`), so an image takes `(image_size / patch_size)²` tokens.
+- Linears and embeddings start at a standard deviation of 0.02; at 1.0 the decoder does not learn.
+- `<voco>` is no part of this tokenizer: attaching adds it, as it would to any model.
+
+Shapes: `B` images, `S` pixels a side, `N` patches an image, `D` tower width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from voco_plugin.data.gridworld_questions import ask, describe
+from voco_plugin.data.gridworld_scenes import COLORS, SHAPES, SPLITS, Scene, draw_scene, sample_scene
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+
+INIT_STD = 0.02
+CELL_CLASSES: tuple[str, ...] = (
+    *(f"{color} {shape}" for color in COLORS for shape in SHAPES),
+    *(f"digit {digit}" for digit in range(10)),
+)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ ' USER: ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT:' }}"
+    "{% else %}{{ ' ' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}"
+    "{% elif message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+
+def build_tiny_vlm(
+    *,
+    image_size: int = 64,
+    patch_size: int = 16,
+    vision_width: int = 128,
+    vision_layers: int = 3,
+    text_width: int = 128,
+    text_layers: int = 6,
+    text_heads: int = 4,
+    seed: int = 0,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Builds the model, with random weights in fp32, and its processor.
+
+    Args:
+        image_size, patch_size: pixels; the first a multiple of the second.
+        vision_width, vision_layers: of the CLIP tower; its last layer is not used, as in LLaVA.
+        text_width, text_layers, text_heads: of the Llama LLM.
+        seed: of the weights.
+
+    Raises:
+        ValueError: a size does not divide.
+    """
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    if image_size % patch_size:
+        raise ValueError(f"image_size={image_size} is no multiple of patch_size={patch_size}: change one of them")
+    if text_width % text_heads:
+        raise ValueError(f"text_width={text_width} is no multiple of text_heads={text_heads}: change one of them")
+    processor = build_processor(image_size, patch_size)
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=vision_width,
+        intermediate_size=4 * vision_width,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=max(1, vision_width // 32),
+        image_size=image_size,
+        patch_size=patch_size,
+        projection_dim=vision_width,
+    )
+    text = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=text_width,
+        intermediate_size=4 * text_width,
+        num_hidden_layers=text_layers,
+        num_attention_heads=text_heads,
+        num_key_value_heads=text_heads,
+        max_position_embeddings=1024,
+        initializer_range=INIT_STD,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(image_size // patch_size) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d):
+                torch.nn.init.normal_(module.weight, std=INIT_STD)
+                if getattr(module, "bias", None) is not None:
+                    torch.nn.init.zeros_(module.bias)
+    finally:
+        torch.random.set_rng_state(state)
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, processor
+
+
+def build_processor(image_size: int = 64, patch_size: int = 16) -> LlavaProcessor:
+    """The processor of the tiny VLM: images of `image_size` pixels a side, in patches of `patch_size`."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    images = CLIPImageProcessor(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer trained on gridworld text; its words come out as single tokens. Same result every time."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\n?,.]"), "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="never"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=704,
+        special_tokens=special,
+        initial_alphabet=[chr(code) for code in range(33, 127)] + ["\n"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _corpus(num_scenes: int = 400) -> list[str]:
+    """Gridworld conversations over 3 x 3 cells and all colours, so that one vocabulary serves every setting."""
+    rng = np.random.default_rng(0)
+    lines = [f" {number}" for number in range(19) for _ in range(50)]
+    for index in range(num_scenes):
+        scene = sample_scene(rng, 3, len(COLORS), SPLITS[index % 2])
+        turns = [*ask(scene, rng, 12, len(COLORS)), describe(scene)]
+        for turn in turns:
+            lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
+            lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
+    return lines
+
+
+def pretrain_tower(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    *,
+    grid: int = 2,
+    num_colors: int = 4,
+    cell_pixels: int = 32,
+    num_images: int = 6400,
+    steps: int = 400,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Trains the tower, in place, to tell for each patch what its cell holds and where the patch is.
+
+    Two linear heads, thrown away afterwards, read the features the projector will read (and the tower's last layer
+    too, so that no layer stays random). The position target is needed: without it the decoder cannot find a cell,
+    because RoPE alone gives it no absolute place.
+
+    Args:
+        model, processor: as `build_tiny_vlm` made them.
+        grid, num_colors, cell_pixels: the gridworld to train on, as for `write_gridworld`.
+        num_images: different training images.
+        steps, batch_size, learning_rate: of AdamW, under a one-cycle schedule.
+        seed: of images, batches and heads.
+
+    Returns:
+        `cell_accuracy` and `position_accuracy` per patch, 0…1, on held-out scenes and digits; `loss`, the last.
+    """
+    images, cells = _patch_data(processor, grid, num_colors, cell_pixels, num_images, "train", seed)
+    held_images, held_cells = _patch_data(processor, grid, num_colors, cell_pixels, 512, "test", seed)
+    tower = model.model.vision_tower
+    width, patches = tower.config.hidden_size, cells.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    heads = torch.nn.ModuleList(torch.nn.Linear(width, n) for n in (len(CELL_CLASSES), patches) for _ in range(2))
+    for head in heads:
+        torch.nn.init.normal_(head.weight, std=INIT_STD, generator=generator)
+        torch.nn.init.zeros_(head.bias)
+    positions = torch.arange(patches)
+    parameters = [*tower.parameters(), *heads.parameters()]
+    trainable = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    tower.train()
+    loss = torch.zeros(())
+    for _ in range(steps):
+        rows = torch.randint(len(images), (batch_size,), generator=generator)
+        loss = torch.zeros(())
+        for level, features in enumerate(_features(model, images[rows])):
+            what, where = heads[level](features), heads[2 + level](features)
+            loss = loss + torch.nn.functional.cross_entropy(what.flatten(0, 1), cells[rows].flatten())
+            target = positions.expand(batch_size, -1).flatten()
+            loss = loss + torch.nn.functional.cross_entropy(where.flatten(0, 1), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+    tower.eval()
+    for parameter, flag in zip(parameters, trainable, strict=True):
+        parameter.requires_grad_(flag)
+        parameter.grad = None
+    with torch.no_grad():
+        features = _features(model, held_images)[0]
+        right = (heads[0](features).argmax(-1) == held_cells).float().mean().item()
+        placed = (heads[2](features).argmax(-1) == positions).float().mean().item()
+    return {"cell_accuracy": right, "position_accuracy": placed, "loss": loss.item()}
+
+
+def _features(model: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Patch features `[B, N, D]` of the layer the projector reads, then of the last layer."""
+    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    return [hidden[model.config.vision_feature_layer][:, 1:], hidden[-1][:, 1:]]
+
+
+def _patch_data(
+    processor: Any, grid: int, num_colors: int, cell_pixels: int, num_images: int, split: str, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels `[B, 3, S, S]` and, per patch, the class of the cell its centre lies in `[B, N]`."""
+    rng = np.random.default_rng([seed, 2 + SPLITS.index(split)])
+    scenes = [sample_scene(rng, grid, num_colors, split) for _ in range(num_images)]
+    drawn = [draw_scene(scene, rng, cell_pixels) for scene in scenes]
+    pixels = processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
+    side = pixels.shape[-1] // processor.patch_size
+    cells = torch.tensor([_patch_classes(scene, side) for scene in scenes])
+    return pixels, cells
+
+
+def _patch_classes(scene: Scene, side: int) -> list[int]:
+    """Index into `CELL_CLASSES` for each of `side * side` patches, row by row."""
+    rows = [int((patch + 0.5) * scene.grid / side) for patch in range(side)]
+    return [CELL_CLASSES.index(scene.names[row * scene.grid + column]) for row in rows for column in rows]

@@ -1,0 +1,36 @@
+"""What differs from one vision-language family to another. An unknown family gets the generic rules of ``base``."""
+
+from __future__ import annotations
+
+from ..registry import families
+from .base import Family, VocabularyError
+
+for _key, _path in {
+    "idefics3": "voco_plugin.families.idefics3:Idefics3",
+    "smolvlm": "voco_plugin.families.idefics3:Idefics3",
+}.items():
+    if _key not in families:
+        families.register(_key, _path)
+
+__all__ = ["Family", "VocabularyError", "family_of", "vocabulary_for"]
+
+
+def family_of(config) -> Family:
+    """The family of a model config (by ``model_type``), or the generic one."""
+    name = getattr(config, "model_type", None)
+    return families.get(name)() if name in families else Family()
+
+
+def vocabulary_for(*, processor=None, config=None, voco):
+    """The :class:`~voco_plugin.layout.TokenVocabulary` read from a processor and/or a model config.
+
+    Raises:
+        VocabularyError: neither names the image token, or the VoCo token has no id.
+    """
+    family = family_of(config) if config is not None else _family_of_processor(processor)
+    return family.vocabulary(config=config, processor=processor, voco=voco)
+
+
+def _family_of_processor(processor) -> Family:
+    name = type(processor).__name__.removesuffix("Processor").lower()
+    return families.get(name)() if name in families else Family()

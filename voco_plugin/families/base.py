@@ -1,0 +1,169 @@
+"""The generic family: everything that can be read off a pure-attention vision-language model and its processor."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ..config import VoCoConfig
+from ..layout import TokenVocabulary, sequential_positions
+
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_STARTS = (
+    "vision_start_token_id",
+    "boi_token_id",
+    "boi_token_index",
+    "image_start_token_id",
+    "start_image_token_id",
+    "video_start_token_id",
+)
+_ENDS = (
+    "vision_end_token_id",
+    "eoi_token_id",
+    "eoi_token_index",
+    "image_end_token_id",
+    "end_image_token_id",
+    "video_end_token_id",
+)
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+class VocabularyError(ValueError):
+    """The ids of a family's image tokens cannot be told."""
+
+
+def _ids(source: Any, names: tuple[str, ...]) -> set[int]:
+    return {int(v) for n in names if isinstance(v := getattr(source, n, None), int) and v >= 0}
+
+
+class Family:
+    """Accessors and rules of a vision-language family; subclasses override what differs."""
+
+    def backbone(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The module below the LM head that takes ``input_ids`` and pixels."""
+        return model.base_model
+
+    def text_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The decoder stack that runs over merged embeddings."""
+        return model.get_decoder()
+
+    def refusal(self, model: torch.nn.Module) -> str | None:
+        """Why the isolation rule cannot hold in this model, or ``None``.
+
+        Recurrent and convolutional layers carry vision past any mask in their state; an encoder-decoder or a
+        cross-attending model has no vision tokens in its sequence.
+        """
+        config = model.config.get_text_config()
+        name = getattr(model.config, "model_type", type(model).__name__)
+        if getattr(model.config, "is_encoder_decoder", False):
+            return f"{name} is an encoder-decoder: its decoder cross-attends to vision, there is no token to hide"
+        odd = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
+        if odd:
+            return (
+                f"{name} has layers of type {', '.join(odd)}: a recurrent or convolutional state carries the "
+                "vision tokens past any mask"
+            )
+        text = self.text_model(model)
+        if getattr(model, "_is_stateful", False) or getattr(text, "_is_stateful", False):
+            return f"{name} keeps a recurrent state, which carries the vision tokens past any mask"
+        conv = next((n for n, m in text.named_modules() if isinstance(m, torch.nn.Conv1d)), None)
+        if conv is not None:
+            return f"{name} has a convolution over the sequence ({conv}), which mixes vision into text past any mask"
+        return None
+
+    def placeholders(self, config: Any, processor: Any) -> set[int]:
+        """Ids that are replaced by image or video features."""
+        found: set[int] = set()
+        for source in (config, getattr(config, "vision_config", None), processor):
+            if source is not None:
+                found |= _ids(source, _PLACEHOLDERS)
+        return found
+
+    def markers(self, config: Any, processor: Any) -> tuple[set[int], set[int]]:
+        """``(start markers, other markers)`` that the processor or template puts around the placeholders."""
+        starts: set[int] = set()
+        others: set[int] = set()
+        for source in (config, processor):
+            if source is not None:
+                starts |= _ids(source, _STARTS)
+                others |= _ids(source, _ENDS)
+        return starts, others
+
+    def glue(self, config: Any, processor: Any) -> set[int]:
+        """Ordinary text ids that belong to an image where they stand between its vision tokens."""
+        return set()
+
+    def vocabulary(self, *, config: Any = None, processor: Any = None, voco: VoCoConfig) -> TokenVocabulary:
+        """The ids by which sequences of this family are read."""
+        tokenizer = getattr(processor, "tokenizer", processor)
+        placeholders = self.placeholders(config, processor)
+        if not placeholders:
+            raise VocabularyError(
+                "no image token id in the model config or the processor; give a config with image_token_id, or "
+                "attach(…, vocabulary=TokenVocabulary(…))."
+            )
+        voco_id = voco.token_id
+        if voco_id is None and tokenizer is not None:
+            voco_id = tokenizer.get_vocab().get(voco.token)
+        if voco_id is None:
+            raise VocabularyError(
+                f"the VoCo token {voco.token!r} has no id: pass processor=… to attach (it adds the token), or set "
+                "VoCoConfig(token_id=…)."
+            )
+        if voco_id in placeholders:
+            raise VocabularyError(f"VoCoConfig.token_id={voco_id} is the image token itself; choose another id.")
+        bos = None
+        if voco.block_sink == "bos":
+            bos = getattr(tokenizer, "bos_token_id", None)
+            if bos is None and config is not None:
+                bos = getattr(config.get_text_config(), "bos_token_id", None)
+            if not isinstance(bos, int):
+                raise VocabularyError("block_sink='bos' needs a BOS token, and this tokenizer has none; use 'none'.")
+        starts, others = self.markers(config, processor)
+        return TokenVocabulary(
+            voco_id=int(voco_id),
+            placeholders=frozenset(placeholders),
+            markers=frozenset(starts | others) - placeholders,
+            glue=frozenset(self.glue(config, processor)),
+            starts=frozenset(starts) - placeholders,
+            bos_id=bos,
+        )
+
+    def sequential(
+        self,
+        backbone: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        vision: dict[str, Any],
+    ) -> torch.Tensor:
+        """The backbone's own positions of a sequence from 0: ``(B, N)``, or ``(3, B, N)`` for mrope families.
+
+        Args:
+            vision: the forward's other keyword arguments (grids, token types, …).
+        """
+        if not hasattr(backbone, "get_rope_index"):
+            return sequential_positions(attention_mask)
+        wanted = inspect.signature(backbone.get_rope_index).parameters
+        given = {k: v for k, v in vision.items() if k in wanted and v is not None}
+        if not any(k.endswith("grid_thw") for k in given):
+            return sequential_positions(attention_mask).expand(3, *input_ids.shape).clone()
+        if "mm_token_type_ids" in wanted and "mm_token_type_ids" not in given:
+            given["mm_token_type_ids"] = self.token_types(backbone.config, input_ids)
+        given.update(input_ids=input_ids, attention_mask=attention_mask)
+        return backbone.get_rope_index(**given)[0]
+
+    def token_types(self, config: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        """``mm_token_type_ids`` as the processor would give them: 0 text, 1 image, 2 video. ``(B, N)``."""
+        types = torch.zeros_like(input_ids)
+        for value, names in ((1, _PLACEHOLDERS[:2]), (2, _PLACEHOLDERS[2:])):
+            for token in _ids(config, names):
+                types[input_ids == token] = value
+        return types
+
+    def shape_positions(self, backbone: torch.nn.Module, positions: torch.Tensor) -> torch.Tensor:
+        """1-D text positions ``(B, N)`` in the shape the backbone wants."""
+        if hasattr(backbone, "get_rope_index") and positions.dim() == 2:
+            return positions.expand(3, *positions.shape)
+        return positions

@@ -1,0 +1,280 @@
+"""Where the vision, VoCo and text tokens of a batch are, and the positions they get.
+
+Shapes: ``B`` rows, ``N`` tokens a row, ``K`` VoCo tokens of a block.
+
+    ids     s  a  v  v  v  C  C  b  c     one image, K = 2
+    kind    T  T  V  V  V  C  C  T  T
+    block  -1 -1  0  0  0  0  0 -1 -1
+    seq.    0  1  2  3  4  5  6  7  8     positions="sequential"
+    comp.   0  1 -1  0  1  2  3  4  5     positions="compact": V sits just before its C
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class TokenKind(IntEnum):
+    """What a token is to the isolation rule."""
+
+    PAD = 0
+    TEXT = 1
+    VISION = 2
+    VOCO = 3
+
+
+_GLUE = 4  # only inside parse: an ordinary text id that belongs to an image when it stands between its tiles
+
+
+class LayoutError(ValueError):
+    """The ids do not form ``[V, C]`` blocks and text; the message names sample and position."""
+
+
+@dataclass(frozen=True)
+class TokenVocabulary:
+    """The ids by which a backbone's sequences are read.
+
+    Args:
+        voco_id: the VoCo token's id.
+        placeholders: ids that the backbone replaces by image features.
+        markers: ids its processor puts around them (tile, row, start and end markers): vision tokens where they
+            touch a placeholder run.
+        glue: ordinary text ids (a newline) that are part of an image only between two of its vision tokens.
+        starts: markers that open a new image, so that two neighbouring images are two runs.
+        bos_id: the id of the BOS copy that opens a block under ``block_sink="bos"``; else ``None``.
+    """
+
+    voco_id: int
+    placeholders: frozenset[int]
+    markers: frozenset[int] = frozenset()
+    glue: frozenset[int] = frozenset()
+    starts: frozenset[int] = frozenset()
+    bos_id: int | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for ``voco_config.json``."""
+        return {
+            "voco_id": self.voco_id,
+            "placeholders": sorted(self.placeholders),
+            "markers": sorted(self.markers),
+            "glue": sorted(self.glue),
+            "starts": sorted(self.starts),
+            "bos_id": self.bos_id,
+        }
+
+
+@dataclass(frozen=True)
+class BlockSpan:
+    """One block ``[V, C]``: token positions ``start … voco-1`` are vision, ``voco … stop-1`` VoCo tokens."""
+
+    row: int
+    index: int
+    start: int
+    voco: int
+    stop: int
+
+    @property
+    def num_vision(self) -> int:
+        return self.voco - self.start
+
+    @property
+    def num_voco(self) -> int:
+        return self.stop - self.voco
+
+
+def _isin(ids: np.ndarray, values: Iterable[int]) -> np.ndarray:
+    return np.isin(ids, np.fromiter(values, dtype=np.int64))
+
+
+def _runs(codes: np.ndarray) -> list[list[int]]:
+    """Run-length code of one row: ``[[code, start, stop], …]``."""
+    edges = np.flatnonzero(np.diff(codes)) + 1
+    starts = np.concatenate(([0], edges)) if len(codes) else np.empty(0, dtype=np.int64)
+    stops = np.concatenate((edges, [len(codes)])) if len(codes) else starts
+    return [[int(codes[a]), int(a), int(b)] for a, b in zip(starts, stops, strict=True)]
+
+
+def vision_runs(ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary) -> list[tuple[int, int]]:
+    """``(start, stop)`` of each run of vision tokens of one row (ids and mask of shape ``(N,)``).
+
+    A run holds at least one placeholder; markers alone are text. Two images with start markers are two runs even
+    where nothing stands between them.
+    """
+    codes = np.where(mask.astype(bool), int(TokenKind.TEXT), int(TokenKind.PAD))
+    real = mask.astype(bool)
+    codes[_isin(ids, vocab.glue) & real] = _GLUE
+    codes[_isin(ids, vocab.placeholders | vocab.markers) & real] = TokenKind.VISION
+    runs = _runs(codes)
+    merged: list[list[int]] = []
+    for position, (code, start, stop) in enumerate(runs):
+        if code == _GLUE:
+            between = 0 < position < len(runs) - 1
+            flanked = between and runs[position - 1][0] == runs[position + 1][0] == TokenKind.VISION
+            code = int(TokenKind.VISION if flanked else TokenKind.TEXT)
+        if merged and merged[-1][0] == code == TokenKind.VISION:
+            merged[-1][2] = stop
+        else:
+            merged.append([code, start, stop])
+    found: list[tuple[int, int]] = []
+    for code, start, stop in merged:
+        if code != TokenKind.VISION:
+            continue
+        cuts = [start]
+        if vocab.starts:
+            opens = np.flatnonzero(_isin(ids[start:stop], vocab.starts)) + start
+            cuts += [int(c) for c in opens if c > start]
+        for a, b in zip(cuts, [*cuts[1:], stop], strict=True):
+            if _isin(ids[a:b], vocab.placeholders).any():
+                if vocab.bos_id is not None and a > 0 and ids[a - 1] == vocab.bos_id and mask[a - 1]:
+                    a -= 1  # the block's own copy of BOS counts as a vision token
+                found.append((a, b))
+    return found
+
+
+@dataclass
+class SequenceLayout:
+    """Kinds and blocks of a batch.
+
+    Attributes:
+        kind: ``(B, N)`` int64 on CPU, values of :class:`TokenKind`.
+        block: ``(B, N)`` int64 on CPU, the block a vision or VoCo token belongs to, counted within its row; else -1.
+        spans: every block, row by row, in order.
+    """
+
+    kind: torch.Tensor
+    block: torch.Tensor
+    spans: list[BlockSpan] = field(default_factory=list)
+
+    @classmethod
+    def from_ids(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        vocab: TokenVocabulary,
+        *,
+        num_tokens: int | None = None,
+        require_voco: bool = True,
+    ) -> SequenceLayout:
+        """Read the layout of ``input_ids`` ``(B, N)`` under the 2-D ``attention_mask`` ``(B, N)``.
+
+        Args:
+            num_tokens: the least number of VoCo tokens each block must have; ``None`` takes any.
+            require_voco: whether a vision run without VoCo tokens is an error.
+
+        Raises:
+            LayoutError: vision tokens with no VoCo run, a VoCo run with no vision tokens before it, a run shorter
+                than ``num_tokens``, a block without its BOS sink; the message names sample and position.
+        """
+        ids = input_ids.detach().cpu().numpy()
+        if ids.ndim != 2:
+            raise LayoutError(f"input_ids must have shape (batch, tokens), not {tuple(ids.shape)}.")
+        if attention_mask is None:
+            mask = np.ones_like(ids, dtype=bool)
+        elif tuple(attention_mask.shape) != tuple(ids.shape):
+            raise LayoutError(
+                f"attention_mask must be 2-D of shape {tuple(ids.shape)}, not {tuple(attention_mask.shape)}."
+            )
+        else:
+            mask = attention_mask.detach().cpu().numpy().astype(bool)
+        kind = np.where(mask, int(TokenKind.TEXT), int(TokenKind.PAD)).astype(np.int64)
+        block = np.full(ids.shape, -1, dtype=np.int64)
+        spans: list[BlockSpan] = []
+        for row in range(ids.shape[0]):
+            spans += _read_row(row, ids[row], mask[row], vocab, kind[row], block[row], num_tokens, require_voco)
+        return cls(torch.from_numpy(kind), torch.from_numpy(block), spans)
+
+    @property
+    def num_rows(self) -> int:
+        return self.kind.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.kind.shape[1]
+
+    def row_spans(self, row: int) -> list[BlockSpan]:
+        """The blocks of one row, in order."""
+        return [s for s in self.spans if s.row == row]
+
+    @property
+    def in_stream(self) -> torch.Tensor:
+        """``(B, N)`` bool: the compressed stream, i.e. every real token that is not a vision token."""
+        return (self.kind == TokenKind.TEXT) | (self.kind == TokenKind.VOCO)
+
+    @property
+    def has_vision(self) -> bool:
+        return bool((self.kind == TokenKind.VISION).any())
+
+    @property
+    def has_voco(self) -> bool:
+        return bool((self.kind == TokenKind.VOCO).any())
+
+    def __iter__(self) -> Iterator[BlockSpan]:
+        return iter(self.spans)
+
+
+def _read_row(row, ids, mask, vocab, kind, block, num_tokens, require_voco) -> list[BlockSpan]:
+    kind[(ids == vocab.voco_id) & mask] = TokenKind.VOCO
+    found = vision_runs(ids, mask, vocab)
+    for start, stop in found:
+        kind[start:stop] = TokenKind.VISION
+    ends = {stop: start for start, stop in found}
+    spans: list[BlockSpan] = []
+    for code, start, stop in _runs(kind):
+        if code != TokenKind.VOCO:
+            continue
+        if start not in ends:
+            raise LayoutError(
+                f"sample {row}, position {start}: {stop - start} VoCo token(s) with no vision tokens right before "
+                "them; put the VoCo tokens directly after the image's last token."
+            )
+        if num_tokens is not None and stop - start < num_tokens:
+            raise LayoutError(
+                f"sample {row}, position {start}: {stop - start} VoCo token(s) where {num_tokens} were asked for; "
+                f"put {num_tokens} after each image, or set num_tokens={stop - start}."
+            )
+        first = ends.pop(start)
+        if vocab.bos_id is not None and ids[first] != vocab.bos_id:
+            raise LayoutError(
+                f"sample {row}, position {first}: block_sink='bos' wants a copy of the BOS token "
+                f"({vocab.bos_id}) before each image's first token; let the collator put it there."
+            )
+        block[first:stop] = len(spans)
+        spans.append(BlockSpan(row, len(spans), first, start, stop))
+    if ends and require_voco:
+        start = min(ends.values())
+        raise LayoutError(
+            f"sample {row}, position {start}: vision tokens with no VoCo tokens after them; put the VoCo tokens "
+            "directly after each image (VoCoDataCollator or model.insert_voco_tokens does)."
+        )
+    return spans
+
+
+def sequential_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions of a 1-D backbone: real tokens counted from 0, padding at 0. ``(B, N)`` → ``(B, N)`` int64."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def compact_positions(layout: SequenceLayout, sequential: torch.Tensor) -> torch.Tensor:
+    """The stream numbered as if the vision tokens were not there; each block's V just before its C.
+
+    Every block is shifted as a whole, so that all distances within it stay the backbone's own (RoPE is relative:
+    what a block computes does not change).
+
+    Args:
+        sequential: the backbone's own positions, ``(B, N)`` or, for mrope, ``(P, B, N)``.
+
+    Returns:
+        positions of the same shape; those of a block's vision tokens may be negative.
+    """
+    device = sequential.device
+    flat = sequential if sequential.dim() == 2 else sequential[0]
+    stream = (layout.in_stream.long().cumsum(-1) - 1).clamp_min(0).to(device)
+    shift = stream - flat
+    for span in layout:
+        shift[span.row, span.start : span.stop] = shift[span.row, span.voco].clone()
+    return sequential + shift

@@ -1,0 +1,167 @@
+"""The isolation rule, stated once, as a predicate over (query, key).
+
+    rule = isolated, block_context = self, two images of 2 vision tokens, K = 1 (rows are queries):
+
+                 t v v C t v v C t
+               t x                     text before a block
+               v   x                   a block sees only itself: block_context="prefix" shows it the t before
+               v   x x
+               C   x x x
+               t x     x x             text reads C, never v
+               v           x
+               v           x x
+               C           x x x
+               t x     x x     x x
+
+Every mask, block mask, segment plan and picture of this package derives from :func:`isolation_predicate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .config import VoCoConfig
+from .layout import SequenceLayout, TokenKind
+
+Predicate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass
+class TokenTable:
+    """What the rule needs to know of each key slot, in the order in which the KV cache holds them.
+
+    Attributes:
+        kind: ``(B, L)`` int64, :class:`~voco_plugin.layout.TokenKind`.
+        block: ``(B, L)`` int64, block of a vision or VoCo token within its row, else -1.
+        order: ``(B, L)`` int64, index of the slot's token in the whole sequence, vision tokens included. A cached
+            block's slots come first in the cache but keep the order they would have had; causality and the
+            backbone's windows are read from it.
+    """
+
+    kind: torch.Tensor
+    block: torch.Tensor
+    order: torch.Tensor
+
+    @classmethod
+    def from_layout(cls, layout: SequenceLayout, device: torch.device | str = "cpu") -> TokenTable:
+        """The table of a plain forward: slot = token."""
+        rows, tokens = layout.kind.shape
+        order = torch.arange(tokens, device=device).expand(rows, tokens)
+        return cls(layout.kind.to(device), layout.block.to(device), order)
+
+    @property
+    def length(self) -> int:
+        return self.kind.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        return self.kind.shape[0]
+
+    @property
+    def in_slot_order(self) -> bool:
+        """Whether slot and sequence index advance together, so that the backbone's own mask needs no mapping."""
+        return bool((self.order == torch.arange(self.length, device=self.order.device)).all())
+
+    def append(self, other: TokenTable) -> TokenTable:
+        """This table followed by ``other`` (same rows, same device)."""
+        return TokenTable(*(torch.cat([getattr(self, n), getattr(other, n)], dim=1) for n in _FIELDS))
+
+    def crop(self, length: int) -> TokenTable:
+        """The first ``length`` slots."""
+        return TokenTable(*(getattr(self, n)[:, :length] for n in _FIELDS))
+
+    def repeat_rows(self, times: int) -> TokenTable:
+        """Each row ``times`` times in a row, as beam search does."""
+        return TokenTable(*(getattr(self, n).repeat_interleave(times, dim=0) for n in _FIELDS))
+
+    def select_rows(self, rows: torch.Tensor) -> TokenTable:
+        """The named rows ``(B',)``."""
+        return TokenTable(*(getattr(self, n)[rows.to(self.kind.device)] for n in _FIELDS))
+
+    def to(self, device: torch.device | str) -> TokenTable:
+        return TokenTable(*(getattr(self, n).to(device) for n in _FIELDS))
+
+    def pad_to(self, length: int) -> TokenTable:
+        """Padding slots up to ``length`` (a static cache shows the mask more slots than are filled)."""
+        missing = length - self.length
+        if missing <= 0:
+            return self
+        shape = (self.num_rows, missing)
+        # an unfilled slot keeps its own index as order: the causal mask hides it as it does without this table
+        order = torch.arange(self.length, length, device=self.order.device).expand(shape)
+        last = self.order[:, -1:] if self.length else torch.full_like(order[:, :1], -1)
+        order = torch.maximum(order, last + 1 + order - self.length)
+        return self.append(
+            TokenTable(
+                torch.full(shape, int(TokenKind.PAD), device=self.kind.device, dtype=torch.int64),
+                torch.full(shape, -1, device=self.kind.device, dtype=torch.int64),
+                order,
+            )
+        )
+
+
+_FIELDS = ("kind", "block", "order")
+
+
+def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:
+    """The rule as ``predicate(batch, head, query, key) -> bool``, indices into the slots of ``table``.
+
+    It says only what the rule hides: causality, padding, windows and packing are the backbone's own mask, and a
+    key is visible where both say so. Indices broadcast, or are scalars under ``vmap``.
+    """
+    kind, block, order = table.kind, table.block, table.order
+    voco_order = torch.where(kind == TokenKind.VOCO, order, _NEVER)
+    first_voco = voco_order.amin(dim=1) if table.length else order.new_full((table.num_rows,), _NEVER)
+
+    def predicate(b, h, q, k):
+        if config.rule == "causal":
+            return torch.ones_like(kind[b, q] + kind[b, k], dtype=torch.bool)
+        query_block, key_block = block[b, q], block[b, k]
+        key_is_vision = kind[b, k] == TokenKind.VISION
+        query_is_text = query_block < 0
+        same_block = query_block == key_block
+        text_sees = ~key_is_vision
+        if config.hide_prefix:
+            start = first_voco[b]
+            text_sees = text_sees & ((order[b, q] <= start) | (order[b, k] >= start))
+        block_sees = same_block
+        if config.block_context == "prefix":
+            block_sees = block_sees | ~key_is_vision
+        if config.rule == "star":
+            query_is_vision = kind[b, q] == TokenKind.VISION
+            block_sees = block_sees & (~query_is_vision | (order[b, q] == order[b, k]))
+        return torch.where(query_is_text, text_sees, block_sees)
+
+    return predicate
+
+
+def dense_mask(
+    config: VoCoConfig, layout: SequenceLayout, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The whole mask of a plain causal backbone: ``(B, N, N)`` bool, true where the row's query sees the key.
+
+    For pictures and tests; a forward composes the predicate with the backbone's own mask instead.
+    """
+    table = TokenTable.from_layout(layout)
+    rows, tokens = layout.kind.shape
+    b = torch.arange(rows)[:, None, None]
+    q = torch.arange(tokens)[None, :, None]
+    k = torch.arange(tokens)[None, None, :]
+    visible = (k <= q) & isolation_predicate(config, table)(b, 0, q, k)
+    real = layout.kind != TokenKind.PAD if attention_mask is None else attention_mask.bool()
+    return visible & real[:, None, :]
+
+
+def draw_mask(config: VoCoConfig, layout: SequenceLayout, row: int = 0) -> str:
+    """The mask of one row as text: a letter per token (t, v, C, . for padding), ``x`` where the query sees the key."""
+    mask = dense_mask(config, layout)[row]
+    letters = [".tvC"[int(kind)] for kind in layout.kind[row]]
+    lines = ["  " + " ".join(letters)]
+    for letter, visible in zip(letters, mask.tolist(), strict=True):
+        lines.append(" ".join([letter, *("x" if seen else " " for seen in visible)]).rstrip())
+    return "\n".join(lines)

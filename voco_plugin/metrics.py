@@ -1,0 +1,257 @@
+"""Scores of question answering, and the two ratios by which a compression is judged.
+
+    raw ratio  x / upper                        how much of the score is left
+    retention  (x - lower) / (upper - lower)    how much of what vision adds is left (paper, Table 1)
+
+Both, always: where upper and lower are close, retention says little and swings widely.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def raw_ratio(score: float, upper: float) -> float:
+    """``score / upper``.
+
+    Raises:
+        ValueError: ``upper`` is not positive.
+    """
+    if upper <= 0:
+        raise ValueError(f"raw ratio needs a positive upper bound, not {upper}.")
+    return score / upper
+
+
+def retention(score: float, lower: float, upper: float) -> float:
+    """``(score - lower) / (upper - lower)`` (paper, Table 1); below 0 or above 1 where the score lies outside.
+
+    Raises:
+        ValueError: ``upper`` is not above ``lower``: the bounds leave nothing to retain.
+    """
+    if upper <= lower:
+        raise ValueError(f"retention needs upper > lower, not upper={upper}, lower={lower}.")
+    return (score - lower) / (upper - lower)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a data set: the row it belongs to, its text, the exact answer, and its type (or ``all``)."""
+
+    row: int
+    text: str
+    answer: str
+    type: str = "all"
+
+
+def questions_of(dataset: Iterable[Mapping[str, Any]], skip_types: Iterable[str] = ("describe",)) -> list[Question]:
+    """Each user turn that an assistant turn answers, as a question of its own (see ``data/gridworld.py``).
+
+    Args:
+        dataset: rows in TRL's vision format (``messages``; the labels in ``types``, where it has them).
+        skip_types: types left out.
+    """
+    skip = set(skip_types)
+    found: list[Question] = []
+    for row, sample in enumerate(dataset):
+        types = list(sample.get("types") or [])
+        asked, number = None, -1
+        for message in sample["messages"]:
+            text = _text(message["content"])
+            if message["role"] == "user":
+                asked = text
+            elif message["role"] == "assistant" and asked is not None:
+                number += 1
+                kind = types[number] if number < len(types) else "all"
+                if kind not in skip:
+                    found.append(Question(row, asked, text, kind))
+                asked = None
+    return found
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content if part["type"] == "text").strip()
+
+
+def normalise(text: str) -> str:
+    """Lower case, outer space and a final full stop gone."""
+    return " ".join(text.lower().split()).removesuffix(".")
+
+
+@dataclass
+class Score:
+    """Exact-match accuracy, 0…1, of a set of answers.
+
+    Attributes:
+        accuracy: over all questions.
+        by_type: per question type.
+        counts: questions per type.
+        seconds: what answering took, all in all.
+        answers: what was answered, in the questions' order.
+    """
+
+    accuracy: float
+    by_type: dict[str, float]
+    counts: dict[str, int]
+    seconds: float = 0.0
+    answers: list[str] = field(default_factory=list, repr=False)
+
+    @property
+    def num_questions(self) -> int:
+        return sum(self.counts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without the answers."""
+        return {
+            "accuracy": self.accuracy, "by_type": self.by_type, "counts": self.counts, "seconds": self.seconds,
+        }  # fmt: skip
+
+
+def score(questions: Sequence[Question], answers: Sequence[str], seconds: float = 0.0) -> Score:
+    """The :class:`Score` of ``answers``, one per question.
+
+    Raises:
+        ValueError: there is no question, or not one answer for each.
+    """
+    if not questions or len(questions) != len(answers):
+        raise ValueError(f"{len(answers)} answers for {len(questions)} questions; give one per question, and at least one.")
+    right: dict[str, list[bool]] = defaultdict(list)
+    for question, given in zip(questions, answers, strict=True):
+        right[question.type].append(normalise(given) == normalise(question.answer))
+    flat = [hit for hits in right.values() for hit in hits]
+    by_type = {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
+    counts = {kind: len(hits) for kind, hits in sorted(right.items())}
+    return Score(sum(flat) / len(flat), by_type, counts, seconds, list(answers))
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    questions: Sequence[Question],
+    *,
+    mode: str = "images",
+    max_new_tokens: int = 16,
+    batch_size: int = 32,
+    tick: Callable[[int], Any] | None = None,
+) -> Score:
+    """Ask ``questions`` about the images of ``dataset``'s rows.
+
+    Args:
+        model: attached (it compresses) or plain (it reads every vision token).
+        dataset: rows with ``images``, or one ``image``.
+        mode: ``images`` puts them into the prompt; ``cache`` compresses each row's images once and asks every
+            question from the cache; ``blind`` shows none.
+        tick: called with the number of questions just answered.
+
+    Raises:
+        ValueError: the mode is unknown, or the model cannot do it.
+    """
+    from .answering import answer, compress_images
+    from .cache import VoCoCache
+
+    if mode not in ("images", "cache", "blind"):
+        raise ValueError(f"mode={mode!r} is not known; use images, cache or blind.")
+    start = time.perf_counter()
+    more: dict[str, Any] = {}
+    if mode != "blind":
+        rows = sorted({q.row for q in questions})
+        pictures = {row: images_of(dataset[row]) for row in rows}
+        if mode == "cache":
+            flat = [(row, image) for row in rows for image in pictures[row]]
+            blocks = compress_images(model, processor, (image for _, image in flat), batch_size=batch_size)
+            parts: dict[int, list[VoCoCache]] = defaultdict(list)
+            for (row, _), block in zip(flat, blocks, strict=True):
+                parts[row].append(block)
+            joined = {row: VoCoCache.cat(parts[row]) for row in rows}
+            more["caches"] = [joined[q.row] for q in questions]
+        else:
+            more["images"] = [pictures[q.row] for q in questions]
+    texts = [q.text for q in questions]
+    answers = answer(
+        model, processor, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick, **more
+    )  # fmt: skip
+    return score(questions, answers, time.perf_counter() - start)
+
+
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The images of one row, in order."""
+    images = row.get("images", row.get("image"))
+    return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+@dataclass
+class Agreement:
+    """How two ways of computing the same answers compare: single pass against stage 2 from a cache.
+
+    Attributes:
+        equal: answers that are the same, token by token.
+        total: answers compared.
+        max_logit_difference: the largest absolute difference over every answer position and the vocabulary.
+    """
+
+    equal: int
+    total: int
+    max_logit_difference: float
+
+
+def agreement(model: Any, processor: Any, questions: Sequence[str], images: Any, caches: Any, max_new_tokens: int) -> Agreement:
+    """Greedy answers from ``caches`` against the single masked pass over the images (contract 1 of the architecture).
+
+    The single pass is one forward over prompt and answer, from which the greedy choice at every position is read;
+    it shares nothing with the cached path but the weights.
+    """
+    import torch
+
+    from .answering import prompt
+
+    equal, worst = 0, 0.0
+    with torch.no_grad():
+        for question, row, cache in zip(questions, images, caches, strict=True):
+            stream = prompt(model, processor, [question], caches=[cache])
+            ids = model.generate(**stream, max_new_tokens=max_new_tokens, do_sample=False)
+            fresh = ids[:, stream["input_ids"].shape[1] :]
+            single = prompt(model, processor, [question], images=[row])
+            full = model(**_extended(single, fresh)).logits[0, -fresh.shape[1] - 1 : -1].float()
+            cached = model(**_extended(stream, fresh)).logits[0, -fresh.shape[1] - 1 : -1].float()
+            worst = max(worst, (full - cached).abs().max().item())
+            equal += bool((full.argmax(-1) == fresh[0]).all())
+    return Agreement(equal, len(questions), worst)
+
+
+def _extended(inputs: dict[str, Any], fresh: Any) -> dict[str, Any]:
+    """``inputs`` with the answer's ids ``(1, A)`` appended to every per-token tensor."""
+    import torch
+
+    length = inputs["input_ids"].shape[1]
+    out = dict(inputs)
+    out["input_ids"] = torch.cat([inputs["input_ids"], fresh], dim=1)
+    for key, value in inputs.items():
+        if key != "input_ids" and torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == length:
+            filler = torch.ones_like(fresh) if key == "attention_mask" else torch.zeros_like(fresh)
+            out[key] = torch.cat([value, filler.to(value.dtype)], dim=1)
+    return out
+
+
+def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int = 30, warm_up: int = 3) -> dict[str, float]:
+    """Median seconds of each of ``ways``, called in turn and in shuffled order, so that drift hits all alike.
+
+    Each callable does the set-up and returns the function that is timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    order = random.Random(0)
+    for turn in range(warm_up + repeats):
+        for name in order.sample(list(ways), len(ways)):
+            call = ways[name]()
+            start = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,172 @@
+"""``attach`` and ``detach``: a model in memory gets the rule and the two-stage methods, and gives them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+from typing import Any
+
+import torch
+
+from ..attachment import Attachment
+from ..attention import backend_for, register
+from ..config import VoCoConfig
+from ..families import family_of
+from ..generation import VoCoGenerationMixin
+from ..layout import TokenVocabulary
+from .tokens import add_token, make_rows, remove_token, restore_rows
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_voco_attachment"
+_CLASSES: dict[type, type] = {}
+
+
+def unwrap(model: Any) -> torch.nn.Module:
+    """The transformers model inside PEFT, DDP, FSDP, DeepSpeed or ``torch.compile`` wrappers."""
+    from transformers import PreTrainedModel
+
+    seen = model
+    while not isinstance(seen, PreTrainedModel):
+        if isinstance(getattr(seen, "_orig_mod", None), torch.nn.Module):
+            seen = seen._orig_mod
+        elif hasattr(seen, "get_base_model"):
+            seen = seen.get_base_model()
+        elif isinstance(getattr(seen, "module", None), torch.nn.Module):
+            seen = seen.module
+        else:
+            break
+    return seen
+
+
+def is_attached(model: Any) -> bool:
+    """Whether ``model`` (or the model inside its wrappers) has the rule on."""
+    return getattr(unwrap(model), _ATTRIBUTE, None) is not None
+
+
+def attachment(model: Any) -> Attachment:
+    """The :class:`Attachment` of a model, also through its wrappers.
+
+    Raises:
+        ValueError: the model is not attached.
+    """
+    found = getattr(unwrap(model), _ATTRIBUTE, None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no VoCo attached; call voco_plugin.attach(model, config) first.")
+    return found
+
+
+def attach(
+    model: torch.nn.Module,
+    config: VoCoConfig | None = None,
+    processor: Any = None,
+    *,
+    vocabulary: TokenVocabulary | None = None,
+    initialize_token: bool | None = None,
+) -> torch.nn.Module:
+    """Give ``model`` the isolation rule and the two-stage methods (paper, Sec. 3.2 and 3.3), in place.
+
+    Args:
+        model: any pure-attention ``AutoModelForImageTextToText``, PEFT-wrapped or not.
+        config: the rule; defaults to ``VoCoConfig()``.
+        processor: its processor: gets the VoCo token, and tells the marker ids. Optional:
+            ``VoCoConfig(token_id=…)`` then names the token itself.
+        vocabulary: the ids to read sequences by, where they cannot be told from config and processor.
+        initialize_token: whether to initialise the token's embedding row; by default only where the token is new
+            to the processor (a saved VoCo model keeps its trained row).
+
+    Returns:
+        the same object.
+
+    Raises:
+        ValueError: the model is attached already, or the rule cannot hold in it (the message says why).
+    """
+    config = dataclasses.replace(config) if config is not None else VoCoConfig()
+    inner = unwrap(model)
+    if is_attached(inner):
+        raise ValueError("this model already has VoCo attached; detach it first.")
+    if not hasattr(inner, "config") or not hasattr(inner, "get_decoder"):
+        raise ValueError(f"{type(inner).__name__} is not a transformers image-text-to-text model.")
+    family = family_of(inner.config)
+    reason = family.refusal(inner)
+    if reason is not None:
+        raise ValueError(f"VoCo cannot be attached: {reason}.")
+    text = family.text_model(inner)
+    implementation = text.config._attn_implementation
+    name = backend_for(implementation)
+
+    restore: dict[str, Any] = {"class": type(inner), "implementation": implementation}
+    known = 0
+    added = False
+    if processor is not None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        known = len(tokenizer)
+        config.token_id, added = add_token(processor, config)
+        restore["token"] = config.token if added else None
+    try:
+        vocab = vocabulary or family.vocabulary(config=inner.config, processor=processor, voco=config)
+        config.token_id = vocab.voco_id
+        rows = inner.get_input_embeddings().weight.shape[0]
+        if vocab.voco_id >= rows and processor is None:
+            raise ValueError(
+                f"VoCoConfig.token_id={vocab.voco_id} is outside the model's {rows} embedding rows; give an id below "
+                f"{rows}, or processor=… so that the token is added."
+            )
+        if added if initialize_token is None else initialize_token:
+            restore["rows"] = make_rows(inner, config, vocab.voco_id, known)
+        elif vocab.voco_id >= rows:
+            restore["rows"] = make_rows(inner, config, vocab.voco_id, known)
+        register()
+        state = Attachment(config, vocab, family, processor)
+        state.restore = restore
+        text.config._attn_implementation_internal = name
+        inner.__class__ = _extended(type(inner))
+        object.__setattr__(inner, _ATTRIBUTE, state)
+        state.install(family.backbone(inner))
+    except Exception:
+        if "rows" in restore:
+            restore_rows(inner, restore["rows"])
+        if added:
+            remove_token(processor, config.token)
+        raise
+    return model
+
+
+def detach(model: torch.nn.Module) -> torch.nn.Module:
+    """Give back the model as it was before :func:`attach`, in place: class, attention, forward, embedding rows.
+
+    Weights that training changed stay as they are; the VoCo token's row and id go. Returns the same object.
+    """
+    inner = unwrap(model)
+    state = attachment(inner)
+    state.remove()
+    text = state.family.text_model(inner)
+    text.config._attn_implementation_internal = state.restore["implementation"]
+    inner.__class__ = state.restore["class"]
+    object.__delattr__(inner, _ATTRIBUTE)
+    if "rows" in state.restore:
+        restore_rows(inner, state.restore["rows"])
+    if state.restore.get("token"):
+        remove_token(state.processor, state.restore["token"])
+    return model
+
+
+def _extended(cls: type) -> type:
+    """A subclass of ``cls`` with the two-stage methods, under the same name (so that a checkpoint names ``cls``)."""
+    if cls not in _CLASSES:
+
+        @functools.wraps(cls.forward)
+        def forward(self, *args: Any, voco_cache: Any = None, **kwargs: Any) -> Any:
+            return VoCoGenerationMixin.forward(self, *args, voco_cache=voco_cache, **kwargs)
+
+        # generate and Trainer read the argument names off the signature: the model's own, and voco_cache
+        own = inspect.signature(cls.forward)
+        extra = inspect.Parameter("voco_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+        at = sum(p.kind is not inspect.Parameter.VAR_KEYWORD for p in own.parameters.values())
+        parameters = list(own.parameters.values())
+        forward.__signature__ = own.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
+        _CLASSES[cls] = type(cls.__name__, (VoCoGenerationMixin, cls), names)
+    return _CLASSES[cls]

@@ -1,0 +1,108 @@
+"""``load``: an existing VLM, a saved VoCo model, or a LoRA checkpoint, by path or hub id alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import CONFIG_NAME, VoCoConfig
+from ..layout import TokenVocabulary
+from .attach import attach, attachment
+
+
+def save_voco_config(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
+    """Write ``voco_config.json`` of an attached model into ``folder``: the rule and the ids it is read by."""
+    state = attachment(model)
+    return state.config.save(folder, vocabulary=state.vocab.to_dict())
+
+
+def _file(source: str, name: str, **hub: Any) -> str | None:
+    """A file of a local folder or a hub repository; ``None`` where it has none."""
+    if os.path.isdir(source):
+        path = Path(source) / name
+        return str(path) if path.is_file() else None
+    from transformers.utils import cached_file
+
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
+    sets = ("placeholders", "markers", "glue", "starts")
+    return TokenVocabulary(**{k: frozenset(v) if k in sets else v for k, v in values.items()})
+
+
+def load(
+    source: str | os.PathLike,
+    voco: VoCoConfig | dict | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **model_kwargs: Any,
+) -> tuple[torch.nn.Module, Any]:
+    """Load a model with VoCo attached, and its processor.
+
+    Args:
+        source: path or hub id of an existing VLM, of a model saved by this package, or of a PEFT adapter trained
+            by it (its base model is loaded from where ``adapter_config.json`` says).
+        voco: the rule for an existing VLM; for a saved model, ``None`` keeps the rule it was saved with, and a
+            config given here replaces it (another K or rule on the same weights).
+        dtype: of the weights; ``None`` keeps the checkpoint's.
+        device: where to put the model.
+        model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …).
+
+    Returns:
+        ``(model, processor)``; the model is in eval mode.
+
+    Raises:
+        FileNotFoundError: the path does not exist, or an adapter's base model is gone.
+        ValueError: the model cannot take the rule.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    source = os.fspath(source)
+    if not os.path.isdir(source) and (os.sep in source and source.count("/") != 1 or source.startswith(".")):
+        raise FileNotFoundError(f"{source} does not exist; give a checkpoint folder or a hub id.")
+    hub = {"revision": revision} if revision else {}
+    if isinstance(voco, dict):
+        voco = VoCoConfig.from_dict(voco)
+    saved, vocabulary = None, None
+    config_file = _file(source, CONFIG_NAME, **hub)
+    if config_file is not None:
+        saved, extra = VoCoConfig.load(Path(config_file).parent)
+        vocabulary = _vocabulary(extra["vocabulary"]) if "vocabulary" in extra else None
+    adapter_file = _file(source, "adapter_config.json", **hub)
+    common = {"trust_remote_code": trust_remote_code, **hub}
+    if dtype is not None:
+        common["dtype"] = dtype
+    base = source
+    if adapter_file is not None:
+        base = json.loads(Path(adapter_file).read_text()).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{adapter_file} names no base model; merge the adapter, or add base_model_name_or_path.")
+        if (os.path.isabs(base) or base.startswith(".")) and not os.path.isdir(base):
+            raise FileNotFoundError(
+                f"the adapter at {source} was trained on {base}, which does not exist; put the base model back, or "
+                f"change base_model_name_or_path in {adapter_file}."
+            )
+        common.pop("revision", None)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    model = AutoModelForImageTextToText.from_pretrained(base, **common, **model_kwargs)
+    config = voco or saved or VoCoConfig()
+    if saved is not None and voco is not None:
+        config = VoCoConfig.from_dict({**voco.to_dict(), "token": saved.token, "token_id": saved.token_id})
+    if vocabulary is not None and config.block_sink != saved.block_sink:
+        vocabulary = None
+    attach(model, config, processor, vocabulary=vocabulary)
+    if adapter_file is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source, **hub)
+    if device is not None:
+        model = model.to(device)
+    return model.eval(), processor

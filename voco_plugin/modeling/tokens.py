@@ -1,0 +1,105 @@
+"""The VoCo token: an id in the tokenizer, a row in the embeddings, and both taken back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..config import VoCoConfig
+
+
+def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:
+    """Add ``config.token`` to the processor's tokenizer as a special token: its id, and whether it was new.
+
+    Raises:
+        ValueError: the tokenizer gives the token another id than ``config.token_id`` names.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    new = config.token not in tokenizer.get_vocab()
+    if new:
+        from tokenizers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(config.token, special=True, normalized=False)], special_tokens=True)
+    token_id = tokenizer.convert_tokens_to_ids(config.token)
+    if config.token_id is not None and config.token_id != token_id:
+        raise ValueError(
+            f"VoCoConfig.token_id={config.token_id}, but the tokenizer has {config.token!r} at {token_id}; "
+            "leave token_id out, or give the token that stands at that id."
+        )
+    return token_id, new
+
+
+def _rows(model: torch.nn.Module) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def make_rows(model: torch.nn.Module, config: VoCoConfig, token_id: int, known: int) -> dict[str, Any]:
+    """Make sure row ``token_id`` exists in the embeddings and, where the token is new, initialise it.
+
+    The row is the mean of the ``known`` existing rows plus seeded noise of a hundredth of their spread, so that it
+    starts in distribution. A vocabulary padded to a multiple of 64 stays so; tied embeddings stay tied.
+
+    Returns:
+        what :func:`restore_rows` needs to give the original weights back, bit for bit.
+    """
+    before = _rows(model)
+    record: dict[str, Any] = {"rows": before}
+    if token_id >= before:
+        multiple = 64 if before % 64 == 0 else None
+        model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=multiple, mean_resizing=False)
+        record["resized"] = True
+    else:
+        record["resized"] = False
+        record["old"] = [w[token_id].detach().clone() for w in _weights(model)]
+    record["token_id"] = token_id
+    known = min(known, before, token_id) or before
+    generator = torch.Generator().manual_seed(config.token_seed)
+    with torch.no_grad():
+        for weight in _weights(model):
+            rows = weight[:known].detach().float()
+            std = rows.std(dim=0, unbiased=False).cpu()
+            noise = torch.randn(weight.shape[1], generator=generator) * std * 0.01
+            row = (rows.mean(dim=0).cpu() + noise).to(weight.device, weight.dtype)
+            weight[token_id] = row
+            if record["resized"]:
+                weight[before:token_id] = row  # ids between the old end and the token, if any
+                weight[token_id + 1 :] = row  # padding rows
+    return record
+
+
+def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The input embedding's weight and, where it is another tensor, the LM head's."""
+    weights = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not weights[0]:
+        weights.append(head.weight)
+    return weights
+
+
+def restore_rows(model: torch.nn.Module, record: dict[str, Any]) -> None:
+    """Undo :func:`make_rows`."""
+    if record["resized"]:
+        model.resize_token_embeddings(record["rows"], mean_resizing=False)
+        return
+    with torch.no_grad():
+        for weight, old in zip(_weights(model), record["old"], strict=True):
+            weight[record["token_id"]] = old.to(weight.device)
+
+
+def remove_token(processor: Any, token: str) -> None:
+    """Take ``token`` out of the tokenizer again.
+
+    Fast tokenizers cannot drop an added token, so the backend is rebuilt from its own JSON without it.
+    """
+    import json
+
+    tokenizer = getattr(processor, "tokenizer", processor)
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if backend is None:
+        return
+    from tokenizers import Tokenizer
+
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [t for t in state.get("added_tokens", []) if t["content"] != token]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
