@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from .cache import VoCoCache
+from .layout import vision_runs
 from .modeling import attachment, is_attached
 
 Messages = list[dict[str, Any]]
@@ -65,9 +67,26 @@ def stream_of(model: Any, processor: Any, batch: Sequence[Messages], cache: VoCo
 
     Row ``b`` gets the K of each block that ``cache`` holds for it.
     """
-    from .generation import stream_from_messages
-
-    return stream_from_messages(processor, list(batch), attachment(model).vocab, cache, add_generation_prompt=True)
+    vocab = attachment(model).vocab
+    tokenizer = getattr(processor, "tokenizer", processor)
+    texts = render(processor, batch)
+    encoded = tokenizer(texts, add_special_tokens=_adds_special_tokens(processor, texts))["input_ids"]
+    rows = []
+    for number, ids in enumerate(encoded):
+        counts = [b.num_tokens for b, row in zip(cache, cache.rows, strict=True) if row == number]
+        found = vision_runs(np.asarray(ids), np.ones(len(ids), dtype=bool), vocab)
+        if len(found) != len(counts):
+            raise ValueError(f"prompt {number} has {len(found)} image placeholder(s) and {len(counts)} cached image(s).")
+        stream, at = [], 0
+        for (start, stop), count in zip(found, counts, strict=True):
+            stream += [*ids[at:start], *[vocab.voco_id] * count]
+            at = stop
+        rows.append([*stream, *ids[at:]])
+    longest = max(map(len, rows))
+    pad = tokenizer.pad_token_id or 0
+    out = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": out, "attention_mask": mask}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .attachment import Attachment, CacheState
+from .isolation import Attachment, CacheState
 from .cache import VoCoCache
 from .cache.stage_one import compress
 from .cache.stage_two import Placed, place

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..attachment import CacheState
+from ..isolation import CacheState
 from ..layout import TokenKind
 from ..masks import TokenTable
 from .block import VoCoBlock

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         _module(command).add(subparsers, common)
+        subparsers.choices[command].set_defaults(parser=subparsers.choices[command])
     return parser
 
 
@@ -64,9 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.error("voco", f"no command {argv[0]!r}{nearest(argv[0], COMMANDS)}; use one of {', '.join(COMMANDS)}.")
         return 2
     try:
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        args, unknown = parser.parse_known_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+    if unknown:
+        known = args.parser._option_string_actions if args.command else parser._option_string_actions
+        hint = nearest(unknown[0], known)
+        output.error(f"voco {args.command or ''}".strip(), f"unknown argument {unknown[0]!r}{hint}; --help shows all.")
+        return 2
     if args.version:
         from importlib.metadata import PackageNotFoundError, version
 
@@ -76,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output.emit("unknown (not installed)")
         return 0
     if args.command is None:
-        build_parser().print_help(sys.stderr)
+        parser.print_help(sys.stderr)
         return 2
     try:
         return int(_module(args.command).run(args) or 0)

@@ -32,7 +32,6 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="check the recipe and print its keys; train nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="override a key")
-    parser.set_defaults(parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:

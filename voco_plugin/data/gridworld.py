@@ -1,23 +1,24 @@
 """Writes the gridworld: a small visual question answering set with exact answers, in the formats people use.
 
     out_dir/
-      train.json  test.json      LLaVA format: [{"id", "image", "conversations": [{"from", "value"}, …], "types"}, …]
-      images/train/000000.png    the images that "image" names, relative to images/
-      hf/                        the same conversations as a `datasets` folder (`save_to_disk`; splits train and test)
-                                 with the columns of TRL's vision format, `messages` and `images`
-      scenes.json                what each image holds, cell by cell
-      meta.json                  the settings, and the accuracy of the best guesser who sees no image
+      train.json  test.json    LLaVA format: [{"id", "image", "conversations": [{"from", "value"}, …]}, …]
+      images/train/000000.png  the images that "image" names, relative to images/
+      hf/                      the same as a `datasets` folder (`save_to_disk`; splits train and test) with
+                               the columns of TRL's vision format, `messages` and `images`
+      scenes.json              what each image holds, cell by cell
+      meta.json                the settings, and the accuracy of the best guesser who sees no image
 
-One seed gives the same bytes. Image `i` of a split does not depend on how many are written. The test split shares
-with training neither a handwritten digit nor a combination of things in the cells.
+One seed gives the same bytes. Image `i` of a split does not depend on how many are written. The test split
+shares with training neither a handwritten digit nor a combination of things in the cells.
 
 What a reader of these files should know:
 
-- `types` (one label per question) is beside the conversation in both formats; loaders keep it, trainers drop it.
-- A training conversation ends with the caption turn (`describe`); a test conversation has none. The caption comes
-  last because a model could copy later answers from it.
-- In a conversation, a later question may have been half answered by an earlier one. To measure what an image says,
-  ask each test question alone.
+- `types` (one label per question) is beside the conversation in both formats; loaders keep it,
+  trainers drop it.
+- A training conversation ends with the caption turn (`describe`); a test conversation has none. The caption
+  comes last because a model could copy later answers from it.
+- In a conversation, a later question may have been half answered by an earlier one. To measure what an image
+  says, ask each test question alone.
 """
 
 from __future__ import annotations
@@ -64,11 +65,17 @@ def write_gridworld(
         overwrite: replace an earlier gridworld in `out_dir`.
 
     Raises:
-        ValueError: a setting is out of range, or `out_dir` holds something else, or holds a set and not `overwrite`.
-        ImportError: scikit-learn is missing.
+        ValueError: a setting is out of range, or `out_dir` holds something else, or holds a set and not
+        `overwrite`. ImportError: scikit-learn is missing.
     """
-    _check(num_train=num_train, num_test=num_test, grid=grid, num_colors=num_colors, cell_pixels=cell_pixels,
-           num_questions=num_questions)
+    _check(
+        num_train=num_train,
+        num_test=num_test,
+        grid=grid,
+        num_colors=num_colors,
+        cell_pixels=cell_pixels,
+        num_questions=num_questions,
+    )
     out = Path(out_dir)
     _prepare(out, overwrite)
     settings = {
@@ -126,7 +133,10 @@ def _check(**values: int) -> None:
 def _prepare(out: Path, overwrite: bool) -> None:
     """Makes `out`, or empties it of an earlier gridworld; nothing else is ever removed."""
     if out.is_dir() and any(out.iterdir()):
-        if not (out / _MARKER).is_file() or json.loads((out / _MARKER).read_text()).get("format") != "gridworld":
+        if (
+            not (out / _MARKER).is_file()
+            or json.loads((out / _MARKER).read_text()).get("format") != "gridworld"
+        ):
             raise ValueError(f"{out} is not empty and holds no gridworld: give another out_dir")
         if not overwrite:
             raise ValueError(f"{out} holds a gridworld already: pass overwrite=True, or give another out_dir")
@@ -154,7 +164,12 @@ def _trl_row(row: dict[str, Any]) -> dict[str, Any]:
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
     image = {"bytes": row["png"], "path": row["image"].rsplit("/", 1)[-1]}
-    return {"id": row["id"], "messages": messages, "images": [image], "types": [turn.type for turn in row["turns"]]}
+    return {
+        "id": row["id"],
+        "messages": messages,
+        "images": [image],
+        "types": [turn.type for turn in row["turns"]],
+    }
 
 
 def _save_hf(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -170,7 +185,9 @@ def _save_hf(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     quiet = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        DatasetDict({s: Dataset.from_dict(c, features=features) for s, c in columns.items()}).save_to_disk(folder)
+        DatasetDict({s: Dataset.from_dict(c, features=features) for s, c in columns.items()}).save_to_disk(
+            folder
+        )
     finally:
         if quiet:
             enable_progress_bar()

@@ -10,8 +10,8 @@ Six types, and the caption:
     sum       What is the sum of the digits at a1 and b2?           13
     describe  Describe the image.                                   a1 red circle, b1 digit 7, …
 
-Answers are balanced within a type: `exists` is yes half of the time, of `relation`'s two names the first is right
-half of the time, and `count` draws its answer before it draws what to count.
+Answers are balanced within a type: `exists` is yes half of the time, of `relation`'s two names the first is
+right half of the time, and `count` draws its answer before it draws what to count.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def describe(scene: Scene) -> Turn:
 
 
 def ask(scene: Scene, rng: np.random.Generator, num_questions: int, num_colors: int) -> list[Turn]:
-    """Draws `num_questions` different questions about one scene, going round the types it allows in random order.
+    """Draws `num_questions` different questions about one scene, going round the types it allows.
 
     Raises:
         ValueError: the scene does not allow that many different questions.
@@ -128,7 +128,9 @@ def ask(scene: Scene, rng: np.random.Generator, num_questions: int, num_colors: 
             turns.append(Turn(str(kind), *asked))
             if len(turns) == num_questions:
                 return turns
-    raise ValueError(f"a {scene.grid} x {scene.grid} scene has fewer than {num_questions} different questions: ask fewer")
+    raise ValueError(
+        f"a {scene.grid} x {scene.grid} scene has fewer than {num_questions} different questions: ask fewer"
+    )
 
 
 def blind_accuracy(train: Iterable[Turn], test: Iterable[Turn]) -> dict[str, float]:
@@ -144,7 +146,7 @@ def blind_accuracy(train: Iterable[Turn], test: Iterable[Turn]) -> dict[str, flo
     hits: dict[str, list[bool]] = defaultdict(list)
     for turn in test:
         counts = by_text.get(turn.question) or by_type[turn.type]
-        # ties go to the alphabetically first answer, so that the figure does not depend on the order of the data
+        # ties go to the alphabetically first answer, whatever the order of the data
         guess = min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""
         hits[turn.type].append(guess == turn.answer)
         hits["all"].append(guess == turn.answer)

@@ -1,7 +1,7 @@
 """Scenes of the gridworld: a grid whose cells hold coloured shapes or real handwritten digits.
 
-A scene is sampled from a seed, named in words, and drawn. Cells are named like a chessboard read from the top left:
-column letter, then row number.
+A scene is sampled from a seed, named in words, and drawn. Cells are named like a chessboard read from the top
+left: column letter, then row number.
 
         a    b
     1 [ a1 | b1 ]      row-major order: a1, b1, a2, b2
@@ -38,7 +38,7 @@ _MAX_TRIES = 1000
 
 @dataclass(frozen=True)
 class Thing:
-    """What one cell holds: a coloured shape (`color`, `shape`) or a digit (`digit`, `sample` in `load_digits`)."""
+    """What one cell holds: a coloured shape, or a digit and its index `sample` in `load_digits`."""
 
     color: str | None = None
     shape: str | None = None
@@ -102,7 +102,7 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            'gridworld draws digits from scikit-learn, which is missing: pip install "voco_plugin[quickstart]"'
+            'gridworld needs scikit-learn for its digits: pip install "voco_plugin[quickstart]"'
         ) from error
     data = load_digits()
     return data.images, data.target
@@ -117,7 +117,7 @@ def digit_samples(split: str, digit: int) -> tuple[int, ...]:
 
 
 def in_split(names: tuple[str, ...], split: str) -> bool:
-    """Whether this combination of things belongs to `split`: no combination is in both, whatever the sizes."""
+    """Whether this combination of things belongs to `split`; none is in both, whatever their sizes."""
     return (zlib.crc32("|".join(names).encode()) % _TEST_EVERY == 0) == (split == "test")
 
 
@@ -144,7 +144,7 @@ def sample_scene(rng: np.random.Generator, grid: int, num_colors: int, split: st
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator, cell_pixels: int) -> Image.Image:
-    """Draws the scene as an RGB image of `grid * cell_pixels` pixels a side; sizes and places vary with `rng`."""
+    """Draws the scene as RGB, `grid * cell_pixels` pixels a side; `rng` varies sizes and places."""
     side = scene.grid * cell_pixels
     shade = int(rng.integers(16, 48))
     image = Image.new("RGB", (side, side), (shade, shade, shade))
@@ -157,7 +157,10 @@ def draw_scene(scene: Scene, rng: np.random.Generator, cell_pixels: int) -> Imag
             mask, ink = _digit_mask(thing, size), (235, 235, 235)
         else:
             brightness = rng.uniform(0.85, 1.0)
-            mask, ink = _shape_mask(thing.shape, size), tuple(int(c * brightness) for c in COLORS[thing.color])
+            mask, ink = (
+                _shape_mask(thing.shape, size),
+                tuple(int(c * brightness) for c in COLORS[thing.color]),
+            )
         image.paste(ink, (left, top), mask)
     return image
 

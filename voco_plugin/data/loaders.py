@@ -1,16 +1,16 @@
-"""Loads a vision instruction set into TRL's vision format: a LLaVA JSON, a saved folder, local files or a hub id.
+"""Loads a vision instruction set into TRL's vision format: LLaVA JSON, a saved folder, local files, a hub id.
 
 What comes out is a `datasets.Dataset` with, per row,
 
-    messages  [{"role": "user" | "assistant" | "system", "content": [{"type": "image"}, {"type": "text", "text": …}]}]
-    images    the images in the order of their {"type": "image"} parts, decoded when the row is read
+    messages  [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": …}]}, …]
+    images    in the order of their {"type": "image"} parts, decoded when the row is read
 
-and the columns `id` and `types` where the source has them. Arrow gives every part the same fields, so a part read
-back is `{"type": "image", "text": None}`: test `part["type"]`, not the presence of a key. Rows without an image have
-`images == []`.
+and the columns `id` and `types` where the source has them. Arrow gives every part the same fields, so a part
+read back is `{"type": "image", "text": None}`: test `part["type"]`, not the presence of a key. Rows without
+an image have `images == []`.
 
-`<image>` in a LLaVA text is cut out together with one line break on its either side: the chat template, not the
-data, says how an image is set off from the text.
+`<image>` in a LLaVA text is cut out together with one line break on either side of it: the chat template, not
+the data, says how an image is set off from the text.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ def load_vision_dataset(
     """Loads a set in LLaVA's or TRL's vision format.
 
     Args:
-        path_or_name: a LLaVA `.json`/`.jsonl` file, a folder made by `save_to_disk`, a folder of parquet or other
-            files that `datasets.load_dataset` reads, or a hub id.
+        path_or_name: a LLaVA `.json`/`.jsonl` file, a folder made by `save_to_disk`, a folder of parquet or
+            other files that `datasets.load_dataset` reads, or a hub id.
         split: which split; None takes the only one, or `train`. A LLaVA file has no splits.
         image_folder: where a LLaVA file's image names start; default: beside the file, or its `images/`.
 
     Raises:
-        ValueError: the source does not exist, has no such split or is in neither format; a record is malformed or
+        ValueError: the source does not exist, has no such split or is in neither format; a record is
+        malformed or
             its image is missing (the message names the record).
     """
     path = Path(path_or_name).expanduser()
@@ -95,7 +96,11 @@ def llava_to_dataset(
     """
     from datasets import Dataset
 
-    folders = [Path(image_folder)] if image_folder is not None else [Path(path).parent, Path(path).parent / "images"]
+    folders = (
+        [Path(image_folder)]
+        if image_folder is not None
+        else [Path(path).parent, Path(path).parent / "images"]
+    )
     if not records:
         raise ValueError(f"{path} holds no records")
     with_id = any(isinstance(r, dict) and "id" in r for r in records)
@@ -123,7 +128,9 @@ def _read_records(path: Path) -> list[Any]:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error} (one object per line? name it .jsonl)") from None
+            raise ValueError(
+                f"{path} is not valid JSON: {error} (one object per line? name it .jsonl)"
+            ) from None
         if not isinstance(value, list):
             raise ValueError(f"{path} holds a {type(value).__name__}: LLaVA's format is a list of records")
         return value
@@ -140,12 +147,20 @@ def _read_records(path: Path) -> list[Any]:
 def _is_trl(records: list[Any]) -> bool:
     """Whether a JSON file is in TRL's format already, which `load_dataset` reads."""
     first = records[0] if records else None
-    return isinstance(first, dict) and "conversations" not in first and ("messages" in first or "prompt" in first)
+    return (
+        isinstance(first, dict)
+        and "conversations" not in first
+        and ("messages" in first or "prompt" in first)
+    )
 
 
 def _where(record: Any, index: int, source: object) -> str:
     name = record.get("id") if isinstance(record, dict) else None
-    return f"{source}: sample {name!r} (index {index})" if name is not None else f"{source}: sample at index {index}"
+    return (
+        f"{source}: sample {name!r} (index {index})"
+        if name is not None
+        else f"{source}: sample at index {index}"
+    )
 
 
 def _messages(record: Any, where: str) -> list[dict[str, Any]]:
@@ -199,14 +214,20 @@ def _load(path: Path, name: str, split: str | None) -> Dataset:
             warnings.warn(f"split={split!r} is ignored: {name} is one dataset without splits", stacklevel=3)
         return loaded
     if path.is_file():
-        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(path.suffix.lower())
+        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}.get(
+            path.suffix.lower()
+        )
         if kind is None:
-            raise ValueError(f"{name}: cannot read {path.suffix!r} files: give .json, .jsonl, .parquet or a folder")
+            raise ValueError(
+                f"{name}: cannot read {path.suffix!r} files: give .json, .jsonl, .parquet or a folder"
+            )
         return load_dataset(kind, data_files=str(path), split=split or "train")
     if path.is_dir():
         found = sorted(file.name for file in path.glob("*.json*") if not file.name.startswith("dataset_"))
         if found and not list(path.rglob("*.parquet")):
-            raise ValueError(f"{name} is a folder with {', '.join(found)}: name one of these files, or a saved dataset")
+            raise ValueError(
+                f"{name} is a folder with {', '.join(found)}: name one of these files, or a saved dataset"
+            )
     elif path.is_absolute() or name.startswith((".", "~")) or path.suffix in (".json", ".jsonl", ".parquet"):
         raise ValueError(f"{name} does not exist: give a LLaVA JSON file, a dataset folder or a hub id")
     try:
@@ -226,11 +247,15 @@ def _choose(splits: Any, split: str | None, name: str) -> Dataset:
 
 
 def _normalise(dataset: Dataset, name: str) -> Dataset:
-    """Brings a loaded dataset into the form of the module docstring; one already in it is returned as it is."""
+    """Brings a loaded dataset into the form of the module docstring; returns one already in it as it is."""
     from datasets import Image, List
 
     columns = set(dataset.column_names)
-    if "conversations" not in columns and "messages" not in columns and not {"prompt", "completion"} <= columns:
+    if (
+        "conversations" not in columns
+        and "messages" not in columns
+        and not {"prompt", "completion"} <= columns
+    ):
         raise ValueError(
             f"{name} has the columns {', '.join(sorted(columns))}: "
             'TRL\'s vision format has "messages" (or "prompt" and "completion") and "images"'
@@ -240,12 +265,16 @@ def _normalise(dataset: Dataset, name: str) -> Dataset:
         return dataset
     column = next((c for c in ("images", "image") if c in columns), None)
     if column is not None:  # counted and carried as stored, not decoded
-        dataset = dataset.cast_column(column, List(Image(decode=False)) if column == "images" else Image(decode=False))
+        dataset = dataset.cast_column(
+            column, List(Image(decode=False)) if column == "images" else Image(decode=False)
+        )
     extra = [c for c in ("id", "types") if c in columns]
     features = vision_features()
     features.update({c: dataset.features[c] for c in extra})
     drop = [c for c in dataset.column_names if c not in features]
-    return dataset.map(_normaliser(source, column, name), with_indices=True, features=features, remove_columns=drop)
+    return dataset.map(
+        _normaliser(source, column, name), with_indices=True, features=features, remove_columns=drop
+    )
 
 
 def _has_text_content(dataset: Dataset) -> bool:
@@ -257,7 +286,9 @@ def _has_text_content(dataset: Dataset) -> bool:
     return isinstance(item, dict) and isinstance(item.get("content"), Value)
 
 
-def _normaliser(source: str, column: str | None, name: str) -> Callable[[dict[str, Any], int], dict[str, Any]]:
+def _normaliser(
+    source: str, column: str | None, name: str
+) -> Callable[[dict[str, Any], int], dict[str, Any]]:
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         where = _where(row, index, name)
         images = row[column] if column else []
@@ -265,9 +296,13 @@ def _normaliser(source: str, column: str | None, name: str) -> Callable[[dict[st
         if source == "conversations":
             messages = _messages(row, where)
         else:
-            messages = [{"role": m["role"], "content": split_placeholders(m["content"] or "")} for m in row[source]]
+            messages = [
+                {"role": m["role"], "content": split_placeholders(m["content"] or "")} for m in row[source]
+            ]
         marked = any(part["type"] == "image" for message in messages for part in message["content"])
-        if images and not marked and source == "messages":  # TRL's convention: images before the first user text
+        if (
+            images and not marked and source == "messages"
+        ):  # TRL's convention: images before the first user text
             first = next((message for message in messages if message["role"] == "user"), messages[0])
             first["content"] = [{"type": "image", "text": None} for _ in images] + first["content"]
         _check_count(messages, len(images), where)

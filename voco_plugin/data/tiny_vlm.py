@@ -1,9 +1,9 @@
 """A tiny vision-language model of the real classes, to train on the gridworld on a CPU.
 
-`build_tiny_vlm` gives a `LlavaForConditionalGeneration` (CLIP tower, two-layer GELU projector, Llama LLM) and its
-`LlavaProcessor`: a tokenizer trained with `tokenizers`, a CLIP image processor at the tiny resolution, and a chat
-template in LLaVA-1.5's form. `pretrain_tower` then teaches the tower what CLIP already knows when LLaVA starts.
-What `save_pretrained` writes is an ordinary transformers checkpoint.
+`build_tiny_vlm` gives a `LlavaForConditionalGeneration` (CLIP tower, two-layer GELU projector, Llama LLM) and
+its `LlavaProcessor`: a tokenizer trained with `tokenizers`, a CLIP image processor at the tiny resolution,
+and a chat template in LLaVA-1.5's form. `pretrain_tower` then teaches the tower what CLIP already knows when
+LLaVA starts. What `save_pretrained` writes is an ordinary transformers checkpoint.
 
     <s> USER: <image>
     What is at a1? ASSISTANT: red circle</s> USER: Is there a digit 7? ASSISTANT: no</s>
@@ -82,9 +82,13 @@ def build_tiny_vlm(
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     if image_size % patch_size:
-        raise ValueError(f"image_size={image_size} is no multiple of patch_size={patch_size}: change one of them")
+        raise ValueError(
+            f"image_size={image_size} is no multiple of patch_size={patch_size}: change one of them"
+        )
     if text_width % text_heads:
-        raise ValueError(f"text_width={text_width} is no multiple of text_heads={text_heads}: change one of them")
+        raise ValueError(
+            f"text_width={text_width} is no multiple of text_heads={text_heads}: change one of them"
+        )
     processor = build_processor(image_size, patch_size)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
@@ -155,7 +159,7 @@ def build_processor(image_size: int = 64, patch_size: int = 16) -> LlavaProcesso
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE tokenizer trained on gridworld text; its words come out as single tokens. Same result every time."""
+    """A BPE tokenizer trained on gridworld text, always the same; its words come out as single tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -188,7 +192,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _corpus(num_scenes: int = 400) -> list[str]:
-    """Gridworld conversations over 3 x 3 cells and all colours, so that one vocabulary serves every setting."""
+    """Gridworld conversations, 3 x 3 cells and all colours: one vocabulary serves every setting."""
     rng = np.random.default_rng(0)
     lines = [f" {number}" for number in range(19) for _ in range(50)]
     for index in range(num_scenes):
@@ -215,9 +219,9 @@ def pretrain_tower(
 ) -> dict[str, float]:
     """Trains the tower, in place, to tell for each patch what its cell holds and where the patch is.
 
-    Two linear heads, thrown away afterwards, read the features the projector will read (and the tower's last layer
-    too, so that no layer stays random). The position target is needed: without it the decoder cannot find a cell,
-    because RoPE alone gives it no absolute place.
+    Two linear heads, thrown away afterwards, read the features the projector will read (and the tower's last
+    layer too, so that no layer stays random). The position target is needed: without it the decoder cannot
+    find a cell, because RoPE alone gives it no absolute place.
 
     Args:
         model, processor: as `build_tiny_vlm` made them.
@@ -227,14 +231,17 @@ def pretrain_tower(
         seed: of images, batches and heads.
 
     Returns:
-        `cell_accuracy` and `position_accuracy` per patch, 0…1, on held-out scenes and digits; `loss`, the last.
+        `cell_accuracy` and `position_accuracy` per patch, 0…1, on held-out scenes and digits; `loss`, the
+        last.
     """
     images, cells = _patch_data(processor, grid, num_colors, cell_pixels, num_images, "train", seed)
     held_images, held_cells = _patch_data(processor, grid, num_colors, cell_pixels, 512, "test", seed)
     tower = model.model.vision_tower
     width, patches = tower.config.hidden_size, cells.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    heads = torch.nn.ModuleList(torch.nn.Linear(width, n) for n in (len(CELL_CLASSES), patches) for _ in range(2))
+    heads = torch.nn.ModuleList(
+        torch.nn.Linear(width, n) for n in (len(CELL_CLASSES), patches) for _ in range(2)
+    )
     for head in heads:
         torch.nn.init.normal_(head.weight, std=INIT_STD, generator=generator)
         torch.nn.init.zeros_(head.bias)

@@ -142,13 +142,21 @@ class Family:
 
         Args:
             vision: the forward's other keyword arguments (grids, token types, …).
+
+        Raises:
+            ValueError: an mrope family's image tokens without the grids that place them.
         """
         if not hasattr(backbone, "get_rope_index"):
             return sequential_positions(attention_mask)
         wanted = inspect.signature(backbone.get_rope_index).parameters
         given = {k: v for k, v in vision.items() if k in wanted and v is not None}
-        if not any(k.endswith("grid_thw") for k in given):
+        if not bool((self.token_types(backbone.config, input_ids) > 0).any()):
             return sequential_positions(attention_mask).expand(3, *input_ids.shape).clone()
+        if not any(k.endswith("grid_thw") for k in given):
+            raise ValueError(
+                "image tokens without image_grid_thw: their positions cannot be told (the backbone would count them "
+                "as text); pass the processor's image_grid_thw along."
+            )
         if "mm_token_type_ids" in wanted and "mm_token_type_ids" not in given:
             given["mm_token_type_ids"] = self.token_types(backbone.config, input_ids)
         given.update(input_ids=input_ids, attention_mask=attention_mask)

@@ -1,6 +1,6 @@
 """Attach the isolation rule to a model, take it off, load and save."""
 
-from ..attachment import Attachment
+from ..isolation import Attachment
 from .attach import attach, attachment, detach, is_attached, unwrap
 from .loading import load, save_voco_config
 

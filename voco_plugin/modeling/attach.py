@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..attachment import Attachment
+from ..isolation import Attachment
 from ..attention import backend_for, register
 from ..config import VoCoConfig
 from ..families import family_of

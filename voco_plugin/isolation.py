@@ -167,15 +167,16 @@ class Attachment:
         return self._local.stack
 
     @torch.compiler.disable
-    def before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Read the layout, set the positions, put the rule in force."""
+        named = kwargs
         if args:
             names = list(inspect.signature(module.forward).parameters)
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        prepared = self.prepare(module, kwargs) if self.config.isolates else None
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+        prepared = self.prepare(module, named) if self.config.isolates else None
         if prepared is None:
             self._stack().append((None, None, None, None))
-            return args, kwargs
+            return None
         kwargs, active, state = prepared
         self._stack().append((activate(active), active, state, kwargs.get("past_key_values")))
         return (), kwargs
@@ -265,7 +266,14 @@ class Attachment:
         device = input_ids.device
         if state.planned is not None:
             return state.take_planned(layout.num_tokens)
-        sequential = self.family.sequential(backbone, input_ids, mask, kwargs).to(device)
+        given = kwargs.get("position_ids")
+        own = getattr(self._local, "policy", "check") == "own"
+        grids = any(k.endswith("grid_thw") and v is not None for k, v in kwargs.items())
+        if own and layout.has_vision and not grids and isinstance(given, torch.Tensor) and given.ndim == 3:
+            # generate encodes the images itself and keeps their grids; its 3-axis positions count as the backbone does
+            sequential = given[-3:].to(device) - state.next_position[:, None]
+        else:
+            sequential = self.family.sequential(backbone, input_ids, mask, kwargs).to(device)
         if self.config.positions == "compact":
             local = compact_positions(layout, sequential)
         else:

@@ -1,0 +1,194 @@
+"""Contract 1: two-stage = single pass, batched = one by one, relocated = recomputed, over families and rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import CORE, ROWS, RULES, TOLERANCE, inputs, largest_difference, rows_for, shared, text_columns
+from reference import base_mask, letters, rule_mask
+from tiny import BOS, NAMES, glue_ids, vision_ids, voco_id
+from tiny.models import WINDOW
+
+import voco_plugin as vp
+from voco_plugin.attention import dense
+
+CASES = [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
+SIDES = ("right", "left")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "rule"), CASES)
+@torch.no_grad()
+def test_two_stage_equals_single_pass(name, rule, attn, dtype):
+    model = shared(name, dtype, attn, rule)
+    for side in SIDES:
+        batch = inputs(name, rows_for(rule), side, dtype)
+        logits = model(**batch).logits
+        cache = model.compress(**batch)
+        stream = model.stream_inputs(batch)
+        cached = model(**stream, voco_cache=cache).logits
+        assert len(cache) == 5 and cache.num_tokens == [2, 2, 1, 3, 2]
+        # transformers' eager attention takes its softmax in fp32 whatever the dtype
+        tolerance = 1e-5 if attn == "eager" and dtype == torch.float64 else TOLERANCE[dtype]
+        assert largest_difference(model, batch, logits, stream, cached) <= tolerance
+
+
+def _expected_masks(name: str, rule: str, batch) -> dict[str, torch.Tensor]:
+    """``(B, N, N)`` per layer type, by brute force."""
+    options = {k: v for k, v in RULES[rule].items() if k in ("rule", "block_context", "hide_prefix")}
+    sink = rule == "bos-sink"
+    masks: dict[str, list] = {"full_attention": [], "sliding_attention": []}
+    for row in range(batch["input_ids"].shape[0]):
+        ids = batch["input_ids"][row].tolist()
+        text = letters(
+            ids,
+            batch["attention_mask"][row].tolist(),
+            vision=vision_ids(name),
+            voco=voco_id(name),
+            glue=glue_ids(name),
+            bos=BOS if sink else None,
+        )
+        groups = None
+        if name == "gemma3":  # soft tokens of one image see each other both ways
+            types, groups, current = batch["token_type_ids"][row].tolist(), [], -1
+            for i, kind in enumerate(types):
+                current += kind == 1 and (i == 0 or types[i - 1] != 1)
+                groups.append(current if kind == 1 else -1)
+        shown = rule_mask(text, sink=sink, **options)
+        for kind, window in (("full_attention", None), ("sliding_attention", WINDOW)):
+            masks[kind].append(base_mask(text, window=window, groups=groups) & shown)
+    return {k: torch.stack(v) for k, v in masks.items()}
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "rule"), CASES)
+@torch.no_grad()
+def test_the_mask_of_every_layer_is_the_table(name, rule, attn, monkeypatch):
+    """The mask that reaches each text layer's attention, against loops over the table and the backbone's own mask."""
+    model = shared(name, torch.float32, attn, rule)
+    seen = []
+    key = f"voco_{attn}"
+    from transformers import AttentionInterface
+
+    stock = AttentionInterface._global_mapping[key]
+
+    def spy(module, query, key_states, value, attention_mask, **kwargs):
+        seen.append((getattr(module, "layer_idx", None), attention_mask))
+        return stock(module, query, key_states, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, key, spy)
+    types = getattr(model.get_decoder().config, "layer_types", None)
+    for side in SIDES:
+        batch = inputs(name, rows_for(rule), side)
+        seen.clear()
+        model(**batch)
+        expected = _expected_masks(name, rule, batch)
+        assert len(seen) == model.get_decoder().config.num_hidden_layers
+        real = batch["attention_mask"].bool()
+        for layer, mask in seen:
+            kind = types[layer] if types else "full_attention"
+            if name == "llava_mistral":
+                kind = "sliding_attention"  # every Mistral layer has the window
+            shown = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+            assert torch.equal(shown[real], expected[kind][real]), f"layer {layer} ({kind}), {side}"
+
+
+@pytest.mark.parametrize("rule", ["isolated", "prefix", "sequential"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_batched_equals_one_by_one(name, rule):
+    model = shared(name, torch.float32, "sdpa", rule)
+    batch = inputs(name, rows_for(rule), "left")
+    logits = model(**batch).logits
+    columns = text_columns(model, batch)
+    for row in range(len(ROWS)):
+        alone = inputs(name, [ROWS[row]], first_row=row)
+        single = model(**alone).logits[0]
+        own = text_columns(model, alone)[0]
+        assert (logits[row, columns[row]] - single[own]).abs().max() <= 1e-4
+        cache = model.compress(**alone)
+        whole = model.compress(**batch).row(row)
+        assert len(cache) == len(whole)
+        for a, b in zip(cache, whole, strict=True):
+            for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
+                assert (x - y).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_relocated_equals_recomputed(name):
+    """Blocks of two prompts, reordered in a third at other positions, against a fresh pass over the third."""
+    model = shared(name)
+    one = inputs(name, [["bos", "t3", "img", "c2", "t4"]], first_row=0)
+    two = inputs(name, [["img", "c1", "t3"]], first_row=1)
+    cache = vp.VoCoCache.cat([model.compress(**two), model.compress(**one)])
+    far = 40
+    segments = [f"t{far}", "img", "c1", "t2", "img", "c2", "t3"]
+    fresh = inputs(name, [segments], first_row=2)
+    # the same two images, in the other order
+    joined = dict(fresh)
+    for key, value in one.items():
+        if key.startswith("pixel") or key in ("image_grid_thw", "image_sizes", "batch_num_images"):
+            dim = 1 if name in ("idefics3", "smolvlm") else 0  # tiles of one row side by side
+            joined[key] = torch.cat([two[key], value], dim=dim)
+    if "batch_num_images" in joined:
+        pytest.skip("llava_onevision tiles an image differently when it is not alone: not the same vision tokens")
+    logits = model(**joined).logits
+    stream = model.stream_inputs(joined)
+    cached = model(**stream, voco_cache=cache).logits
+    assert cache.blocks[0].position != far and largest_difference(model, joined, logits, stream, cached) <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_no_leak(name, monkeypatch):
+    """Contract 2: with the VoCo tokens' keys removed, other pixels change no text logit by one bit."""
+    from voco_plugin.layout import TokenKind
+
+    real = dense.isolation_predicate
+
+    def without_voco_keys(config, table):
+        predicate = real(config, table)
+
+        def cut(b, h, q, k):
+            readers = (table.block[b, q] < 0) & (table.kind[b, k] == TokenKind.VOCO)
+            return predicate(b, h, q, k) & ~readers
+
+        return cut
+
+    for rule in RULES if name in CORE else ("isolated",):
+        model = shared(name, torch.float32, "sdpa", rule)
+        batch = inputs(name, rows_for(rule))
+        other = dict(batch)
+        for key, value in batch.items():
+            if key.startswith("pixel_values"):
+                other[key] = value + torch.where(value == 0, 0.0, 0.7)  # an all-zero tile is padding
+        columns = text_columns(model, batch)
+        kept = (model(**batch).logits, model(**other).logits)
+        with monkeypatch.context() as patch:
+            patch.setattr(dense, "isolation_predicate", without_voco_keys)
+            cut = (model(**batch).logits, model(**other).logits)
+        for row in range(len(ROWS)):
+            assert torch.equal(cut[0][row, columns[row]], cut[1][row, columns[row]]), rule
+        assert (kept[0][0, columns[0]] - kept[1][0, columns[0]]).abs().max() > 1e-3, "pixels must matter otherwise"
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@torch.no_grad()
+def test_single_pass_equals_the_plain_model_under_a_4d_mask(attn):
+    """The reference that needs nothing of this package: a 4-D mask and positions given to the stock model."""
+    from harness import plain
+    from reference import compact_numbers
+
+    name = "llava_llama"
+    batch = inputs(name, [["bos", "t3", "img", "c2", "t4", "img", "c1", "t3"]])
+    ids = batch["input_ids"][0].tolist()
+    text = letters(ids, [1] * len(ids), vision=vision_ids(name), voco=voco_id(name))
+    mask = (base_mask(text) & rule_mask(text))[None, None]
+    if attn == "eager":
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    stock = plain(name, attn=attn)
+    positions = torch.tensor([compact_numbers(text)])
+    expected = stock(**{**batch, "attention_mask": mask}, position_ids=positions).logits
+    assert torch.equal(shared(name, torch.float32, attn)(**batch).logits, expected)

@@ -1,0 +1,230 @@
+"""The gridworld says what is in its images: answers re-derived another way, splits, balance, determinism."""
+
+import filecmp
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip(
+    "sklearn", reason="gridworld draws scikit-learn's digits: pip install 'voco_plugin[quickstart]'"
+)
+
+from voco_plugin.data.gridworld import write_gridworld
+from voco_plugin.data.gridworld_questions import Turn, blind_accuracy
+from voco_plugin.data.loaders import load_vision_dataset
+
+TYPES = {"object", "colour", "count", "exists", "relation", "sum"}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def world(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("world") / f"grid{request.param}"
+    meta = write_gridworld(out, num_train=120, num_test=60, seed=3, grid=request.param, num_colors=4)
+    return out, meta
+
+
+def read(out: Path, split: str) -> list[dict]:
+    return json.loads((out / f"{split}.json").read_text())
+
+
+def scenes(out: Path) -> dict:
+    return json.loads((out / "scenes.json").read_text())
+
+
+def turns(row: dict) -> list[tuple[str, str]]:
+    talk = row["conversations"]
+    assert [t["from"] for t in talk] == ["human", "gpt"] * (len(talk) // 2)
+    return [(talk[i]["value"].replace("<image>\n", ""), talk[i + 1]["value"]) for i in range(0, len(talk), 2)]
+
+
+def words(cell: dict) -> str:
+    return f"digit {cell['digit']}" if "digit" in cell else cell["color"] + " " + cell["shape"]
+
+
+def place(name: str) -> tuple[int, int]:
+    """(column, row) of a cell name."""
+    return "abcdefghi".index(name[0]), int(name[1:]) - 1
+
+
+def answer(question: str, cells: dict[str, dict]) -> str:
+    """Answers a question from the scene file alone, by parsing its English."""
+    contents = {cell: words(value) for cell, value in cells.items()}
+    if match := re.fullmatch(r"What is at (\w\d)\?", question):
+        return contents[match[1]]
+    if match := re.fullmatch(r"What colour is the shape at (\w\d)\?", question):
+        return contents[match[1]].split()[0]
+    if match := re.fullmatch(r"How many (\w+) are there\?", question):
+        return str(sum(text.endswith(match[1].removesuffix("s")) for text in contents.values()))
+    if match := re.fullmatch(r"How many (\w+) shapes are there\?", question):
+        return str(sum(text.startswith(match[1]) for text in contents.values()))
+    if match := re.fullmatch(r"Is there a (.+)\?", question):
+        return "yes" if match[1] in contents.values() else "no"
+    if match := re.fullmatch(r"Which is (further left|higher), the (.+) or the (.+)\?", question):
+        axis = 0 if match[1] == "further left" else 1
+        where = {text: place(cell)[axis] for cell, text in contents.items() if text in (match[2], match[3])}
+        assert len(where) == 2 and len(set(where.values())) == 2, "the question has one answer"
+        return min(where, key=where.__getitem__)
+    if match := re.fullmatch(r"What is the sum of the digits at (\w\d) and (\w\d)\?", question):
+        return str(sum(int(contents[match[k]].removeprefix("digit ")) for k in (1, 2)))
+    assert question == "Describe the image."
+    in_order = sorted(contents, key=lambda cell: place(cell)[::-1])
+    return ", ".join(f"{cell} {contents[cell]}" for cell in in_order)
+
+
+def test_every_answer_follows_from_the_scene(world):
+    out, _ = world
+    truth = scenes(out)
+    for split in ("train", "test"):
+        for row in read(out, split):
+            for question, given in turns(row):
+                assert given == answer(question, truth[row["id"]]["cells"]), (row["id"], question)
+
+
+def test_pixels_show_the_scene(world):
+    """The hue at the middle of each cell is that of the shape the scene file names; digits are grey."""
+    out, meta = world
+    pixels = meta["settings"]["cell_pixels"]
+    for row in load_vision_dataset(out / "test.json"):
+        image = np.asarray(row["images"][0].convert("RGB")).astype(int)
+        for name, cell in scenes(out)[row["id"]]["cells"].items():
+            column, line = place(name)
+            patch = image[line * pixels : (line + 1) * pixels, column * pixels : (column + 1) * pixels]
+            middle = patch[pixels // 2 - 3 : pixels // 2 + 3, pixels // 2 - 3 : pixels // 2 + 3].reshape(
+                -1, 3
+            )
+            if "digit" in cell:
+                assert np.ptp(patch.reshape(-1, 3), axis=1).max() <= 2
+                continue
+            red, green, blue = middle.mean(0)
+            seen = (
+                "blue" if blue == max(red, green, blue) else
+                "green" if green == max(red, green, blue) else
+                "yellow" if green > 0.6 * red else "red"
+            )  # fmt: skip
+            assert seen == cell["color"]
+
+
+def test_types_label_each_turn_and_each_type_occurs(world):
+    out, _ = world
+    for split in ("train", "test"):
+        counts = Counter()
+        for row in read(out, split):
+            assert len(row["types"]) == len(turns(row))
+            assert len({question for question, _ in turns(row)}) == len(turns(row)), "no question twice"
+            counts.update(row["types"])
+        assert set(counts) == (TYPES | {"describe"} if split == "train" else TYPES)
+    assert all(
+        row["types"][-1] == "describe" and "describe" not in row["types"][:-1] for row in read(out, "train")
+    )
+
+
+def test_splits_share_no_digit_and_no_combination(world):
+    out, _ = world
+    samples, combinations = {"train": set(), "test": set()}, {"train": set(), "test": set()}
+    for row_id, scene in scenes(out).items():
+        split = row_id.split("-")[0]
+        samples[split] |= {cell["sample"] for cell in scene["cells"].values() if "sample" in cell}
+        combinations[split].add(tuple(words(cell) for cell in scene["cells"].values()))
+    assert samples["train"] and samples["test"]
+    assert not samples["train"] & samples["test"]
+    assert not combinations["train"] & combinations["test"]
+
+
+def test_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
+    for name, seed in (("one", 7), ("two", 7), ("three", 8)):
+        write_gridworld(tmp_path / name, num_train=6, num_test=4, seed=seed)
+    files = sorted(str(p.relative_to(tmp_path / "one")) for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert files == sorted(
+        str(p.relative_to(tmp_path / "two")) for p in (tmp_path / "two").rglob("*") if p.is_file()
+    )
+    assert filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", files, shallow=False)[0] == files
+    assert read(tmp_path / "one", "train") != read(tmp_path / "three", "train")
+
+
+def test_an_image_does_not_depend_on_how_many_are_written(tmp_path):
+    write_gridworld(tmp_path / "few", num_train=3, num_test=2)
+    write_gridworld(tmp_path / "many", num_train=9, num_test=5)
+    assert read(tmp_path / "many", "train")[:3] == read(tmp_path / "few", "train")
+    name = "images/train/000002.png"
+    assert (tmp_path / "few" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+def test_answers_are_balanced_so_that_a_blind_guesser_is_weak(tmp_path):
+    meta = write_gridworld(tmp_path, num_train=600, num_test=200)
+    yes = Counter(a for row in read(tmp_path, "train") for q, a in turns(row) if q.startswith("Is there"))
+    assert 0.42 < yes["yes"] / (yes["yes"] + yes["no"]) < 0.58
+    first = [
+        f"the {a} or" in q for row in read(tmp_path, "train") for q, a in turns(row) if q.startswith("Which")
+    ]
+    assert 0.42 < np.mean(first) < 0.58
+    blind = meta["blind_accuracy"]
+    assert blind["all"] < 0.40
+    assert (
+        blind["object"] < 0.15 and blind["sum"] < 0.25 and blind["exists"] < 0.65 and blind["relation"] < 0.65
+    )
+
+
+def test_blind_accuracy_takes_the_commonest_answer_to_the_same_question():
+    train = [Turn("count", "How many?", a) for a in "0110"] + [Turn("count", "And now?", a) for a in "2223"]
+    test = [Turn("count", "How many?", "0"), Turn("count", "And now?", "2"), Turn("count", "Unseen?", "2")]
+    assert blind_accuracy(train, test) == {"all": 1.0, "count": 1.0}
+    assert blind_accuracy(train, [Turn("count", "How many?", "1")])["all"] == 0.0
+
+
+def test_both_formats_hold_the_same_conversations(world):
+    out, _ = world
+    for split in ("train", "test"):
+        llava = load_vision_dataset(out / f"{split}.json", image_folder=out / "images")
+        saved = load_vision_dataset(out / "hf", split=split)
+        assert len(llava) == len(saved) and llava.features == saved.features
+        for left, right in zip(llava, saved, strict=True):
+            assert left["images"][0].tobytes() == right["images"][0].tobytes()
+            assert {k: v for k, v in left.items() if k != "images"} == {
+                k: v for k, v in right.items() if k != "images"
+            }
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"grid": 1}, "grid=1"), ({"num_colors": 9}, "num_colors=9"), ({"num_train": 0}, "num_train=0")],
+)
+def test_settings_out_of_range_are_named(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        write_gridworld(tmp_path / "out", **{"num_train": 2, "num_test": 2, **settings})
+
+
+def test_more_questions_than_a_scene_allows_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="ask fewer"):
+        write_gridworld(tmp_path / "out", num_train=2, num_test=2, num_questions=64)
+
+
+def test_only_an_earlier_gridworld_is_overwritten(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds no gridworld"):
+        write_gridworld(tmp_path / "mine", num_train=2, num_test=2, overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    write_gridworld(tmp_path / "set", num_train=3, num_test=2)
+    with pytest.raises(ValueError, match="overwrite=True"):
+        write_gridworld(tmp_path / "set", num_train=2, num_test=2)
+    write_gridworld(tmp_path / "set", num_train=2, num_test=2, overwrite=True)
+    assert (
+        len(read(tmp_path / "set", "train"))
+        == len(list((tmp_path / "set" / "images" / "train").iterdir()))
+        == 2
+    )
+
+
+def test_missing_scikit_learn_names_the_extra(monkeypatch, tmp_path):
+    from voco_plugin.data import gridworld_scenes
+
+    gridworld_scenes.digit_images.cache_clear()
+    gridworld_scenes.digit_samples.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"voco_plugin\[quickstart\]"):
+        write_gridworld(tmp_path / "out", num_train=1, num_test=1)

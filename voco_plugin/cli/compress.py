@@ -1,0 +1,96 @@
+"""``voco compress``: images → cache files."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from . import output
+from .inputs import add_model_options, find_images, load_model, open_images, positive
+
+
+def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser(
+        "compress",
+        parents=[common],
+        help="compress images into cache files",
+        description="Compress each image alone (stage 1) and keep the keys and values of its VoCo tokens.\n"
+        "OUT ending in .safetensors: one file for all images, in order. Else a folder with one file per image.",
+        epilog="examples:\n  voco compress runs/gridworld_voco photos/ --out caches/\n"
+        "  voco compress runs/gridworld_voco a.png b.png --out both.safetensors\n",
+    )
+    add_model_options(parser)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--out", required=True, metavar="OUT", help="a .safetensors file, or a folder")
+    parser.add_argument("--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    paths = find_images(args.images)
+    out = Path(args.out).expanduser()
+    single = out.suffix == ".safetensors"
+    if single and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give a file name, or a folder without .safetensors.")
+    if not single and out.is_file():
+        raise ValueError(f"--out {out} is a file that is no .safetensors file; give a folder, or NAME.safetensors.")
+    targets = [out] if single else _targets(out, paths)
+    model, processor = load_model(args)
+
+    from ..answering import compress_images
+    from ..cache import VoCoCache
+
+    caches: list[VoCoCache] = []
+    start = time.perf_counter()
+    with output.progress(total=len(paths), unit="image", quiet=args.json) as bar:
+        made = compress_images(
+            model, processor, open_images(paths), num_tokens=args.num_tokens, batch_size=args.batch_size, tick=bar.update
+        )  # fmt: skip
+        for number, cache in enumerate(made):
+            if single:
+                caches.append(cache)
+            else:
+                cache.save(targets[number])
+            size = cache_sizes(cache)
+            totals = size if number == 0 else tuple(a + b for a, b in zip(totals, size, strict=True))
+    seconds = time.perf_counter() - start
+    if single:
+        VoCoCache.cat(caches).save(out)
+    cached, full = totals
+    result = {
+        "images": [str(p) for p in paths], "files": [str(t) for t in targets], "seconds": seconds,
+        "images_per_second": len(paths) / seconds, "cache_bytes": cached, "full_kv_bytes": full,
+        "compression": full / cached,
+    }  # fmt: skip
+    if args.json:
+        output.emit_json(result)
+        return 0
+    output.emit(f"{len(paths)} image(s) in {seconds:.1f} s ({result['images_per_second']:.1f} images/s) → {out}")
+    output.emit(
+        f"cache {output.human_bytes(cached)}, all vision tokens' keys and values {output.human_bytes(full)}: "
+        f"{result['compression']:.0f} times smaller"
+    )
+    return 0
+
+
+def cache_sizes(cache: Any) -> tuple[int, int]:
+    """Bytes of a cache, and of the keys and values of the vision tokens it stands for."""
+    full = sum(block.nbytes // block.num_tokens * block.num_vision for block in cache)
+    return cache.nbytes, full
+
+
+def _targets(folder: Path, paths: list[Path]) -> list[Path]:
+    """One file per image; images of one name in different folders would overwrite each other, which raises."""
+    targets = [folder / f"{path.stem}.safetensors" for path in paths]
+    seen: dict[Path, Path] = {}
+    for path, target in zip(paths, targets, strict=True):
+        if target in seen:
+            raise ValueError(
+                f"{seen[target]} and {path} would both become {target.name}; compress them into different folders, "
+                "or all into one file (--out NAME.safetensors)."
+            )
+        seen[target] = path
+    return targets

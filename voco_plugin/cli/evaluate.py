@@ -1,0 +1,123 @@
+"""``voco eval``: exact-match accuracy on a visual question answering set, per question type."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from . import output
+from .inputs import add_model_options, is_voco_checkpoint, load_model, positive
+
+MODES = {
+    "voco": "compress each image once, ask every question from the cache",
+    "single": "the masked single pass over image and question (equals voco, slower)",
+    "base": "the model with VoCo taken off, on all vision tokens: the upper bound of a plain VLM",
+    "lower": "a plain VLM read through the isolation mask, untrained for it: the lower bound",
+    "blind": "the plain model with no image",
+}
+
+
+def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        parents=[common],
+        help="accuracy of a model on a data set",
+        description="Ask every question of a visual question answering set alone, and compare with the exact answer.\n"
+        + "\n".join(f"  {name:7} {text}" for name, text in MODES.items()),
+        epilog="examples:\n  voco eval runs/gridworld_voco --data runs/gridworld/test.json\n"
+        "  voco eval runs/gridworld_base --data runs/gridworld/test.json --mode base --mode lower --json\n",
+    )
+    add_model_options(parser)
+    parser.add_argument("--data", required=True, metavar="SET", help="LLaVA JSON, datasets folder or hub id")
+    parser.add_argument("--split", help="its split")
+    parser.add_argument("--image-folder", help="where the image names of a LLaVA file start")
+    parser.add_argument("--mode", action="append", choices=tuple(MODES), help="default: voco; may be repeated")
+    parser.add_argument("--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="the first N images only")
+    parser.add_argument("--max-new-tokens", type=positive, default=16, help="length of an answer (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="also write the JSON here, answers included")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    modes = list(dict.fromkeys(args.mode or ["voco"]))
+    if "lower" in modes and Path(args.model).is_dir() and is_voco_checkpoint(args.model):
+        raise ValueError(
+            f"{args.model} is trained with VoCo tokens; the lower bound is its base model's, read through the mask "
+            "without training: give that model."
+        )
+    from ..data.loaders import load_vision_dataset
+
+    dataset = load_vision_dataset(args.data, args.split, args.image_folder)
+    if args.limit is not None:
+        dataset = dataset.select(range(min(args.limit, len(dataset))))
+    model, processor = load_model(args, _voco_of(args))
+    result = evaluate_modes(model, processor, dataset, modes, args, quiet=args.json)
+    if args.out:
+        import json
+
+        from ..files import atomic_write_text
+
+        atomic_write_text(args.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if args.json:
+        for entry in result["scores"].values():
+            entry.pop("answers")
+        output.emit_json(result)
+        return 0
+    kinds = sorted({kind for entry in result["scores"].values() for kind in entry["by_type"]})
+    kinds = [] if kinds == ["all"] else kinds
+    rows = [
+        [name, 100 * entry["accuracy"], *(100 * entry["by_type"][kind] for kind in kinds)]
+        for name, entry in result["scores"].items()
+    ]
+    output.emit(output.table(rows, ("mode", "all", *kinds)))
+    return 0
+
+
+def _voco_of(args: argparse.Namespace) -> Any:
+    """The config to load with: the checkpoint's, unless K is given."""
+    if args.num_tokens is None:
+        return None
+    from ..config import CONFIG_NAME, VoCoConfig
+
+    saved = {}
+    if Path(args.model).is_dir() and (Path(args.model) / CONFIG_NAME).is_file():
+        saved = VoCoConfig.load(args.model)[0].to_dict()
+    return VoCoConfig.from_dict({**saved, "num_tokens": args.num_tokens})
+
+
+def evaluate_modes(
+    model: Any, processor: Any, dataset: Any, modes: list[str], args: argparse.Namespace, *, quiet: bool
+) -> dict[str, Any]:
+    """The scores of each mode, those that need VoCo attached first: ``base`` and ``blind`` take it off."""
+    from ..metrics import evaluate, questions_of
+    from ..modeling import detach, is_attached
+
+    questions = questions_of(dataset.remove_columns("images") if "images" in dataset.column_names else dataset)
+    if not questions:
+        raise ValueError(f"{args.data} holds no question with an answer.")
+    ways = {"voco": "cache", "lower": "cache", "single": "images", "base": "images", "blind": "blind"}
+    scores: dict[str, Any] = {}
+    for mode in sorted(modes, key=lambda m: m in ("base", "blind")):
+        if mode in ("base", "blind") and is_attached(model):
+            model = _plain(model, detach)
+        with output.progress(total=len(questions), unit="question", quiet=quiet) as bar:
+            bar.set_description(mode)
+            found = evaluate(
+                model, processor, dataset, questions, mode=ways[mode],
+                max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, tick=bar.update,
+            )  # fmt: skip
+        scores[mode] = {**found.to_dict(), "answers": found.answers}
+    return {
+        "model": args.model, "data": args.data, "images": len(dataset), "questions": len(questions),
+        "scores": {mode: scores[mode] for mode in modes},
+    }  # fmt: skip
+
+
+def _plain(model: Any, detach: Any) -> Any:
+    """The model without VoCo: an adapter comes off too, so that what is left is what it was trained from."""
+    if hasattr(model, "unload"):
+        model = model.unload()
+    return detach(model)

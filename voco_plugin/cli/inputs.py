@@ -1,0 +1,111 @@
+"""What several commands share: models by path, images by file or folder, questions by option or file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .train import check_model_path
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """``MODEL`` and how to load it."""
+    parser.add_argument("model", metavar="MODEL", help="a VoCo checkpoint or adapter, an existing VLM, or a hub id")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+
+
+def load_model(args: argparse.Namespace, voco: Any = None) -> tuple[Any, Any]:
+    """``(model, processor)`` of ``args.model``, VoCo attached."""
+    check_model_path(args.model)
+    import torch
+
+    from ..modeling import load
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load(args.model, voco, dtype=args.dtype, device=device)
+
+
+def is_voco_checkpoint(source: str) -> bool:
+    """Whether a local folder was saved by this package; a hub id is taken at its word."""
+    from ..config import CONFIG_NAME
+
+    return not Path(source).is_dir() or (Path(source) / CONFIG_NAME).is_file()
+
+
+def find_images(sources: Sequence[str]) -> list[Path]:
+    """The image files named, and those of each folder named (not its subfolders), sorted by name within a folder.
+
+    Raises:
+        FileNotFoundError: a source does not exist.
+        ValueError: a folder holds no image.
+    """
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ValueError(f"folder {source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"image {source} does not exist.")
+    return found
+
+
+def open_image(path: str | Path) -> Any:
+    """The image as RGB.
+
+    Raises:
+        ValueError: the file is no image, or a broken one.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that can be read.") from None
+    except (OSError, SyntaxError) as problem:
+        if isinstance(problem, FileNotFoundError):
+            raise FileNotFoundError(f"image {path} does not exist.") from None
+        raise ValueError(f"image {path} cannot be read: {problem}.") from None
+
+
+def open_images(paths: Iterable[Path]) -> Iterable[Any]:
+    """Each image when it is its turn."""
+    return (open_image(path) for path in paths)
+
+
+def read_questions(given: Sequence[str] | None, file: str | None) -> list[str]:
+    """The questions of ``--question`` and of ``--questions FILE`` (one a line).
+
+    Raises:
+        ValueError: there is none.
+    """
+    questions = list(given or [])
+    if file is not None:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"--questions {file} does not exist.")
+        questions += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not questions:
+        raise ValueError("nothing to ask: give --question TEXT (more than once if you like) or --questions FILE.")
+    return questions
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value

@@ -1,0 +1,13 @@
+"""Training with TRL: the config, the trainer, and what of a model trains.
+
+Reading order: ``config`` (the arguments), ``parts`` (which part of a model a parameter belongs to),
+``adapters`` (PEFT for a token row and the language model alone), ``datasets`` (columns), ``trainer`` (puts
+them together).
+"""
+
+from __future__ import annotations
+
+from .config import VoCoSFTConfig
+from .trainer import VoCoSFTTrainer
+
+__all__ = ["VoCoSFTConfig", "VoCoSFTTrainer"]

@@ -1,0 +1,103 @@
+"""``VoCoSFTConfig``: TRL's ``SFTConfig`` and what VoCo adds to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_cuda_available, is_torch_npu_available, is_torch_xpu_available
+from trl import SFTConfig
+
+from ..collator import check_range
+from ..config import VoCoConfig
+
+
+@dataclass
+class VoCoSFTConfig(SFTConfig):
+    """Arguments of :class:`~voco_plugin.training.VoCoSFTTrainer`: all of TRL's ``SFTConfig``, and
+
+    Args:
+        voco: the rule, as a :class:`~voco_plugin.VoCoConfig`, a dict of its fields, or such a dict as JSON.
+            ``None`` trains the plain VLM (no VoCo tokens, no isolation), unless the model given is attached
+            already.
+        num_tokens_range: ``[low, high]``: K is drawn for each training batch from low to high (elastic
+            training); evaluation keeps ``voco.num_tokens``, which must lie within. ``None`` always takes
+            ``voco.num_tokens``.
+        train_projector: whether the projector between vision tower and language model trains.
+        train_vision_tower: whether the vision tower trains. Under PEFT its linear layers then get adapters
+            too.
+
+    Defaults that differ from TRL's:
+        - ``max_length``: ``None`` instead of 1024. A limit never cuts through an image: it raises.
+        - ``bf16``: false without an accelerator (or with ``use_cpu``), where TRL's default raises.
+
+    As in TRL, ``gradient_checkpointing`` is on, ``logging_steps`` is 10, ``remove_unused_columns`` keeps the
+    columns of the vision formats, and packing and ``padding_free`` are refused for vision data.
+
+    Raises:
+        ValueError: ``voco`` or ``num_tokens_range`` is not valid, or the range is given without ``voco``.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "voco"]
+
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest sequence in tokens; only text after the last image is ever cut. None: no limit."
+        },
+    )
+    voco: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "The VoCo rule as JSON, e.g. '{\"num_tokens\": 2}'; none trains the plain VLM."},
+    )
+    num_tokens_range: list[int] | None = field(
+        default=None,
+        metadata={"help": "Two integers, low and high: K is drawn from them for each training batch."},
+    )
+    train_projector: bool = field(default=False, metadata={"help": "Whether the projector trains."})
+    train_vision_tower: bool = field(default=False, metadata={"help": "Whether the vision tower trains."})
+
+    def __post_init__(self) -> None:
+        self.voco = as_voco_config(self.voco)
+        if self.num_tokens_range is not None:
+            self.num_tokens_range = list(check_range(self.num_tokens_range))
+            low, high = self.num_tokens_range
+            if self.voco is not None and not low <= self.voco.num_tokens <= high:
+                raise ValueError(
+                    f"voco.num_tokens={self.voco.num_tokens} is outside "
+                    f"num_tokens_range={self.num_tokens_range}, so it would be evaluated untrained; choose "
+                    "it within the range."
+                )
+        if self.bf16 is None and not self.fp16 and (self.use_cpu or not _has_accelerator()):
+            self.bf16 = False
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain values, ``voco`` as a dict."""
+        values = super().to_dict()
+        if isinstance(self.voco, VoCoConfig):
+            values["voco"] = self.voco.to_dict()
+        return values
+
+
+def as_voco_config(value: VoCoConfig | dict[str, Any] | str | None) -> VoCoConfig | None:
+    """``value`` as a :class:`~voco_plugin.VoCoConfig`; ``None``, ``"none"`` and ``"null"`` are ``None``."""
+    if isinstance(value, str):
+        if value.strip().lower() in ("", "none", "null"):
+            return None
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"voco={value!r} is not JSON ({error}); write '{{\"num_tokens\": 2}}'."
+            ) from None
+    if value is None or isinstance(value, VoCoConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"voco={value!r} must be a VoCoConfig, a dict of its fields, or None.")
+    return VoCoConfig.from_dict(value)
+
+
+def _has_accelerator() -> bool:
+    return is_torch_cuda_available() or is_torch_xpu_available() or is_torch_npu_available()

@@ -1,0 +1,53 @@
+"""Datasets as TRL's vision path wants them: chat messages (or prompt and completion) beside images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..conversations import llava_to_messages
+
+
+def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_dataset") -> Any:
+    """``dataset`` with LLaVA's ``conversations`` turned into ``messages``; images are not touched.
+
+    Args:
+        dataset: a ``datasets`` dataset (map-style or iterable), a dict of them, or ``None``.
+        need_images: whether a dataset without an image column is an error.
+
+    Raises:
+        ValueError: the dataset is empty, has videos only (TRL would train on its text alone), or has no
+            images.
+    """
+    if dataset is None or isinstance(dataset, str):
+        return dataset
+    if isinstance(dataset, dict):
+        return type(dataset)(
+            {
+                key: prepare_dataset(part, need_images=need_images, name=f"{name}[{key!r}]")
+                for key, part in dataset.items()
+            }
+        )
+    sample = next(iter(dataset), None)
+    if sample is None:
+        raise ValueError(f"{name} is empty; give at least one row.")
+    columns = ", ".join(map(str, sample))
+    if not {"image", "images"} & set(sample):
+        if {"video", "videos"} & set(sample):
+            raise ValueError(
+                f"{name} has the columns {columns}: videos are not read here, and training would see the "
+                "text alone; give the frames in a column 'images'."
+            )
+        if need_images and "input_ids" not in sample:
+            raise ValueError(
+                f"{name} has the columns {columns}: there is nothing to compress without 'image' or "
+                "'images'; add the column ([] in rows without an image), or train with voco=None."
+            )
+    if "conversations" in sample and "messages" not in sample:
+
+        def convert(conversations: Any, index: int = 0) -> dict[str, Any]:
+            return {"messages": llava_to_messages({"conversations": conversations}, f"{name}, row {index}")}
+
+        dataset = dataset.map(
+            convert, with_indices=True, input_columns=["conversations"], remove_columns=["conversations"]
+        )
+    return dataset

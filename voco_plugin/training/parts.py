@@ -1,0 +1,97 @@
+"""Which part of a vision-language model a parameter belongs to, read off its module tree, and what of it trains."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from torch import nn
+
+LANGUAGE, PROJECTOR, VISION = "language model", "projector", "vision tower"
+TOKEN_ROW, ADAPTERS = "VoCo token row", "adapters"
+
+_PROJECTOR = re.compile(
+    r"projector|projection$|connector|merger|aligner|resampler|q_?former|multi_?modal|embed_vision|newline|^mlp1$"
+)
+_OTHER_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
+
+
+class ModelParts:
+    """The parts of ``model``, a transformers model outside PEFT and other wrappers.
+
+    The language model is what stands beside the input embeddings; its head belongs to it. Of the rest, what is
+    named as a projector is one, and everything else is the vision tower.
+
+    Attributes:
+        decoder: name of the module that holds the input embeddings.
+        layers: name of its list of layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        names = {id(module): name for name, module in model.named_modules()}
+        self.decoder = names[id(model.get_input_embeddings())].rpartition(".")[0]
+        self.head = names.get(id(model.get_output_embeddings()))
+        lists = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and self.of(name) == LANGUAGE
+        ]
+        self.layers = min(lists, key=lambda name: (name.count("."), name), default=self.decoder)
+
+    def of(self, name: str) -> str:
+        """The part of the parameter or module called ``name``."""
+        if self.head is not None and _within(name, self.head):
+            return LANGUAGE
+        if _within(name, self.decoder):
+            inner = name[len(self.decoder) :].lstrip(".").partition(".")[0]
+            if not _OTHER_SENSE.search(inner):
+                return LANGUAGE
+        return PROJECTOR if any(_PROJECTOR.search(part) for part in name.split(".")) else VISION
+
+    def roots(self, model: nn.Module, part: str) -> list[str]:
+        """The topmost modules that belong to ``part`` and hold parameters of no other."""
+        found: list[str] = []
+        for name, module in model.named_modules():
+            if name and self.of(name) == part and not any(_within(name, root) for root in found):
+                parts = {self.of(f"{name}.{inner}") for inner, _ in module.named_parameters()}
+                if parts == {part}:
+                    found.append(name)
+        return found
+
+
+def _within(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(prefix + ".")
+
+
+def freeze(model: nn.Module, *, projector: bool, vision_tower: bool) -> None:
+    """Full fine-tuning: let projector and vision tower of ``model`` train only as asked; the rest stays as it is."""
+    parts = ModelParts(model)
+    for name, parameter in model.named_parameters():
+        part = parts.of(name)
+        if part != LANGUAGE and parameter.is_floating_point():
+            parameter.requires_grad_(projector if part == PROJECTOR else vision_tower)
+
+
+def count_trainable(model: nn.Module) -> tuple[dict[str, int], int]:
+    """``({what trains: its number of parameters}, number of all parameters)`` of a model, PEFT-wrapped or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts, counts, total = ModelParts(base), Counter(), 0
+    for name, parameter in base.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 empties the tensors it shards
+        total += size
+        if parameter.requires_grad:
+            if "trainable_tokens_" in name:
+                counts[TOKEN_ROW] += size
+            elif base is not model and "modules_to_save" not in name:
+                counts[f"{ADAPTERS} in the {parts.of(name)}"] += size
+            else:
+                counts[parts.of(name)] += size
+    return dict(counts), total
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """One line: what trains, with counts."""
+    counts, total = count_trainable(model)
+    trained = sum(counts.values())
+    what = ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "nothing"
+    return f"training {what}: {trained:,} of {total:,} parameters ({trained / max(total, 1):.2%})"

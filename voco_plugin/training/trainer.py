@@ -1,0 +1,282 @@
+"""``VoCoSFTTrainer``: TRL's ``SFTTrainer`` with VoCo tokens in the batches and the isolation rule in the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, TrainerCallback, TrainingArguments
+from trl import SFTTrainer
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from ..collator import VoCoDataCollator
+from ..config import CONFIG_NAME, VoCoConfig
+from ..layout import SequenceLayout, TokenKind
+from ..modeling import attach, attachment, is_attached, load, save_voco_config
+from .adapters import mend_tied_head, prepare_peft_config, small_checkpoints
+from .config import VoCoSFTConfig
+from .datasets import prepare_dataset
+from .parts import describe_trainable, freeze
+
+logger = logging.getLogger(__name__)
+
+
+class VoCoSFTTrainer(SFTTrainer):
+    """Fine-tunes a vision-language model to compress each image into its VoCo tokens (paper, Sec. 3.2).
+
+    Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing, resume,
+    evaluation, logging. Besides, each log has ``compression_ratio`` (vision tokens per VoCo token),
+    ``voco_tokens_per_sample`` and ``isolation`` (1.0 where text is kept from vision tokens).
+
+    What trains: with ``peft_config``, the adapters in the language model, the VoCo token's embedding row, and the
+    projector if ``args.train_projector``. Without it, the language model with the row, and projector and vision tower
+    as ``args`` say. The line ``trainable_report`` says it with counts, and is printed once.
+
+    Args:
+        model: a hub id or path, a model in memory, one that is attached, or a ``PeftModel`` around one. It gets
+            :func:`voco_plugin.attach` where ``args.voco`` is set and it is not attached.
+        args: a :class:`VoCoSFTConfig`; ``SFTConfig`` will do for an attached model.
+        processing_class: the model's processor; read from where the model was loaded if left out.
+        data_collator: a :class:`~voco_plugin.VoCoDataCollator` is made if left out.
+
+    Raises:
+        ValueError: model, config and data do not fit together; the message says how.
+    """
+
+    _tag_names = ["trl", "sft", "voco"]
+    _name = "VoCo-SFT"
+
+    def __init__(
+        self,
+        model: Any,
+        args: VoCoSFTConfig | TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *more: Any,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if more:
+            raise TypeError("give the arguments after processing_class by name.")
+        args = _as_voco_args(args, model)
+        init_kwargs = args.model_init_kwargs
+        if isinstance(model, str):
+            model, found = _load_model(model, args, quantization_config)
+            processing_class = processing_class or found
+            # the model is there: TRL would warn that these are ignored
+            quantization_config = args.model_init_kwargs = None
+        if processing_class is None:
+            processing_class = _processor_of(model, args)
+        self.voco = _attach(model, args.voco, processing_class)
+        train_dataset = prepare_dataset(train_dataset, need_images=self.voco is not None)
+        eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
+        self._vocab = attachment(model).vocab if self.voco else None
+        wrapped = hasattr(model, "peft_config")
+        if peft_config is not None and not wrapped:
+            peft_config = prepare_peft_config(
+                model,
+                peft_config,
+                self._vocab.voco_id if self.voco else None,
+                train_projector=args.train_projector,
+                train_vision_tower=args.train_vision_tower,
+            )
+        elif not wrapped:
+            freeze(model, projector=args.train_projector, vision_tower=args.train_vision_tower)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        args.model_init_kwargs = init_kwargs
+        mend_tied_head(self.accelerator.unwrap_model(self.model))
+        self._set_collators(data_collator)
+        self.trainable_report = self._report()
+
+    # -- setting up ----------------------------------------------------------------------------------------------
+
+    def _set_collators(self, given: Any) -> None:
+        """The training collator, and one for evaluation that always takes K = ``voco.num_tokens``."""
+        args = self.args
+        if given is None and self._is_vision_dataset:
+            self.data_collator = VoCoDataCollator(
+                processor=self.processing_class,
+                max_length=args.max_length,
+                completion_only_loss=self.completion_only_loss,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                dataset_text_field=args.dataset_text_field,
+                assistant_only_loss=args.assistant_only_loss,
+                chat_template=self.chat_template,
+                voco=self.voco,
+                vocab=self._vocab,
+                num_tokens=args.num_tokens_range,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+            )
+        elif given is not None and self.voco is not None and not isinstance(given, VoCoDataCollator):
+            logger.warning(
+                "data_collator is a %s, not a VoCoDataCollator, and VoCo is on: it must put the VoCo tokens into the "
+                "batches itself.",
+                type(given).__name__,
+            )
+        self._eval_collator = self.data_collator
+        collator = self.data_collator
+        if isinstance(collator, VoCoDataCollator) and isinstance(collator.num_tokens, tuple):
+            self._eval_collator = dataclasses.replace(collator, num_tokens=self.voco.num_tokens)
+            self.add_callback(_TellEpoch(collator))
+
+    def _report(self) -> str:
+        report = describe_trainable(self.accelerator.unwrap_model(self.model))
+        if self.voco is None:
+            report += "; no VoCo tokens (voco=None): the plain VLM"
+        if self.accelerator.is_main_process:
+            sys.stderr.write(report + "\n")
+        return report
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._is_vision_dataset:  # TRL drops the text column, and errors name a row by its id
+            for column in (self.args.dataset_text_field, "id"):
+                if column not in self._signature_columns:
+                    self._signature_columns.append(column)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _collating_for_evaluation(self) -> Iterator[None]:
+        before, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            yield
+        finally:
+            self.data_collator = before
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        with self._collating_for_evaluation():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._collating_for_evaluation():
+            return super().get_test_dataloader(test_dataset)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    # -- loss and metrics ----------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.voco is not None:
+            self._count(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        """Log what the batch holds; counts are summed over all processes."""
+        ids = inputs["input_ids"]
+        layout = SequenceLayout.from_ids(ids, inputs.get("attention_mask"), self._vocab, require_voco=False)
+        local = [(layout.kind == TokenKind.VISION).sum(), (layout.kind == TokenKind.VOCO).sum(), len(ids)]
+        counts = self.accelerator.gather(torch.tensor([[int(n) for n in local]], device=ids.device))
+        vision, voco, rows = counts.sum(dim=0).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["voco_tokens_per_sample"].append(voco / rows)
+        if voco:
+            metrics["compression_ratio"].append(vision / voco)
+            metrics["isolation"].append(float(is_attached(self.model) and self.voco.isolates))
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with small_checkpoints(self.model):
+            super()._save(output_dir, state_dict)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if self.voco is not None and self.args.should_save:
+            save_voco_config(self.model, folder)
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the collator the epoch, from which (and the batch) it draws K."""
+
+    def __init__(self, collator: VoCoDataCollator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.collator.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def _as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
+    if isinstance(args, VoCoSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return VoCoSFTConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-VoCo-SFT")
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(f"args is a {type(args).__name__}; give a VoCoSFTConfig.")
+    return VoCoSFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
+
+
+def _load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tuple[Any, Any]:
+    """The model at ``source``, and its processor where it was saved by this package (else ``None``)."""
+    options = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in options:
+            raise ValueError(
+                "quantization_config is given twice, in args.model_init_kwargs too; leave one out."
+            )
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
+        return create_model_from_path(source, **options), None
+    options.setdefault("dtype", "float32")
+    model, processor = load(source, voco=args.voco, **options)
+    if hasattr(model, "peft_config"):  # loaded for inference: train on
+        model.set_adapter(model.active_adapter)
+    return model.train(), processor
+
+
+def _processor_of(model: Any, args: VoCoSFTConfig) -> Any:
+    """The processor the model was attached with, or the one beside its weights."""
+    if is_attached(model) and attachment(model).processor is not None:
+        return attachment(model).processor
+    source = get_config_model_id(model.config)
+    if not source:
+        raise ValueError("the model was not loaded from a path; give its processor as processing_class.")
+    options = {"revision": (args.model_init_kwargs or {}).get("revision")}
+    return AutoProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code, **options)
+
+
+def _attach(model: Any, voco: VoCoConfig | None, processor: Any) -> VoCoConfig | None:
+    """Attach ``model`` where asked and not done yet; the config in force, or ``None`` for a plain model."""
+    if not is_attached(model):
+        if voco is None:
+            return None
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "the model is a PeftModel without VoCo: the token's row must be there before PEFT; attach the base "
+                "model first and give peft_config here."
+            )
+        attach(model, voco, processor=processor)
+        return attachment(model).config
+    state = attachment(model)
+    if voco is not None:
+        own, asked = state.config.to_dict(), voco.to_dict()
+        different = [k for k in asked if asked[k] != own[k] and not (k == "token_id" and asked[k] is None)]
+        if different:
+            named = ", ".join(f"{k}={asked[k]!r} (attached: {own[k]!r})" for k in different)
+            raise ValueError(
+                f"args.voco differs from what the model is attached with: {named}; detach it first."
+            )
+    return state.config
