@@ -24,7 +24,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
 }
 ANYWHERE = ("_compat",)
 OUTSIDE = ("examples", "recipes", "integrations")
-PUBLIC_MODULES = ("config", "answering", "registry", "metrics", "data", "reporting", "cli", "training")
+PUBLIC_MODULES = ("config", "answering", "registry", "metrics", "data", "reporting", "cli", "training", "benchmark")
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 

@@ -146,7 +146,6 @@ class VoCoGenerationMixin:
             kwargs["input_ids"] = inputs
         ids = kwargs.get("input_ids")
         state = self._voco_attachment
-        self._suppress(kwargs, args, ids)
         if voco_cache is None:
             if ids is None or not state.config.isolates:
                 return super().generate(*args, **kwargs)
@@ -155,6 +154,7 @@ class VoCoGenerationMixin:
             if not layout.spans or past is not None or not two_stage:
                 if layout.spans or CacheState.of(past) is not None:
                     _refuse_static(kwargs, args)
+                    self._suppress(kwargs, args)
                 with state.positions("own"):
                     return super().generate(*args, **kwargs)
             vision = {k: v for k, v in kwargs.items() if _is_model_input(k, v)}
@@ -171,6 +171,8 @@ class VoCoGenerationMixin:
     def _generate_from(self, cache, stream, shown: torch.Tensor, args: tuple, kwargs: dict) -> Any:
         """Stock ``generate`` on the placed blocks; the output starts with the ids the caller gave."""
         _refuse_static(kwargs, args)
+        if len(cache):
+            self._suppress(kwargs, args)
         placed = place(self, self._voco_attachment, stream["input_ids"], stream["attention_mask"], cache)
         if kwargs.get("max_length") is not None:
             kwargs["max_length"] = kwargs["max_length"] - shown.shape[1] + placed.input_ids.shape[1]
@@ -187,12 +189,11 @@ class VoCoGenerationMixin:
             )
         return _with_prompt(output, shown, placed)
 
-    def _suppress(self, kwargs: dict, args: tuple, ids: Any) -> None:
-        """A VoCo token is an input only: it is never generated."""
-        config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
-        listed = kwargs.get("suppress_tokens", getattr(config, "suppress_tokens", None)) or []
-        if self._voco_attachment.vocab.voco_id not in listed:
-            kwargs["suppress_tokens"] = [*listed, self._voco_attachment.vocab.voco_id]
+    def _suppress(self, kwargs: dict, args: tuple) -> None:
+        """VoCo and image tokens are input only: after images they are never generated."""
+        vocab = self._voco_attachment.vocab
+        listed = _setting(self, args, kwargs, "suppress_tokens", [])
+        kwargs["suppress_tokens"] = sorted({*listed, vocab.voco_id, *vocab.placeholders})
 
     # -- saving --------------------------------------------------------------------------------------------------
 

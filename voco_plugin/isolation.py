@@ -219,7 +219,10 @@ class Attachment:
             )
         rows, tokens = input_ids.shape
         mask = self._mask(kwargs.get("attention_mask"), rows, tokens, length, input_ids)
-        layout = SequenceLayout.from_ids(input_ids, mask[:, length:], self.vocab)
+        if tokens == 1 and length:
+            layout = SequenceLayout.of_text(mask[:, length:])  # one decoded token is no block, whatever its id
+        else:
+            layout = SequenceLayout.from_ids(input_ids, mask[:, length:], self.vocab)
         if state is None and not (layout.has_vision or layout.has_voco):
             return None
         if isinstance(kwargs.get("attention_mask"), dict) or getattr(kwargs.get("attention_mask"), "ndim", 2) != 2:
@@ -255,7 +258,7 @@ class Attachment:
         if state is not None:
             return state.synced(length, rows)
         count = mask.long().sum(dim=1).to(device)
-        kind = torch.where(mask.bool(), int(TokenKind.TEXT), int(TokenKind.PAD)).to(device)
+        kind = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD).to(device)
         order = torch.arange(length, device=device).expand(rows, length)
         table = TokenTable(kind, torch.full_like(kind, -1), order)
         start = torch.full((rows,), length, device=device)

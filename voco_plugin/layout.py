@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import numpy as np
 import torch
 
 
-class TokenKind(IntEnum):
-    """What a token is to the isolation rule."""
+class TokenKind:
+    """What a token is to the isolation rule. Plain integers: an enum compared to a tensor breaks torch.compile."""
 
     PAD = 0
     TEXT = 1
@@ -105,7 +104,7 @@ def vision_runs(ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary) -> li
     A run holds at least one placeholder; markers alone are text. Two images with start markers are two runs even
     where nothing stands between them.
     """
-    codes = np.where(mask.astype(bool), int(TokenKind.TEXT), int(TokenKind.PAD))
+    codes = np.where(mask.astype(bool), TokenKind.TEXT, TokenKind.PAD)
     real = mask.astype(bool)
     codes[_isin(ids, vocab.glue) & real] = _GLUE
     codes[_isin(ids, vocab.placeholders | vocab.markers) & real] = TokenKind.VISION
@@ -115,7 +114,7 @@ def vision_runs(ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary) -> li
         if code == _GLUE:
             between = 0 < position < len(runs) - 1
             flanked = between and runs[position - 1][0] == runs[position + 1][0] == TokenKind.VISION
-            code = int(TokenKind.VISION if flanked else TokenKind.TEXT)
+            code = TokenKind.VISION if flanked else TokenKind.TEXT
         if merged and merged[-1][0] == code == TokenKind.VISION:
             merged[-1][2] = stop
         else:
@@ -181,12 +180,19 @@ class SequenceLayout:
             )
         else:
             mask = attention_mask.detach().cpu().numpy().astype(bool)
-        kind = np.where(mask, int(TokenKind.TEXT), int(TokenKind.PAD)).astype(np.int64)
+        kind = np.where(mask, TokenKind.TEXT, TokenKind.PAD).astype(np.int64)
         block = np.full(ids.shape, -1, dtype=np.int64)
         spans: list[BlockSpan] = []
         for row in range(ids.shape[0]):
             spans += _read_row(row, ids[row], mask[row], vocab, kind[row], block[row], num_tokens, require_voco)
         return cls(torch.from_numpy(kind), torch.from_numpy(block), spans)
+
+    @classmethod
+    def of_text(cls, attention_mask: torch.Tensor) -> SequenceLayout:
+        """The layout of plain text under the 2-D mask ``(B, N)``."""
+        real = attention_mask.detach().cpu().bool()
+        kind = torch.where(real, TokenKind.TEXT, TokenKind.PAD)
+        return cls(kind, torch.full_like(kind, -1))
 
     @property
     def num_rows(self) -> int:

@@ -98,7 +98,7 @@ class TokenTable:
         order = torch.maximum(order, last + 1 + order - self.length)
         return self.append(
             TokenTable(
-                torch.full(shape, int(TokenKind.PAD), device=self.kind.device, dtype=torch.int64),
+                torch.full(shape, TokenKind.PAD, device=self.kind.device, dtype=torch.int64),
                 torch.full(shape, -1, device=self.kind.device, dtype=torch.int64),
                 order,
             )

@@ -8,8 +8,6 @@ Both, always: where upper and lower are close, retention says little and swings 
 
 from __future__ import annotations
 
-import random
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -238,20 +236,3 @@ def _extended(inputs: dict[str, Any], fresh: Any) -> dict[str, Any]:
             filler = torch.ones_like(fresh) if key == "attention_mask" else torch.zeros_like(fresh)
             out[key] = torch.cat([value, filler.to(value.dtype)], dim=1)
     return out
-
-
-def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int = 30, warm_up: int = 3) -> dict[str, float]:
-    """Median seconds of each of ``ways``, called in turn and in shuffled order, so that drift hits all alike.
-
-    Each callable does the set-up and returns the function that is timed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    order = random.Random(0)
-    for turn in range(warm_up + repeats):
-        for name in order.sample(list(ways), len(ways)):
-            call = ways[name]()
-            start = time.perf_counter()
-            call()
-            if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}

@@ -112,8 +112,8 @@ def place(model, state, input_ids: torch.Tensor, attention_mask: torch.Tensor | 
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if tuple(mask.shape) != (rows, columns):
         raise ValueError(f"attention_mask must be 2-D of shape {(rows, columns)}, not {tuple(mask.shape)}.")
-    kinds = torch.where(mask.bool(), int(TokenKind.TEXT), int(TokenKind.PAD))
-    kinds = torch.where((input_ids == state.vocab.voco_id) & mask.bool(), int(TokenKind.VOCO), kinds)
+    kinds = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD)
+    kinds = torch.where((input_ids == state.vocab.voco_id) & mask.bool(), TokenKind.VOCO, kinds)
     vision = torch.isin(input_ids, torch.tensor(sorted(state.vocab.placeholders), device=device)) & mask.bool()
     if bool(vision.any()):
         row, column = (int(v) for v in vision.nonzero()[0])
@@ -134,7 +134,7 @@ def place(model, state, input_ids: torch.Tensor, attention_mask: torch.Tensor | 
     full_mask = torch.zeros(rows, slots + text_length, dtype=torch.long, device=device)
     position_ids = torch.zeros(rows, text_length, dtype=torch.long, device=device)
     source = torch.full((rows, text_length), -1, dtype=torch.long, device=device)
-    kind = torch.full((rows, slots), int(TokenKind.PAD), dtype=torch.long)
+    kind = torch.full((rows, slots), TokenKind.PAD, dtype=torch.long)
     block_of = torch.full((rows, slots), -1, dtype=torch.long)
     order_of = torch.zeros(rows, slots, dtype=torch.long)
     starts = torch.zeros(rows, dtype=torch.long)
@@ -150,13 +150,13 @@ def place(model, state, input_ids: torch.Tensor, attention_mask: torch.Tensor | 
         full_mask[row, slot:slots] = 1
         for number, (block, (_, order)) in enumerate(zip(per_row[row], placed, strict=True)):
             end = slot + block.num_tokens
-            kind[row, slot:end], block_of[row, slot:end] = int(TokenKind.VOCO), number
+            kind[row, slot:end], block_of[row, slot:end] = TokenKind.VOCO, number
             order_of[row, slot:end] = torch.arange(order, order + block.num_tokens)
             slot = end
         starts[row] = text[-1][1] + 1
     past = _key_values(model, state, per_row, [placed for _, placed in walked], slots)
     table = TokenTable(kind, block_of, order_of).to(device)
-    text_kind = torch.where(source >= 0, int(TokenKind.TEXT), int(TokenKind.PAD))
+    text_kind = torch.where(source >= 0, TokenKind.TEXT, TokenKind.PAD)
     planned = TokenTable(text_kind, torch.full_like(text_kind, -1), orders.to(device))
     CacheState(
         table=table,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+from pathlib import Path
 from typing import Any
 
 from . import output
@@ -14,8 +16,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="write a small visual question answering set",
         description="Write gridworld: scenes of coloured shapes and real handwritten digits, with exact answers, as\n"
-        "LLaVA JSON and as a datasets folder; with --model, also a tiny VLM with a pre-trained tower to train on it.",
-        epilog="example:\n  voco gridworld runs/gridworld --num-train 2000 --model runs/gridworld_init\n",
+        "LLaVA JSON and as a datasets folder; with --base, also a tiny VLM trained on it; with --model, one with a pre-trained tower, to train.",
+        epilog="examples:\n  voco gridworld runs/gridworld --base runs/gridworld_base\n"
+        "  voco gridworld runs/gridworld --num-train 2000 --model runs/gridworld_init\n",
     )
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--num-train", type=int, default=8000, help="training images (default: %(default)s)")
@@ -25,6 +28,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=8, help="questions an image (default: 8)")
     parser.add_argument("--cell-pixels", type=int, default=32, help="pixels a cell's side (default: 32)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier gridworld in OUT")
+    parser.add_argument("--base", metavar="FOLDER", help="also copy the shipped base VLM, tuned on this set, to FOLDER")
     parser.add_argument("--model", metavar="FOLDER", help="also write the tiny VLM, its tower pre-trained (seconds)")
     parser.add_argument("--model-seed", type=int, default=0, help="seed of its weights (default: 0)")
     parser.add_argument("--tower-steps", type=int, help="steps of the tower's pre-training")
@@ -34,6 +38,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..data.gridworld import write_gridworld
 
+    if args.base:
+        check_target(args.base, args.overwrite)
     meta = write_gridworld(
         args.out,
         num_train=args.num_train,
@@ -45,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     result: dict[str, Any] = {"out": args.out, **meta}
+    if args.base:
+        result["base"] = args.base
+        copy_base(args.base)
     if args.model:
         result["model"] = args.model
         result["tower"] = _write_model(args)
@@ -54,9 +63,42 @@ def run(args: argparse.Namespace) -> int:
     output.emit(f"{args.out}: {args.num_train} training and {args.num_test} held-out images")
     blind = meta["blind_accuracy"]
     output.emit(f"a guesser who sees no image gets {100 * blind['all']:.1f} % of the held-out questions right")
+    if args.base:
+        output.emit(f"{args.base}: the shipped base VLM")
     if args.model:
         output.emit(f"{args.model}: tiny VLM, {result['tower']}")
     return 0
+
+
+def shipped_base() -> Path:
+    """The folder of the base VLM that comes with the package (made by ``recipes/gridworld_base.yaml``).
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    folder = Path(__file__).resolve().parents[1] / "data" / "assets" / "gridworld_base"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the shipped base VLM is not at {folder}; train one: voco gridworld runs/gridworld --model "
+            "runs/gridworld_init, then voco train gridworld_base."
+        )
+    return folder
+
+
+def check_target(folder: str, overwrite: bool) -> None:
+    """Refuse to write the base over something else."""
+    target = Path(folder)
+    if target.exists() and any(target.iterdir()) and not (overwrite and (target / "config.json").is_file()):
+        raise ValueError(f"--base {folder} is not empty; give another folder (or --overwrite, over a model).")
+    shipped_base()
+
+
+def copy_base(folder: str) -> None:
+    """Copy the shipped base VLM to ``folder``."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for file in shipped_base().iterdir():
+        if file.is_file():
+            shutil.copyfile(file, Path(folder) / file.name)
 
 
 def _write_model(args: argparse.Namespace) -> Any:

@@ -266,6 +266,8 @@ def schema() -> dict[str, tuple[Any, Any]]:
 
 def _coerce(key: str, value: Any, hint: Any, choices: Any, where: str) -> Any:
     options = _options(hint)
+    if isinstance(value, str) and str in options and not value.strip().startswith("["):
+        options.sort(key=lambda option: option is list or typing.get_origin(option) is list)  # a text before a list of one
     if isinstance(value, Text) and str(value).lower() in ("null", "none") and type(None) in options:
         value = None
     for option in options:

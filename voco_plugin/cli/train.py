@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.resources
 import importlib.util
 import os
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if config.accelerate_config is not None:
         return launch(recipe, config, overrides)
-    result = train(recipe)
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # the trainer prints its log
+        result = train(recipe)
     if args.json:
         output.emit_json(result)
     else:

@@ -54,12 +54,12 @@ def draw_mask_png(config: VoCoConfig, layout: SequenceLayout, path: str | Path, 
         x += 34 + int(small.getlength(label))
     gap = 1 if cell >= 6 else 0
     for i in range(tokens):
-        colour, at = COLOURS[TokenKind(int(kind[i]))], i * cell
+        colour, at = COLOURS[int(kind[i])], i * cell
         draw.rectangle((left + strip + at, top, left + strip + at + cell - 1 - gap, top + strip - 3), fill=colour)
         draw.rectangle((left, top + strip + at, left + strip - 3, top + strip + at + cell - 1 - gap), fill=colour)
     for i, j in torch.ones_like(mask).nonzero().tolist() if gap else mask.nonzero().tolist():
         x0, y0 = left + strip + j * cell, top + strip + i * cell
-        fill = COLOURS[TokenKind(int(kind[j]))] if mask[i, j] else HIDDEN
+        fill = COLOURS[int(kind[j])] if mask[i, j] else HIDDEN
         draw.rectangle((x0, y0, x0 + cell - 1 - gap, y0 + cell - 1 - gap), fill=fill)
     draw.rectangle((left + strip - 1, top + strip - 1, left + strip + side, top + strip + side), outline=(160, 160, 160))
     draw.text((left, top + strip + side + 12), "rows: queries, columns: keys; filled: the query sees the key", "black", small)

@@ -1,4 +1,4 @@
-"""Which part of a vision-language model a parameter belongs to, read off its module tree, and what of it trains."""
+"""Which part of a vision-language model a parameter belongs to, by its module tree; what of it trains."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _OTHER_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
 class ModelParts:
     """The parts of ``model``, a transformers model outside PEFT and other wrappers.
 
-    The language model is what stands beside the input embeddings; its head belongs to it. Of the rest, what is
-    named as a projector is one, and everything else is the vision tower.
+    The language model is what stands beside the input embeddings; its head belongs to it. Of the rest, what
+    is named as a projector is one, and everything else is the vision tower.
 
     Attributes:
         decoder: name of the module that holds the input embeddings.
@@ -64,7 +64,7 @@ def _within(name: str, prefix: str) -> bool:
 
 
 def freeze(model: nn.Module, *, projector: bool, vision_tower: bool) -> None:
-    """Full fine-tuning: let projector and vision tower of ``model`` train only as asked; the rest stays as it is."""
+    """Full fine-tuning: projector and vision tower train only as asked; the rest stays as it is."""
     parts = ModelParts(model)
     for name, parameter in model.named_parameters():
         part = parts.of(name)
@@ -73,7 +73,7 @@ def freeze(model: nn.Module, *, projector: bool, vision_tower: bool) -> None:
 
 
 def count_trainable(model: nn.Module) -> tuple[dict[str, int], int]:
-    """``({what trains: its number of parameters}, number of all parameters)`` of a model, PEFT-wrapped or not."""
+    """``({what trains: parameters}, all parameters)`` of a model, PEFT-wrapped or not."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     parts, counts, total = ModelParts(base), Counter(), 0
     for name, parameter in base.named_parameters():

@@ -1,4 +1,4 @@
-"""``VoCoSFTTrainer``: TRL's ``SFTTrainer`` with VoCo tokens in the batches and the isolation rule in the model."""
+"""``VoCoSFTTrainer``: TRL's ``SFTTrainer``, with VoCo tokens in the batches and the rule in the model."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ logger = logging.getLogger(__name__)
 class VoCoSFTTrainer(SFTTrainer):
     """Fine-tunes a vision-language model to compress each image into its VoCo tokens (paper, Sec. 3.2).
 
-    Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing, resume,
-    evaluation, logging. Besides, each log has ``compression_ratio`` (vision tokens per VoCo token),
+    Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing,
+    resume, evaluation, logging. Besides, each log has ``compression_ratio`` (vision tokens per VoCo token),
     ``voco_tokens_per_sample`` and ``isolation`` (1.0 where text is kept from vision tokens).
 
-    What trains: with ``peft_config``, the adapters in the language model, the VoCo token's embedding row, and the
-    projector if ``args.train_projector``. Without it, the language model with the row, and projector and vision tower
-    as ``args`` say. The line ``trainable_report`` says it with counts, and is printed once.
+    What trains: with ``peft_config``, the adapters in the language model, the VoCo token's embedding row, and
+    the projector if ``args.train_projector``. Without it, the language model with the row, and projector and
+    vision tower as ``args`` say. The line ``trainable_report`` says it with counts, and is printed once.
 
     Args:
-        model: a hub id or path, a model in memory, one that is attached, or a ``PeftModel`` around one. It gets
-            :func:`voco_plugin.attach` where ``args.voco`` is set and it is not attached.
+        model: a hub id or path, a model in memory, one that is attached, or a ``PeftModel`` around one. It
+            gets :func:`voco_plugin.attach` where ``args.voco`` is set and it is not attached.
         args: a :class:`VoCoSFTConfig`; ``SFTConfig`` will do for an attached model.
         processing_class: the model's processor; read from where the model was loaded if left out.
         data_collator: a :class:`~voco_plugin.VoCoDataCollator` is made if left out.
@@ -107,7 +107,7 @@ class VoCoSFTTrainer(SFTTrainer):
         self._set_collators(data_collator)
         self.trainable_report = self._report()
 
-    # -- setting up ----------------------------------------------------------------------------------------------
+    # -- setting up
 
     def _set_collators(self, given: Any) -> None:
         """The training collator, and one for evaluation that always takes K = ``voco.num_tokens``."""
@@ -128,7 +128,8 @@ class VoCoSFTTrainer(SFTTrainer):
             )
         elif given is not None and self.voco is not None and not isinstance(given, VoCoDataCollator):
             logger.warning(
-                "data_collator is a %s, not a VoCoDataCollator, and VoCo is on: it must put the VoCo tokens into the "
+                "data_collator is a %s, not a VoCoDataCollator, and VoCo is on: it must put the VoCo "
+                "tokens into the "
                 "batches itself.",
                 type(given).__name__,
             )
@@ -153,7 +154,7 @@ class VoCoSFTTrainer(SFTTrainer):
                 if column not in self._signature_columns:
                     self._signature_columns.append(column)
 
-    # -- data ----------------------------------------------------------------------------------------------------
+    # -- data
 
     @contextlib.contextmanager
     def _collating_for_evaluation(self) -> Iterator[None]:
@@ -175,7 +176,7 @@ class VoCoSFTTrainer(SFTTrainer):
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    # -- loss and metrics ----------------------------------------------------------------------------------------
+    # -- loss and metrics
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.voco is not None:
@@ -195,7 +196,7 @@ class VoCoSFTTrainer(SFTTrainer):
             metrics["compression_ratio"].append(vision / voco)
             metrics["isolation"].append(float(is_attached(self.model) and self.voco.isolates))
 
-    # -- saving --------------------------------------------------------------------------------------------------
+    # -- saving
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with small_checkpoints(self.model):
@@ -227,7 +228,7 @@ def _as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
 
 
 def _load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tuple[Any, Any]:
-    """The model at ``source``, and its processor where it was saved by this package (else ``None``)."""
+    """The model at ``source``; its processor too where this package saved it (else ``None``)."""
     options = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         if "quantization_config" in options:
@@ -265,8 +266,8 @@ def _attach(model: Any, voco: VoCoConfig | None, processor: Any) -> VoCoConfig |
             return None
         if hasattr(model, "peft_config"):
             raise ValueError(
-                "the model is a PeftModel without VoCo: the token's row must be there before PEFT; attach the base "
-                "model first and give peft_config here."
+                "the model is a PeftModel without VoCo: the token's row must be there before PEFT; attach "
+                "the base model first and give peft_config here."
             )
         attach(model, voco, processor=processor)
         return attachment(model).config

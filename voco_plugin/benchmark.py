@@ -1,0 +1,92 @@
+"""Time, measured so that ratios can be trusted: in one process, in turn, as medians.
+
+Stage 2 is compared with what it replaces, on the same weights:
+
+    no cache      vision tower and every vision token again, for each question
+    full caching  the keys and values of every vision token kept: the honest baseline
+    VoCo          the keys and values of the VoCo tokens kept
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int = 30, warm_up: int = 3) -> dict[str, float]:
+    """Median seconds of each of ``ways``, called in turn and in shuffled order, so that drift hits all alike.
+
+    Each callable does the set-up and returns the function that is timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    order = random.Random(0)
+    for turn in range(warm_up + repeats):
+        for name in order.sample(list(ways), len(ways)):
+            call = ways[name]()
+            start = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def stage_two_times(
+    plain: Any, attached: Any, processor: Any, images: Sequence[Any], questions: Sequence[str], repeats: int = 30
+) -> dict[str, float]:
+    """Median seconds to the first answer token of one batch, image ``b`` with question ``b``.
+
+    Args:
+        plain: the model without VoCo.
+        attached: the same weights with VoCo attached (what is timed does not depend on what was learnt).
+
+    Returns:
+        seconds by way: ``no cache``, ``full caching``, ``VoCo``.
+    """
+    import torch
+
+    from .answering import compress_images, prompt
+
+    with torch.no_grad():
+        whole = prompt(plain, processor, questions, [[image] for image in images])
+        past, rest = _cached_prefix(plain, processor, images, questions)
+        caches = list(compress_images(attached, processor, images, batch_size=len(images)))
+        stream = prompt(attached, processor, questions, caches=caches)
+
+        def full() -> Callable[[], Any]:
+            own = copy.deepcopy(past)  # a forward appends to it
+            return lambda: plain(**rest, past_key_values=own, use_cache=True)
+
+        ways = {
+            "no cache": lambda: lambda: plain(**whole, use_cache=True),
+            "full caching": full,
+            "VoCo": lambda: lambda: attached(**stream),
+        }
+        return interleaved_medians(ways, repeats)
+
+
+def _cached_prefix(plain: Any, processor: Any, images: Sequence[Any], questions: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The plain model's KV cache of every prompt up to its image's last token, and the inputs that follow it.
+
+    The prompts must begin alike and their images have the same number of tokens, so that no padding is cached.
+    """
+    import torch
+
+    from .answering import prompt
+
+    alone = [prompt(plain, processor, [q], [[i]]) for q, i in zip(questions, images, strict=True)]
+    placeholder = plain.config.image_token_id
+    ends = {int((one["input_ids"][0] == placeholder).nonzero().max()) + 1 for one in alone}
+    if len(ends) != 1:
+        raise ValueError("the images have different numbers of tokens; time images of one size.")
+    end = ends.pop()
+    pixels = {k: torch.cat([one[k] for one in alone]) for k in alone[0] if k not in ("input_ids", "attention_mask")}
+    first = torch.cat([one["input_ids"][:, :end] for one in alone])
+    past = plain(input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, **pixels).past_key_values
+    tails = [one["input_ids"][0, end:] for one in alone]
+    ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True)
+    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tails], batch_first=True)
+    return past, {"input_ids": ids, "attention_mask": torch.cat([torch.ones_like(first), real], dim=1)}
