@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from voco_plugin.data.loaders import load_vision_dataset, split_placeholders, vision_features
+from voco_plugin.data.llava_format import split_placeholders, vision_features
+from voco_plugin.data.loaders import load_vision_dataset
 
 
 def text(value):

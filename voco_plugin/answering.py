@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 
 from .cache import VoCoCache
-from .layout import vision_runs
+from .injection import insert_voco_tokens
+from .layout import SequenceLayout
 from .modeling import attachment, is_attached
 
 Messages = list[dict[str, Any]]
 Tick = Callable[[int], Any]
+
+_BLANK = (56, 56)
 
 
 def ask(question: str, num_images: int = 1) -> Messages:
@@ -63,30 +66,40 @@ def _adds_special_tokens(processor: Any, texts: Sequence[str]) -> bool:
 
 
 def stream_of(model: Any, processor: Any, batch: Sequence[Messages], cache: VoCoCache) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` of the compressed stream of ``B`` conversations, made without an image.
+    """``input_ids`` and ``attention_mask`` of the compressed stream of ``B`` conversations, made without their images.
 
-    Row ``b`` gets the K of each block that ``cache`` holds for it.
+    The processor runs on a blank image in each place: what it writes around an image (line breaks, markers) is its
+    own affair, and only the text that stays in the stream is kept. Row ``b`` gets the K of each block that ``cache``
+    holds for it.
     """
     vocab = attachment(model).vocab
-    tokenizer = getattr(processor, "tokenizer", processor)
-    texts = render(processor, batch)
-    encoded = tokenizer(texts, add_special_tokens=_adds_special_tokens(processor, texts))["input_ids"]
+    blank = Image.new("RGB", _BLANK)
+    places = [sum(part.get("type") == "image" for turn in talk for part in _parts(turn)) for talk in batch]
+    blanks = [[blank] * count for count in places] if any(places) else None
+    pad = getattr(processor, "tokenizer", processor).pad_token_id or 0
+    encoded = insert_voco_tokens(
+        encode(processor, batch, blanks), vocab, 1, pad_token_id=pad, padding_side="left", images_per_row=places
+    )
+    layout = SequenceLayout.from_ids(encoded["input_ids"], encoded["attention_mask"], vocab)
     rows = []
-    for number, ids in enumerate(encoded):
+    for number, (ids, keep) in enumerate(zip(encoded["input_ids"], layout.in_stream, strict=True)):
         counts = [b.num_tokens for b, row in zip(cache, cache.rows, strict=True) if row == number]
-        found = vision_runs(np.asarray(ids), np.ones(len(ids), dtype=bool), vocab)
-        if len(found) != len(counts):
-            raise ValueError(f"prompt {number} has {len(found)} image placeholder(s) and {len(counts)} cached image(s).")
-        stream, at = [], 0
-        for (start, stop), count in zip(found, counts, strict=True):
-            stream += [*ids[at:start], *[vocab.voco_id] * count]
-            at = stop
-        rows.append([*stream, *ids[at:]])
+        if places[number] != len(counts):
+            raise ValueError(f"prompt {number} has {places[number]} image(s) and {len(counts)} cached image(s).")
+        following = iter(counts)
+        stream: list[int] = []
+        for token in ids[keep].tolist():  # one VoCo token an image so far: its block's K in its place
+            stream += [token] * next(following) if token == vocab.voco_id else [token]
+        rows.append(stream)
     longest = max(map(len, rows))
-    pad = tokenizer.pad_token_id or 0
     out = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": out, "attention_mask": mask}
+
+
+def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The typed parts of a turn; none where its content is a plain string."""
+    return turn["content"] if isinstance(turn["content"], list) else []
 
 
 @torch.no_grad()

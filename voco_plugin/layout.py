@@ -45,6 +45,7 @@ class TokenVocabulary:
             touch a placeholder run.
         glue: ordinary text ids (a newline) that are part of an image only between two of its vision tokens.
         starts: markers that open a new image, so that two neighbouring images are two runs.
+        edges: markers that open and close an image alike (Idefics3): between two side by side a new image begins.
         bos_id: the id of the BOS copy that opens a block under ``block_sink="bos"``; else ``None``.
     """
 
@@ -53,6 +54,7 @@ class TokenVocabulary:
     markers: frozenset[int] = frozenset()
     glue: frozenset[int] = frozenset()
     starts: frozenset[int] = frozenset()
+    edges: frozenset[int] = frozenset()
     bos_id: int | None = None
 
     def to_dict(self) -> dict[str, object]:
@@ -63,6 +65,7 @@ class TokenVocabulary:
             "markers": sorted(self.markers),
             "glue": sorted(self.glue),
             "starts": sorted(self.starts),
+            "edges": sorted(self.edges),
             "bos_id": self.bos_id,
         }
 
@@ -123,10 +126,11 @@ def vision_runs(ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary) -> li
     for code, start, stop in merged:
         if code != TokenKind.VISION:
             continue
-        cuts = [start]
-        if vocab.starts:
-            opens = np.flatnonzero(_isin(ids[start:stop], vocab.starts)) + start
-            cuts += [int(c) for c in opens if c > start]
+        inside = ids[start:stop]
+        opens = _isin(inside, vocab.starts)
+        edge = _isin(inside, vocab.edges)
+        opens[1:] |= edge[1:] & (inside[1:] == inside[:-1])
+        cuts = [start, *(int(c) + start for c in np.flatnonzero(opens) if c > 0)]
         for a, b in zip(cuts, [*cuts[1:], stop], strict=True):
             if _isin(ids[a:b], vocab.placeholders).any():
                 if vocab.bos_id is not None and a > 0 and ids[a - 1] == vocab.bos_id and mask[a - 1]:

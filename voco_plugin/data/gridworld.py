@@ -176,7 +176,7 @@ def _save_hf(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     from datasets import Dataset, DatasetDict
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    from voco_plugin.data.loaders import vision_features
+    from voco_plugin.data.llava_format import vision_features
 
     features = vision_features(with_id=True, with_types=True)
     columns = {

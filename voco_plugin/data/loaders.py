@@ -16,19 +16,22 @@ the data, says how an image is set off from the text.
 from __future__ import annotations
 
 import json
-import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
+from voco_plugin.data.llava_format import (
+    check_count,
+    llava_to_dataset,
+    split_placeholders,
+    to_messages,
+    vision_features,
+    where_is,
+)
 
-PLACEHOLDER = "<image>"
-ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def load_vision_dataset(
@@ -57,68 +60,6 @@ def load_vision_dataset(
     if image_folder is not None:
         warnings.warn("image_folder is ignored: it applies to LLaVA files only", stacklevel=2)
     return _normalise(_load(path, str(path_or_name), split), str(path_or_name))
-
-
-def vision_features(with_id: bool = False, with_types: bool = False) -> Features:
-    """The columns of TRL's vision format as Arrow features; images are decoded on access."""
-    from datasets import Features, Image, List, Value
-
-    part = {"type": Value("string"), "text": Value("string")}
-    columns: dict[str, Any] = {"id": Value("string")} if with_id else {}
-    columns["messages"] = List({"role": Value("string"), "content": List(part)})
-    columns["images"] = List(Image())
-    if with_types:
-        columns["types"] = List(Value("string"))
-    return Features(columns)
-
-
-def split_placeholders(text: str) -> list[dict[str, str | None]]:
-    """Cuts `text` at each `<image>` into typed parts, in order; empty texts are left out."""
-    parts: list[dict[str, str | None]] = []
-    pieces = re.split(rf"\n?{PLACEHOLDER}\n?", text)
-    for number, piece in enumerate(pieces):
-        if number:
-            parts.append({"type": "image", "text": None})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts or [{"type": "text", "text": ""}]
-
-
-def llava_to_dataset(
-    records: list[dict[str, Any]], path: str | Path, image_folder: str | Path | None = None
-) -> Dataset:
-    """Turns LLaVA records (`id`, `image`, `conversations`) into a dataset; see `load_vision_dataset`.
-
-    Args:
-        records: as read from the file.
-        path: the file they came from, which image names are relative to.
-        image_folder: overrides where image names start.
-    """
-    from datasets import Dataset
-
-    folders = (
-        [Path(image_folder)]
-        if image_folder is not None
-        else [Path(path).parent, Path(path).parent / "images"]
-    )
-    if not records:
-        raise ValueError(f"{path} holds no records")
-    with_id = any(isinstance(r, dict) and "id" in r for r in records)
-    with_types = any(isinstance(r, dict) and "types" in r for r in records)
-    features = vision_features(with_id, with_types)
-    columns: dict[str, list[Any]] = {name: [] for name in features}
-    for index, record in enumerate(records):
-        where = _where(record, index, path)
-        messages = _messages(record, where)
-        names = _image_names(record, where)
-        _check_count(messages, len(names), where)
-        columns["messages"].append(messages)
-        columns["images"].append([_find_image(name, folders, where) for name in names])
-        if with_id:
-            columns["id"].append(str(record.get("id", index)))
-        if with_types:
-            columns["types"].append([str(kind) for kind in record.get("types") or []])
-    return Dataset.from_dict(columns, features=features)
 
 
 def _read_records(path: Path) -> list[Any]:
@@ -152,55 +93,6 @@ def _is_trl(records: list[Any]) -> bool:
         and "conversations" not in first
         and ("messages" in first or "prompt" in first)
     )
-
-
-def _where(record: Any, index: int, source: object) -> str:
-    name = record.get("id") if isinstance(record, dict) else None
-    return (
-        f"{source}: sample {name!r} (index {index})"
-        if name is not None
-        else f"{source}: sample at index {index}"
-    )
-
-
-def _messages(record: Any, where: str) -> list[dict[str, Any]]:
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f'{where} has no "conversations" list: give [{{"from": "human", "value": …}}, …]')
-    messages = []
-    for number, turn in enumerate(turns):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in ROLES:
-            raise ValueError(f'{where}, turn {number}: "from" is {speaker!r}, not one of {", ".join(ROLES)}')
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f'{where}, turn {number}: "value" is {turn.get("value")!r}, not a text')
-        messages.append({"role": ROLES[speaker], "content": split_placeholders(turn["value"])})
-    return messages
-
-
-def _image_names(record: dict[str, Any], where: str) -> list[str]:
-    value = record.get("image", record.get("images"))
-    names = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f'{where}: "image" is {value!r}: give a file name, or a list of them')
-    return names
-
-
-def _check_count(messages: list[dict[str, Any]], num_images: int, where: str) -> None:
-    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if placeholders != num_images:
-        raise ValueError(
-            f"{where} has {num_images} image(s) and {placeholders} {PLACEHOLDER} placeholder(s): "
-            "write one placeholder per image, where the image stands"
-        )
-
-
-def _find_image(name: str, folders: Iterable[Path], where: str) -> str:
-    for folder in folders:
-        if (folder / name).is_file():
-            return str(folder / name)
-    looked = ", ".join(str(folder) for folder in folders)
-    raise ValueError(f"{where}: image {name!r} is not in {looked}: set image_folder to where the names start")
 
 
 def _load(path: Path, name: str, split: str | None) -> Dataset:
@@ -290,11 +182,11 @@ def _normaliser(
     source: str, column: str | None, name: str
 ) -> Callable[[dict[str, Any], int], dict[str, Any]]:
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        where = _where(row, index, name)
+        where = where_is(row, index, name)
         images = row[column] if column else []
         images = [] if images is None else images if isinstance(images, list) else [images]
         if source == "conversations":
-            messages = _messages(row, where)
+            messages = to_messages(row, where)
         else:
             messages = [
                 {"role": m["role"], "content": split_placeholders(m["content"] or "")} for m in row[source]
@@ -305,7 +197,7 @@ def _normaliser(
         ):  # TRL's convention: images before the first user text
             first = next((message for message in messages if message["role"] == "user"), messages[0])
             first["content"] = [{"type": "image", "text": None} for _ in images] + first["content"]
-        _check_count(messages, len(images), where)
+        check_count(messages, len(images), where)
         return {"messages": messages, "images": images}
 
     return convert

@@ -5,9 +5,6 @@ its `LlavaProcessor`: a tokenizer trained with `tokenizers`, a CLIP image proces
 and a chat template in LLaVA-1.5's form. `pretrain_tower` then teaches the tower what CLIP already knows when
 LLaVA starts. What `save_pretrained` writes is an ordinary transformers checkpoint.
 
-    <s> USER: <image>
-    What is at a1? ASSISTANT: red circle</s> USER: Is there a digit 7? ASSISTANT: no</s>
-
 What may surprise:
 
 - The template marks each answer and its `</s>` with `{% generation %}`: assistant-only loss works in TRL.
@@ -21,39 +18,22 @@ Shapes: `B` images, `S` pixels a side, `N` patches an image, `D` tower width.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from voco_plugin.data.gridworld_questions import ask, describe
 from voco_plugin.data.gridworld_scenes import COLORS, SHAPES, SPLITS, Scene, draw_scene, sample_scene
+from voco_plugin.data.tiny_processor import build_processor
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 INIT_STD = 0.02
 CELL_CLASSES: tuple[str, ...] = (
     *(f"{color} {shape}" for color in COLORS for shape in SHAPES),
     *(f"digit {digit}" for digit in range(10)),
-)
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ ' USER: ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT:' }}"
-    "{% else %}{{ ' ' }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ ' ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ eos_token }}{% endgeneration %}"
-    "{% elif message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
 
@@ -64,7 +44,7 @@ def build_tiny_vlm(
     vision_width: int = 128,
     vision_layers: int = 3,
     text_width: int = 128,
-    text_layers: int = 6,
+    text_layers: int = 4,
     text_heads: int = 4,
     seed: int = 0,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -141,67 +121,34 @@ def build_tiny_vlm(
     return model, processor
 
 
-def build_processor(image_size: int = 64, patch_size: int = 16) -> LlavaProcessor:
-    """The processor of the tiny VLM: images of `image_size` pixels a side, in patches of `patch_size`."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
+def write_tiny_vlm(
+    out_dir: str | Path,
+    *,
+    grid: int = 2,
+    num_colors: int = 4,
+    cell_pixels: int = 32,
+    tower_steps: int = 2000,
+    seed: int = 0,
+    **sizes: int,
+) -> dict[str, float]:
+    """Builds the model for one gridworld, pre-trains its tower, and saves model and processor into `out_dir`.
 
-    images = CLIPImageProcessor(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=build_tokenizer(),
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    Args:
+        out_dir: the checkpoint folder.
+        grid, num_colors, cell_pixels: the gridworld, as for `write_gridworld`; image_size follows.
+        tower_steps: of `pretrain_tower`; 0 leaves the tower random.
+        seed: of weights, images and batches.
+        sizes: the other arguments of `build_tiny_vlm`.
 
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE tokenizer trained on gridworld text, always the same; its words come out as single tokens."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[\n?,.]"), "isolated"),
-            pre_tokenizers.Metaspace(prepend_scheme="never"),
-        ]
-    )
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=704,
-        special_tokens=special,
-        initial_alphabet=[chr(code) for code in range(33, 127)] + ["\n"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_corpus(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _corpus(num_scenes: int = 400) -> list[str]:
-    """Gridworld conversations, 3 x 3 cells and all colours: one vocabulary serves every setting."""
-    rng = np.random.default_rng(0)
-    lines = [f" {number}" for number in range(19) for _ in range(50)]
-    for index in range(num_scenes):
-        scene = sample_scene(rng, 3, len(COLORS), SPLITS[index % 2])
-        turns = [*ask(scene, rng, 12, len(COLORS)), describe(scene)]
-        for turn in turns:
-            lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
-            lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
-    return lines
+    Returns:
+        What `pretrain_tower` returns.
+    """
+    model, processor = build_tiny_vlm(image_size=grid * cell_pixels, seed=seed, **sizes)
+    world = {"grid": grid, "num_colors": num_colors, "cell_pixels": cell_pixels}
+    figures = pretrain_tower(model, processor, steps=tower_steps, seed=seed, **world) if tower_steps else {}
+    model.save_pretrained(out_dir)
+    processor.save_pretrained(out_dir)
+    return figures
 
 
 def pretrain_tower(
@@ -211,10 +158,10 @@ def pretrain_tower(
     grid: int = 2,
     num_colors: int = 4,
     cell_pixels: int = 32,
-    num_images: int = 6400,
-    steps: int = 400,
+    num_images: int = 20000,
+    steps: int = 2000,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> dict[str, float]:
     """Trains the tower, in place, to tell for each patch what its cell holds and where the patch is.

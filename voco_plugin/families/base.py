@@ -27,6 +27,8 @@ _ENDS = (
     "end_image_token_id",
     "video_end_token_id",
 )
+_START_NAMES = ("boi_token", "start_image_token", "image_start_token", "vision_start_token")
+_END_NAMES = ("eoi_token", "end_image_token", "image_end_token", "vision_end_token")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
@@ -76,20 +78,34 @@ class Family:
     def placeholders(self, config: Any, processor: Any) -> set[int]:
         """Ids that are replaced by image or video features."""
         found: set[int] = set()
-        for source in (config, getattr(config, "vision_config", None), processor):
+        for source in (config, getattr(config, "vision_config", None), processor, getattr(processor, "tokenizer", None)):
             if source is not None:
                 found |= _ids(source, _PLACEHOLDERS)
-        return found
+        starts, others = self.markers(config, processor)
+        return found - starts - others  # Gemma's processor calls its start marker the image token
 
     def markers(self, config: Any, processor: Any) -> tuple[set[int], set[int]]:
         """``(start markers, other markers)`` that the processor or template puts around the placeholders."""
+        tokenizer = getattr(processor, "tokenizer", None)
         starts: set[int] = set()
         others: set[int] = set()
-        for source in (config, processor):
+        for source in (config, processor, tokenizer):
             if source is not None:
                 starts |= _ids(source, _STARTS)
                 others |= _ids(source, _ENDS)
+        if tokenizer is not None:
+            known = tokenizer.get_vocab()
+            for names, well_known, found in (
+                (_START_NAMES, "<|vision_start|>", starts),
+                (_END_NAMES, "<|vision_end|>", others),
+            ):
+                tokens = {getattr(source, n, None) for source in (processor, tokenizer) for n in names}
+                found |= {known[t] for t in {*tokens, well_known} if isinstance(t, str) and t in known}
         return starts, others
+
+    def edges(self, config: Any, processor: Any) -> set[int]:
+        """Markers that open and close an image alike."""
+        return set()
 
     def glue(self, config: Any, processor: Any) -> set[int]:
         """Ordinary text ids that belong to an image where they stand between its vision tokens."""
@@ -128,6 +144,7 @@ class Family:
             markers=frozenset(starts | others) - placeholders,
             glue=frozenset(self.glue(config, processor)),
             starts=frozenset(starts) - placeholders,
+            edges=frozenset(self.edges(config, processor)),
             bos_id=bos,
         )
 

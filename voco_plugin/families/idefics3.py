@@ -20,12 +20,22 @@ class Idefics3(Family):
             others |= {i for token, i in tokenizer.get_vocab().items() if _MARKER.fullmatch(token)}
         return starts, others
 
+    def edges(self, config: Any, processor: Any) -> set[int]:
+        tokenizer = getattr(processor, "tokenizer", None)
+        fake = self._fake(processor)
+        known = tokenizer.get_vocab() if tokenizer is not None else {}
+        return {known[fake]} if fake in known else set()
+
+    @staticmethod
+    def _fake(processor: Any) -> str:
+        fake = getattr(processor, "fake_image_token", None)
+        return getattr(fake, "content", fake) or "<fake_token_around_image>"
+
     def glue(self, config: Any, processor: Any) -> set[int]:
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None:
             return set()
-        fake = getattr(processor, "fake_image_token", None)
-        fake = getattr(fake, "content", fake) or "<fake_token_around_image>"
+        fake = self._fake(processor)
         found: set[int] = set()
         for newlines in ("\n", "\n\n"):
             # tokenized where they stand, between two markers: a tokenizer may join or split them

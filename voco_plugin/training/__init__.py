@@ -1,8 +1,8 @@
 """Training with TRL: the config, the trainer, and what of a model trains.
 
 Reading order: ``config`` (the arguments), ``parts`` (which part of a model a parameter belongs to),
-``adapters`` (PEFT for a token row and the language model alone), ``datasets`` (columns), ``trainer`` (puts
-them together).
+``adapters`` (PEFT for a token row and the language model alone), ``datasets`` (columns), ``weights``
+(resume), ``trainer`` (puts them together).
 """
 
 from __future__ import annotations

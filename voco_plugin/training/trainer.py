@@ -23,6 +23,7 @@ from .adapters import mend_tied_head, prepare_peft_config, small_checkpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
 from .parts import describe_trainable, freeze
+from .weights import load_whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,24 @@ class VoCoSFTTrainer(SFTTrainer):
             metrics["compression_ratio"].append(vision / voco)
             metrics["isolation"].append(float(is_attached(self.model) and self.voco.isolates))
 
-    # -- saving
+    # -- saving and loading
+
+    @property
+    def _whole_weights(self) -> bool:
+        """Whether checkpoints are whole models in one piece (no adapter, nothing sharded)."""
+        return not (hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._whole_weights:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_whole_weights(target, resume_from_checkpoint, self.args.trust_remote_code)
+
+    def _load_best_model(self) -> None:
+        if not self._whole_weights:
+            return super()._load_best_model()
+        target = self.accelerator.unwrap_model(self.model)
+        load_whole_weights(target, self.state.best_model_checkpoint, self.args.trust_remote_code)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with small_checkpoints(self.model):

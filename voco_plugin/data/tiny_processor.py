@@ -1,0 +1,98 @@
+"""The tiny VLM's processor: a tokenizer trained on gridworld text, a CLIP image processor, a chat template.
+
+<s> USER: <image>
+What is at a1? ASSISTANT: red circle</s> USER: Is there a digit 7? ASSISTANT: no</s>
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from voco_plugin.data.gridworld_questions import ask, describe
+from voco_plugin.data.gridworld_scenes import COLORS, SPLITS, sample_scene
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ ' USER: ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT:' }}"
+    "{% else %}{{ ' ' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}"
+    "{% elif message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+
+def build_processor(image_size: int = 64, patch_size: int = 16) -> LlavaProcessor:
+    """The processor of the tiny VLM: images of `image_size` pixels a side, in patches of `patch_size`."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    images = CLIPImageProcessor(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer trained on gridworld text, always the same; its words come out as single tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\n?,.]"), "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="never"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=704,
+        special_tokens=special,
+        initial_alphabet=[chr(code) for code in range(33, 127)] + ["\n"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _corpus(num_scenes: int = 400) -> list[str]:
+    """Gridworld conversations, 3 x 3 cells and all colours: one vocabulary serves every setting."""
+    rng = np.random.default_rng(0)
+    lines = [f" {number}" for number in range(19) for _ in range(50)]
+    for index in range(num_scenes):
+        scene = sample_scene(rng, 3, len(COLORS), SPLITS[index % 2])
+        turns = [*ask(scene, rng, 12, len(COLORS)), describe(scene)]
+        for turn in turns:
+            lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
+            lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
+    return lines
