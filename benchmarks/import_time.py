@@ -30,12 +30,16 @@ _TIMED = "import time; start = time.perf_counter()\n{code}\nprint(time.perf_coun
 
 def seconds(code: str) -> float:
     """Seconds that ``code`` takes in a fresh process, the interpreter's own start left out."""
-    done = subprocess.run([sys.executable, "-c", _TIMED.format(code=code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _TIMED.format(code=code)], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -50,7 +54,9 @@ def main() -> None:
     names = ("the same, and attach, load, VoCoCache", "import torch, and a VLM's classes from transformers")
     inference = medians[names[0]] - medians[names[1]]
     if args.json:
-        print(json.dumps({"seconds": medians, "import_beyond": beyond, "inference_beyond": inference}, indent=2))
+        print(
+            json.dumps({"seconds": medians, "import_beyond": beyond, "inference_beyond": inference}, indent=2)
+        )
         return
     for name, value in medians.items():
         print(f"{value:7.3f} s  {name}")

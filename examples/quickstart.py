@@ -39,7 +39,12 @@ from voco_plugin.reporting.charts import draw_bars, draw_losses, read_losses
 from voco_plugin.reporting.report import Report
 from voco_plugin.reporting.sheet import SheetEntry, draw_sheet
 
-ROWS = {"base": "base VLM, all 16 vision tokens", "voco": "VoCo", "lower": "lower bound", "blind": "base VLM, no image"}
+ROWS = {
+    "base": "base VLM, all 16 vision tokens",
+    "voco": "VoCo",
+    "lower": "lower bound",
+    "blind": "base VLM, no image",
+}
 
 
 def run(*arguments: object, capture: bool = False) -> str:
@@ -55,8 +60,12 @@ def run(*arguments: object, capture: bool = False) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/quickstart", help="folder for everything (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", default="runs/quickstart", help="folder for everything (default: %(default)s)"
+    )
     parser.add_argument("--base", help="another base VLM than the shipped one")
     parser.add_argument("--num-train", type=int, default=4000, help="training images (default: %(default)s)")
     parser.add_argument("--num-test", type=int, default=200, help="held-out images (default: %(default)s)")
@@ -103,7 +112,17 @@ def main() -> None:
     images = sorted((data / "images" / "test").iterdir())
     cache_file = out / "held_out.safetensors"
     compressed = json.loads(
-        run("compress", tuned, data / "images" / "test", "--out", cache_file, "--batch-size", 32, "--json", capture=True)
+        run(
+            "compress",
+            tuned,
+            data / "images" / "test",
+            "--out",
+            cache_file,
+            "--batch-size",
+            32,
+            "--json",
+            capture=True,
+        )
     )
     conversations = read(data / "test.json")
     entries = answer_from_cache(tuned, cache_file, conversations[:6], images, out)
@@ -115,7 +134,9 @@ def main() -> None:
         f"\ncached answers equal to single-pass answers: {checks['equal']} of {checks['compared']}; "
         f"largest logit difference {checks['max_logit_difference']:.1e}"
     )
-    emit(f"cache {human_bytes(compressed['cache_bytes'])}, all vision tokens {human_bytes(compressed['full_kv_bytes'])}")
+    emit(
+        f"cache {human_bytes(compressed['cache_bytes'])}, all vision tokens {human_bytes(compressed['full_kv_bytes'])}"
+    )
     for batch, ratios in checks["ratios"].items():
         told = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in ratios.items())
         emit(f"stage 2 at batch {batch}: VoCo takes {told}")
@@ -153,7 +174,9 @@ def result_rows(scores: dict, guesser: dict, num_tokens: int) -> list[list]:
     return rows
 
 
-def answer_from_cache(tuned: Path, cache_file: Path, conversations: list, images: list[Path], out: Path) -> list[SheetEntry]:
+def answer_from_cache(
+    tuned: Path, cache_file: Path, conversations: list, images: list[Path], out: Path
+) -> list[SheetEntry]:
     """Every question of the first held-out images, answered from the cache file by `voco generate`."""
     entries = []
     for index, record in enumerate(conversations):
@@ -170,7 +193,9 @@ def answer_from_cache(tuned: Path, cache_file: Path, conversations: list, images
     return entries
 
 
-def compare(tuned: Path, base: Path, num_tokens: int, cache_file: Path, conversations: list, images: list[Path]) -> dict:
+def compare(
+    tuned: Path, base: Path, num_tokens: int, cache_file: Path, conversations: list, images: list[Path]
+) -> dict:
     """Cached against single-pass answers, and stage 2 against no cache and full caching."""
     model, processor = vp.load(str(tuned))
     cache = vp.VoCoCache.load(cache_file)
@@ -191,7 +216,13 @@ def compare(tuned: Path, base: Path, num_tokens: int, cache_file: Path, conversa
 
 
 def draw(
-    out: Path, tuned: Path, base: Path, data: Path, scores: dict, entries: list[SheetEntry], images: list[Path]
+    out: Path,
+    tuned: Path,
+    base: Path,
+    data: Path,
+    scores: dict,
+    entries: list[SheetEntry],
+    images: list[Path],
 ) -> dict[str, Path]:
     """The four pictures."""
     pictures = {name: out / f"{name}.png" for name in ("mask", "losses", "accuracy", "answers")}
@@ -202,10 +233,17 @@ def draw(
     kinds = sorted(scores["voco"]["by_type"])
     series = {
         name: [100 * scores[mode]["accuracy"], *(100 * scores[mode]["by_type"][kind] for kind in kinds)]
-        for mode, name in (("base", "base VLM"), ("voco", "VoCo"), ("lower", "lower bound"), ("blind", "no image"))
+        for mode, name in (
+            ("base", "base VLM"),
+            ("voco", "VoCo"),
+            ("lower", "lower bound"),
+            ("blind", "no image"),
+        )
     }
     draw_bars(["all", *kinds], series, pictures["accuracy"], title="held-out questions answered exactly")
-    draw_sheet(entries, pictures["answers"], title="answers from the cache file, the images not opened (red: wrong)")
+    draw_sheet(
+        entries, pictures["answers"], title="answers from the cache file, the images not opened (red: wrong)"
+    )
     return pictures
 
 
@@ -225,7 +263,10 @@ def write_report(out: Path, header: tuple, rows: list, facts: dict, pictures: di
     report.table(
         ("", ""),
         [
-            ("answers from the cache equal to the single masked pass", f"{facts['equal']} of {facts['compared']}"),
+            (
+                "answers from the cache equal to the single masked pass",
+                f"{facts['equal']} of {facts['compared']}",
+            ),
             ("largest logit difference", f"{facts['max_logit_difference']:.1e}"),
             ("cache file's keys and values", human_bytes(compressed["cache_bytes"])),
             ("all vision tokens' keys and values", human_bytes(compressed["full_kv_bytes"])),

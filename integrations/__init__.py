@@ -1,5 +1,5 @@
 """Bridges to other tools: serving engines and evaluation harnesses.
 
-Each sees only the public API of ``voco_plugin``, loads only when its tool asks for it, and ships inside the wheel as
-``voco_plugin.integrations``.
+Each sees only the public API of ``voco_plugin``, loads only when its tool asks for it, and ships inside the
+wheel as ``voco_plugin.integrations``.
 """

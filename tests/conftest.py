@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# before torch, transformers and datasets are imported anywhere: tiny models are fastest on one thread, and no test
-# may need the network
+# before torch, transformers and datasets are imported anywhere: tiny models are fastest on one thread, and no
+# test may need the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"

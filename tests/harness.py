@@ -6,9 +6,9 @@ import dataclasses
 from functools import cache
 
 import torch
-from tiny import build, glue_ids, make_inputs, vision_ids, voco_id
 
 import voco_plugin as vp
+from tiny import build, glue_ids, make_inputs, vision_ids, voco_id
 from voco_plugin.families import family_of
 from voco_plugin.layout import SequenceLayout, TokenKind
 
@@ -78,7 +78,9 @@ def shared(name: str, dtype=torch.float32, attn: str = "sdpa", rule: str = "isol
 
 
 def inputs(name: str, rows=None, side: str = "right", dtype=torch.float32, **more):
-    return make_inputs(name, ROWS if rows is None else rows, padding_side=side, dtype=dtype, voco_id=voco_id(name), **more)
+    return make_inputs(
+        name, ROWS if rows is None else rows, padding_side=side, dtype=dtype, voco_id=voco_id(name), **more
+    )
 
 
 def layout_of(model, batch) -> SequenceLayout:

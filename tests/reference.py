@@ -1,4 +1,5 @@
-"""The plainest reading of DESIGN's table: loops over (query, key), written without the package's own predicate.
+"""The plainest reading of DESIGN's table: loops over (query, key), written without the package's own
+predicate.
 
 Letters: ``v`` vision, ``C`` VoCo, ``t`` text, ``.`` padding; ``g`` glue and ``b`` BOS are resolved by regular
 expression, not by the package's run-length reader.
@@ -43,7 +44,9 @@ def read(row: str, sink: bool = False) -> tuple[str, list[int]]:
     return "".join("t" if k in "gb" else k for k in kinds), block
 
 
-def rule_mask(row: str, *, rule="isolated", block_context="self", hide_prefix=False, sink=False) -> torch.Tensor:
+def rule_mask(
+    row: str, *, rule="isolated", block_context="self", hide_prefix=False, sink=False
+) -> torch.Tensor:
     """What the rule shows, ``(N, N)`` bool, before causality and padding: DESIGN's table, cell by cell."""
     kinds, block = read(row, sink)
     n = len(row)
@@ -70,7 +73,9 @@ def rule_mask(row: str, *, rule="isolated", block_context="self", hide_prefix=Fa
 
 
 def base_mask(row: str, *, window: int | None = None, groups: list[int] | None = None) -> torch.Tensor:
-    """The backbone's own mask: causal, windowed, bidirectional within ``groups``, no padding keys. ``(N, N)``."""
+    """The backbone's own mask: causal, windowed, bidirectional within ``groups``, no padding keys. ``(N,
+    N)``.
+    """
     n = len(row)
     shown = torch.zeros(n, n, dtype=torch.bool)
     for i in range(n):
@@ -82,7 +87,9 @@ def base_mask(row: str, *, window: int | None = None, groups: list[int] | None =
 
 
 def compact_numbers(row: str, sink: bool = False) -> list[int | None]:
-    """1-D compact positions by walking the row: text and VoCo counted, V just before its C; ``None`` for padding."""
+    """1-D compact positions by walking the row: text and VoCo counted, V just before its C; ``None`` for
+    padding.
+    """
     kinds, block = read(row, sink)
     numbers: list[int | None] = [None] * len(row)
     stream = 0

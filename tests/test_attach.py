@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+
+import voco_plugin as vp
 from harness import attached, inputs, plain, text_columns, vocabulary
 from tiny import NAMES, voco_id
 from tiny.processors import processor
-
-import voco_plugin as vp
 from voco_plugin.layout import LayoutError
 
 TEXT_ONLY = [["bos", "t6"], ["bos", "t3"]]
@@ -56,7 +56,9 @@ def test_detach_gives_back_the_model_bit_for_bit(name):
 @pytest.mark.parametrize("name", ["llava_llama", "llava_qwen2", "llava_tied", "qwen2_5_vl", "gemma3"])
 @torch.no_grad()
 def test_the_token_is_added_and_taken_back(name):
-    """llava_llama has no spare row (resize), llava_qwen2 a vocabulary of 256 = 4 × 64, llava_tied tied embeddings."""
+    """llava_llama has no spare row (resize), llava_qwen2 a vocabulary of 256 = 4 × 64, llava_tied tied
+    embeddings.
+    """
     model, its = plain(name), processor(name)
     rows, tied = model.get_input_embeddings().weight.shape[0], name in ("llava_tied", "gemma3")
     before, vocabulary_before = state_bits(model), dict(its.tokenizer.get_vocab())
@@ -84,7 +86,8 @@ def test_the_row_is_seeded():
 
 def test_importing_changes_nothing():
     code = (
-        "import transformers, sys; from transformers import AttentionInterface as A, AttentionMaskInterface as M\n"
+        "import transformers, sys; from transformers import AttentionInterface as A, AttentionMaskInterface "
+        "as M\n"
         "before = (dict(A._global_mapping), dict(M._global_mapping))\n"
         "import voco_plugin; voco_plugin.attach; voco_plugin.VoCoCache; voco_plugin.load\n"
         "assert before == (dict(A._global_mapping), dict(M._global_mapping))\n"
@@ -142,13 +145,17 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         batch = inputs("llava_llama")
-        model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss.backward()
+        model(
+            **batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        ).loss.backward()
         grads.append(model.model.language_model.layers[0].self_attn.k_proj.weight.grad)
     assert grads[0].abs().max() > 0 and (grads[0] - grads[1]).abs().max() <= 1e-5
 
 
 def test_no_gradient_reaches_pixels_but_through_the_voco_tokens():
-    """The loss of text moves vision features only through C: with no reader of C, the pixels' gradient is zero."""
+    """The loss of text moves vision features only through C: with no reader of C, the pixels' gradient is
+    zero.
+    """
     model = attached("llava_llama")
     batch = inputs("llava_llama", [["bos", "t3", "img", "c2", "t4"]])
     pixels = batch["pixel_values"].requires_grad_()
@@ -166,7 +173,9 @@ def test_under_peft():
 
     model = attached("llava_llama")
     batch = inputs("llava_llama")
-    wrapped = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=2)).eval()
+    wrapped = get_peft_model(
+        model, LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)", r=2)
+    ).eval()
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -204,7 +213,10 @@ def test_under_torch_compile():
     [
         (lambda b: b.pop("input_ids"), "input_ids"),
         (lambda b: b.update(attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool)), "2-D"),
-        (lambda b: b.update(position_ids=torch.arange(b["input_ids"].shape[1])[None]), "position_ids given do not agree"),
+        (
+            lambda b: b.update(position_ids=torch.arange(b["input_ids"].shape[1])[None]),
+            "position_ids given do not agree",
+        ),
     ],
 )
 @torch.no_grad()
@@ -231,7 +243,9 @@ def test_vision_without_voco_is_refused_but_under_causal():
 @torch.no_grad()
 def test_causal_is_the_plain_model_with_voco_tokens():
     batch = inputs("llava_llama")
-    assert torch.equal(attached("llava_llama", rule="causal")(**batch).logits, plain("llava_llama")(**batch).logits)
+    assert torch.equal(
+        attached("llava_llama", rule="causal")(**batch).logits, plain("llava_llama")(**batch).logits
+    )
     with pytest.raises(ValueError, match="rule='causal'"):
         attached("llava_llama", rule="causal").compress(**batch)
 

@@ -1,4 +1,6 @@
-"""VoCoCache: saved = in memory bit for bit (contract 1), and every damaged or foreign file is refused (contract 6)."""
+"""VoCoCache: saved = in memory bit for bit (contract 1), and every damaged or foreign file is refused
+(contract 6).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ import struct
 
 import pytest
 import torch
-from harness import attached, inputs, shared
 from safetensors.torch import save_file
-from tiny.processors import processor
 
 import voco_plugin as vp
+from harness import attached, inputs, shared
+from tiny.processors import processor
 from voco_plugin.cache import CacheFileError
 
 
@@ -32,7 +34,8 @@ def same(a: vp.VoCoCache, b: vp.VoCoCache) -> bool:
         and a.num_rows == b.num_rows
         and a.fingerprint == b.fingerprint
         and all(
-            (x.position, x.extent, x.num_vision, x.relocatable) == (y.position, y.extent, y.num_vision, y.relocatable)
+            (x.position, x.extent, x.num_vision, x.relocatable)
+            == (y.position, y.extent, y.num_vision, y.relocatable)
             and all(
                 torch.equal(s, t) and s.dtype == t.dtype
                 for s, t in zip((*x.keys, *x.values), (*y.keys, *y.values), strict=True)
@@ -90,7 +93,11 @@ def test_first_k_is_what_a_compression_into_k_gives(model):
     """Paper, Table 4: under causal attention the first k VoCo tokens do not know of the later ones."""
     three = model.compress(**inputs("llava_llama", [["bos", "img", "c3", "t2"]]))
     one = model.compress(**inputs("llava_llama", [["bos", "img", "c1", "t2"]]))
-    for a, b in zip((*three.first(1).blocks[0].keys, *three.first(1).blocks[0].values), (*one.blocks[0].keys, *one.blocks[0].values), strict=True):  # noqa: E501
+    for a, b in zip(
+        (*three.first(1).blocks[0].keys, *three.first(1).blocks[0].values),
+        (*one.blocks[0].keys, *one.blocks[0].values),
+        strict=True,
+    ):  # noqa: E501
         assert (a - b).abs().max() <= 1e-5
 
 
@@ -100,7 +107,12 @@ def test_one_changed_byte_is_found(cache, tmp_path, where):
     cache.save(path)
     data = bytearray(path.read_bytes())
     (length,) = struct.unpack("<Q", data[:8])
-    at = {"header": 12, "metadata": data.index(b"position") + 14, "data": 8 + length + 5, "end": len(data) - 1}[where]
+    at = {
+        "header": 12,
+        "metadata": data.index(b"position") + 14,
+        "data": 8 + length + 5,
+        "end": len(data) - 1,
+    }[where]
     data[at] ^= 1
     path.write_bytes(data)
     with pytest.raises(CacheFileError):
@@ -150,7 +162,8 @@ def test_another_file_or_version_is_refused(cache, tmp_path):
         vp.VoCoCache.load(tmp_path / "v.safetensors")
 
 
-# -- whose cache it is ---------------------------------------------------------------------------------------------
+# -- whose cache it is
+# ---------------------------------------------------------------------------------------------
 
 
 def _stream(model):
@@ -218,10 +231,14 @@ def test_a_wrong_k_or_count_is_named(model, cache):
     with pytest.raises(ValueError, match="the cache holds 3 rows and input_ids 4"):
         model(**stream, voco_cache=vp.VoCoCache.stack([cache.row(r) for r in range(3)]))
     short = vp.VoCoCache(cache.blocks[1:], cache.rows[1:], 4, cache.fingerprint)
-    with pytest.raises(ValueError, match=r"sample 0, position \d+: a VoCo token with no block for it; the cache holds 0"):
+    with pytest.raises(
+        ValueError, match=r"sample 0, position \d+: a VoCo token with no block for it; the cache holds 0"
+    ):
         model(**stream, voco_cache=short)
     one = {k: v[:1] for k, v in stream.items()}
-    with pytest.raises(ValueError, match=r"sample 0: the cache holds 2 block\(s\) and the prompt VoCo tokens for 1"):
+    with pytest.raises(
+        ValueError, match=r"sample 0: the cache holds 2 block\(s\) and the prompt VoCo tokens for 1"
+    ):
         model(**one, voco_cache=cache[[0, 0]])
     with pytest.raises(ValueError, match=r"1 VoCo token\(s\) for block 0, which holds 2.*cache.first\(1\)"):
         ids = inputs("llava_llama", [["bos", "img", "c1", "t2"]])
@@ -242,7 +259,9 @@ def test_a_prefix_block_cannot_be_moved():
     model = shared("llava_llama", rule="prefix")
     cache = model.compress(**inputs("llava_llama", [["bos", "t3", "img", "c2", "t4"]]))
     other = model.stream_inputs(inputs("llava_llama", [["bos", "t5", "img", "c2", "t4"]]))
-    with pytest.raises(ValueError, match="made with block_context='prefix' at position 13, so it cannot stand at 15"):
+    with pytest.raises(
+        ValueError, match="made with block_context='prefix' at position 13, so it cannot stand at 15"
+    ):
         model(**other, voco_cache=cache)
 
 

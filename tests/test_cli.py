@@ -33,7 +33,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
+SHORT = [
+    "--max_steps",
+    "2",
+    "--per_device_train_batch_size",
+    "2",
+    "--logging_steps",
+    "1",
+    "--disable_tqdm",
+    "true",
+]
 
 
 @pytest.fixture
@@ -224,7 +233,10 @@ def test_the_picture_shows_the_mask_cell_by_cell(runs: str, rule: str, capsys, t
     image, cell, left, top = Image.open(picture), 24, 24 + 24, 70 + 24
     centre = cell // 2
     seen = [
-        [image.getpixel((left + j * cell + centre, top + i * cell + centre)) != HIDDEN for j in range(len(kinds))]
+        [
+            image.getpixel((left + j * cell + centre, top + i * cell + centre)) != HIDDEN
+            for j in range(len(kinds))
+        ]
         for i in range(len(kinds))
     ]
     assert seen == expected.tolist()
@@ -247,27 +259,55 @@ def test_training_saves_what_loads_again_by_path_alone(here: Path) -> None:
     import voco_plugin as vp
 
     folder = here / "runs" / "gridworld_voco"
-    assert {"adapter_config.json", "voco_config.json", "trainer_state.json"} <= {p.name for p in folder.iterdir()}
+    assert {"adapter_config.json", "voco_config.json", "trainer_state.json"} <= {
+        p.name for p in folder.iterdir()
+    }
     model, processor = vp.load(str(folder))
     assert vp.is_attached(model) and processor.tokenizer.convert_tokens_to_ids("<voco>") is not None
 
 
 def test_check_prints_the_resolved_recipe_and_trains_nothing(here: Path, capsys) -> None:
     found = json.loads(
-        out_of(capsys, "train", "gridworld_voco", "--max_steps", "7", "--voco.num_tokens", "3", "--check", "--json")
+        out_of(
+            capsys,
+            "train",
+            "gridworld_voco",
+            "--max_steps",
+            "7",
+            "--voco.num_tokens",
+            "3",
+            "--check",
+            "--json",
+        )
     )
     assert found["values"]["max_steps"] == 7 and found["values"]["voco"]["num_tokens"] == 3
 
 
 def test_the_base_recipe_trains_the_plain_model(here: Path, capsys) -> None:
-    model = ["--model_name_or_path", "runs/gridworld_base", "--output_dir", "runs/base_again", "--bf16", "false"]
+    model = [
+        "--model_name_or_path",
+        "runs/gridworld_base",
+        "--output_dir",
+        "runs/base_again",
+        "--bf16",
+        "false",
+    ]
     result = json.loads(out_of(capsys, "train", "gridworld_base", *SHORT, *model, "--json"))
     assert result["steps"] == 2 and (here / "runs" / "base_again" / "config.json").is_file()
     assert not (here / "runs" / "base_again" / "voco_config.json").exists()
 
 
 def test_a_datasets_folder_trains_too(here: Path, capsys) -> None:
-    more = ["--dataset_name", "runs/gridworld/hf", "--image_folder", "null", "--output_dir", "runs/from_hf", "--max_train_samples", "4"]
+    more = [
+        "--dataset_name",
+        "runs/gridworld/hf",
+        "--image_folder",
+        "null",
+        "--output_dir",
+        "runs/from_hf",
+        "--max_train_samples",
+        "4",
+    ]
     assert json.loads(out_of(capsys, "train", "gridworld_voco", *SHORT, *more, "--json"))["steps"] == 2
 
 
@@ -278,7 +318,10 @@ def test_accelerate_profiles_are_trls_and_the_child_does_not_launch_again(tmp_pa
     overrides = ["--accelerate_config", "multi_gpu", "--num_processes", "2", "--max_steps", "3"]
     recipe = load("gridworld_voco", overrides)
     found = launch_arguments(recipe, recipe.arguments(RecipeArguments), overrides)
-    assert found[:2] == ["--config_file", str(profiles()["multi_gpu"])] and found[2:4] == ["--num_processes", "2"]
+    assert found[:2] == ["--config_file", str(profiles()["multi_gpu"])] and found[2:4] == [
+        "--num_processes",
+        "2",
+    ]
     child = found[found.index("train") + 2 :]
     assert load("gridworld_voco", child).values["accelerate_config"] is None
     assert load("gridworld_voco", child).values["max_steps"] == 3
@@ -295,7 +338,9 @@ def test_training_through_accelerate_gives_the_same_checkpoint(here: Path) -> No
         cwd=here, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    one, other = (here / "runs" / name / "adapter_model.safetensors" for name in ("gridworld_voco", "launched"))
+    one, other = (
+        here / "runs" / name / "adapter_model.safetensors" for name in ("gridworld_voco", "launched")
+    )
     from safetensors.torch import load_file
 
     left, right = load_file(one), load_file(other)
@@ -309,9 +354,13 @@ def test_a_folder_becomes_one_file_or_one_file_an_image(here: Path, capsys) -> N
     from voco_plugin import VoCoCache
 
     images = "runs/gridworld/images/test"
-    together = json.loads(out_of(capsys, "compress", "runs/gridworld_voco", images, "--out", "all.safetensors", "--json"))
+    together = json.loads(
+        out_of(capsys, "compress", "runs/gridworld_voco", images, "--out", "all.safetensors", "--json")
+    )
     apart = json.loads(
-        out_of(capsys, "compress", "runs/gridworld_voco", images, "--out", "apart", "--json", "--batch-size", "4")
+        out_of(
+            capsys, "compress", "runs/gridworld_voco", images, "--out", "apart", "--json", "--batch-size", "4"
+        )
     )
     assert len(together["images"]) == 6 and len(together["files"]) == 1 and len(apart["files"]) == 6
     assert together["full_kv_bytes"] == 16 * together["cache_bytes"] == 16 * apart["cache_bytes"]
@@ -327,35 +376,71 @@ def test_answers_from_a_file_equal_answers_from_the_images(here: Path, capsys) -
     images = "runs/gridworld/images/test"
     out_of(capsys, "compress", "runs/gridworld_voco", images, "--out", "answers.safetensors")
     (here / "asked.txt").write_text("What is at a1?\n\nHow many red shapes are there?\n")
-    asked = ["--questions", "asked.txt", "--question", "Is there a digit 7?", "--max-new-tokens", "4", "--json"]
+    asked = [
+        "--questions",
+        "asked.txt",
+        "--question",
+        "Is there a digit 7?",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    ]
     asked += ["--batch-size", "5"]
-    cached = json.loads(out_of(capsys, "generate", "runs/gridworld_voco", "--cache", "answers.safetensors", *asked))
+    cached = json.loads(
+        out_of(capsys, "generate", "runs/gridworld_voco", "--cache", "answers.safetensors", *asked)
+    )
     seen = json.loads(out_of(capsys, "generate", "runs/gridworld_voco", "--image", images, *asked))
     assert len(cached) == 18 and [e["question"] for e in cached[:3]] == [
         "Is there a digit 7?", "What is at a1?", "How many red shapes are there?",
     ]  # fmt: skip
     assert [e["answer"] for e in cached] == [e["answer"] for e in seen]
     one = json.loads(
-        out_of(capsys, "generate", "runs/gridworld_voco", "--cache", "answers.safetensors", "--index", "2", *asked)
+        out_of(
+            capsys,
+            "generate",
+            "runs/gridworld_voco",
+            "--cache",
+            "answers.safetensors",
+            "--index",
+            "2",
+            *asked,
+        )
     )
     assert [e["answer"] for e in one] == [e["answer"] for e in cached[6:9]]
 
 
 def test_answering_from_a_file_opens_no_image(here: Path, capsys, monkeypatch) -> None:
-    out_of(capsys, "compress", "runs/gridworld_voco", "runs/gridworld/images/test/000000.png", "--out", "one.safetensors")
+    out_of(
+        capsys,
+        "compress",
+        "runs/gridworld_voco",
+        "runs/gridworld/images/test/000000.png",
+        "--out",
+        "one.safetensors",
+    )
 
     def refuse(*args, **kwargs):
         raise AssertionError("an image was opened")
 
     monkeypatch.setattr(Image, "open", refuse)
-    out_of(capsys, "generate", "runs/gridworld_voco", "--cache", "one.safetensors", "--question", "What is at a1?")
+    out_of(
+        capsys,
+        "generate",
+        "runs/gridworld_voco",
+        "--cache",
+        "one.safetensors",
+        "--question",
+        "What is at a1?",
+    )
 
 
 def test_several_images_go_into_one_prompt_when_asked(here: Path, capsys) -> None:
     images = ["runs/gridworld/images/test/000000.png", "runs/gridworld/images/test/000001.png"]
     out_of(capsys, "compress", "runs/gridworld_voco", *images, "--out", "two.safetensors")
     asked = ["--question", "What is at a1?", "--together", "--json", "--max-new-tokens", "4"]
-    cached = json.loads(out_of(capsys, "generate", "runs/gridworld_voco", "--cache", "two.safetensors", *asked))
+    cached = json.loads(
+        out_of(capsys, "generate", "runs/gridworld_voco", "--cache", "two.safetensors", *asked)
+    )
     repeated = [word for image in images for word in ("--image", image)]
     seen = json.loads(out_of(capsys, "generate", "runs/gridworld_voco", *repeated, *asked))
     assert len(cached) == len(seen) == 1 and cached[0]["answer"] == seen[0]["answer"]
@@ -369,14 +454,30 @@ def test_several_images_go_into_one_prompt_when_asked(here: Path, capsys) -> Non
     ],
 )
 def test_a_damaged_cache_is_an_error_that_names_it(here: Path, capsys, spoil, message: str) -> None:
-    out_of(capsys, "compress", "runs/gridworld_voco", "runs/gridworld/images/test/000000.png", "--out", "good.safetensors")
+    out_of(
+        capsys,
+        "compress",
+        "runs/gridworld_voco",
+        "runs/gridworld/images/test/000000.png",
+        "--out",
+        "good.safetensors",
+    )
     (here / "bad.safetensors").write_bytes(spoil((here / "good.safetensors").read_bytes()))
-    found = error_of(capsys, "generate", "runs/gridworld_voco", "--cache", "bad.safetensors", "--question", "x")
+    found = error_of(
+        capsys, "generate", "runs/gridworld_voco", "--cache", "bad.safetensors", "--question", "x"
+    )
     assert "bad.safetensors" in found
 
 
 def test_a_cache_of_another_model_is_refused(here: Path, capsys) -> None:
-    out_of(capsys, "compress", "runs/gridworld_base", "runs/gridworld/images/test/000000.png", "--out", "base.safetensors")
+    out_of(
+        capsys,
+        "compress",
+        "runs/gridworld_base",
+        "runs/gridworld/images/test/000000.png",
+        "--out",
+        "base.safetensors",
+    )
     error_of(capsys, "generate", "runs/gridworld_voco", "--cache", "base.safetensors", "--question", "x")
 
 
@@ -386,7 +487,9 @@ def test_images_that_are_none_are_errors_that_name_them(here: Path, capsys) -> N
     assert "broken.png" in error_of(capsys, "compress", "runs/gridworld_voco", "broken.png", "--out", "x")
     assert "holds no image" in error_of(capsys, "compress", "runs/gridworld_voco", "empty", "--out", "x")
     one = "runs/gridworld/images/test/000000.png"
-    assert "would both become 000000.safetensors" in error_of(capsys, "compress", "runs/gridworld_voco", one, one, "--out", "x")
+    assert "would both become 000000.safetensors" in error_of(
+        capsys, "compress", "runs/gridworld_voco", one, one, "--out", "x"
+    )
 
 
 def test_eval_scores_every_mode_per_question_type(here: Path, capsys) -> None:
@@ -399,4 +502,6 @@ def test_eval_scores_every_mode_per_question_type(here: Path, capsys) -> None:
     written = json.loads((here / "scores.json").read_text())
     assert written["scores"]["voco"]["answers"] == written["scores"]["single"]["answers"]
     assert "mode" in out_of(capsys, "eval", "runs/gridworld_base", *data, "--mode", "lower")
-    assert "trained with VoCo tokens" in error_of(capsys, "eval", "runs/gridworld_voco", *data, "--mode", "lower")
+    assert "trained with VoCo tokens" in error_of(
+        capsys, "eval", "runs/gridworld_voco", *data, "--mode", "lower"
+    )

@@ -155,7 +155,19 @@ def test_plain_text_with_placeholders_and_the_bos_sink() -> None:
     assert bos.sum() == 1 and (out["labels"][0][bos] == -100).all()
 
 
-@pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl", "internvl", "gemma3", "idefics3"])
+NO_MARKERS = pytest.mark.xfail(reason="the markers are read from a model config only", strict=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava_llama",
+        "internvl",
+        "idefics3",
+        pytest.param("qwen2_5_vl", marks=NO_MARKERS),
+        pytest.param("gemma3", marks=NO_MARKERS),
+    ],
+)
 def test_a_collator_alone_reads_the_ids_as_the_model_does(name: str) -> None:
     alone = VoCoDataCollator(processor_of(name), voco=VOCO)(copy.deepcopy(FORMATS["messages"]))
     given = collator(name)(copy.deepcopy(FORMATS["messages"]))

@@ -13,7 +13,10 @@ from voco_plugin import VoCoConfig
         ({"rule": "isolatd"}, r"rule='isolatd' is not known \(did you mean 'isolated'\?\)"),
         ({"num_tokens": 0}, "num_tokens=0 must be at least 1"),
         ({"num_tokens": "2"}, "num_tokens='2' must be an integer"),
-        ({"positions": "compact", "block_context": "prefix"}, "positions='compact' .* block_context='prefix'"),
+        (
+            {"positions": "compact", "block_context": "prefix"},
+            "positions='compact' .* block_context='prefix'",
+        ),
         ({"positions": "compact", "rule": "causal"}, "positions='compact' .* rule='causal'"),
         ({"block_sink": "eos"}, "block_sink='eos' is not known"),
         ({"hide_prefix": "yes"}, "hide_prefix='yes' must be true or false"),

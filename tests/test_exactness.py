@@ -1,15 +1,17 @@
-"""Contract 1: two-stage = single pass, batched = one by one, relocated = recomputed, over families and rules."""
+"""Contract 1: two-stage = single pass, batched = one by one, relocated = recomputed, over families and
+rules.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+import voco_plugin as vp
 from harness import CORE, ROWS, RULES, TOLERANCE, inputs, largest_difference, rows_for, shared, text_columns
 from reference import base_mask, letters, rule_mask
 from tiny import BOS, NAMES, glue_ids, vision_ids, voco_id
 from tiny.models import WINDOW
-
-import voco_plugin as vp
 from voco_plugin.attention import dense
 
 CASES = [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
@@ -65,7 +67,9 @@ def _expected_masks(name: str, rule: str, batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("name", "rule"), CASES)
 @torch.no_grad()
 def test_the_mask_of_every_layer_is_the_table(name, rule, attn, monkeypatch):
-    """The mask that reaches each text layer's attention, against loops over the table and the backbone's own mask."""
+    """The mask that reaches each text layer's attention, against loops over the table and the backbone's own
+    mask.
+    """
     model = shared(name, torch.float32, attn, rule)
     seen = []
     key = f"voco_{attn}"
@@ -133,11 +137,15 @@ def test_relocated_equals_recomputed(name):
             dim = 1 if name in ("idefics3", "smolvlm") else 0  # tiles of one row side by side
             joined[key] = torch.cat([two[key], value], dim=dim)
     if "batch_num_images" in joined:
-        pytest.skip("llava_onevision tiles an image differently when it is not alone: not the same vision tokens")
+        pytest.skip(
+            "llava_onevision tiles an image differently when it is not alone: not the same vision tokens"
+        )
     logits = model(**joined).logits
     stream = model.stream_inputs(joined)
     cached = model(**stream, voco_cache=cache).logits
-    assert cache.blocks[0].position != far and largest_difference(model, joined, logits, stream, cached) <= 1e-4
+    assert (
+        cache.blocks[0].position != far and largest_difference(model, joined, logits, stream, cached) <= 1e-4
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,7 +179,9 @@ def test_no_leak(name, monkeypatch):
             cut = (model(**batch).logits, model(**other).logits)
         for row in range(len(ROWS)):
             assert torch.equal(cut[0][row, columns[row]], cut[1][row, columns[row]]), rule
-        assert (kept[0][0, columns[0]] - kept[1][0, columns[0]]).abs().max() > 1e-3, "pixels must matter otherwise"
+        assert (kept[0][0, columns[0]] - kept[1][0, columns[0]]).abs().max() > 1e-3, (
+            "pixels must matter otherwise"
+        )
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

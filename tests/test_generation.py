@@ -1,13 +1,15 @@
-"""Generation from caches: every way of decoding gives what the masked single pass gives; the cache stays as it is."""
+"""Generation from caches: every way of decoding gives what the masked single pass gives; the cache stays as
+it is.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from harness import CORE, RULES, inputs, rows_for, shared
-from tiny import NAMES
 
 import voco_plugin as vp
+from harness import CORE, RULES, inputs, rows_for, shared
+from tiny import NAMES
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6}
 
@@ -17,7 +19,9 @@ def single(model, batch, **options):
     return model.generate(**batch, **NEW, two_stage=False, **options)[:, batch["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize(("name", "rule"), [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"])
+@pytest.mark.parametrize(
+    ("name", "rule"), [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
+)
 def test_greedy_equals_single_pass(name, rule):
     model = shared(name, rule=rule)
     batch = inputs(name, rows_for(rule), "left")
@@ -61,7 +65,10 @@ def test_the_given_cache_is_never_changed():
     before = [t.clone() for b in cache for t in (*b.keys, *b.values)]
     outputs = [model.generate(**stream, voco_cache=cache, **NEW, num_beams=2) for _ in range(2)]
     assert torch.equal(*outputs)
-    assert all(torch.equal(a, b) for a, b in zip(before, (t for b in cache for t in (*b.keys, *b.values)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, (t for b in cache for t in (*b.keys, *b.values)), strict=True)
+    )
 
 
 def test_many_questions_on_one_image():
@@ -74,7 +81,9 @@ def test_many_questions_on_one_image():
     together = model.generate(**batch, voco_cache=cache, **NEW, do_sample=False)[:, -6:]
     for row, ask in enumerate(asks):
         alone = model.stream_inputs(inputs("llava_llama", [ask], first_row=row))
-        assert torch.equal(model.generate(**alone, voco_cache=cache, **NEW, do_sample=False)[0, -6:], together[row])
+        assert torch.equal(
+            model.generate(**alone, voco_cache=cache, **NEW, do_sample=False)[0, -6:], together[row]
+        )
 
 
 def test_a_streamer_sees_the_new_tokens():
@@ -100,7 +109,9 @@ def test_a_streamer_sees_the_new_tokens():
 def test_return_dict_and_scores():
     model = shared("llava_llama")
     batch = inputs("llava_llama", side="left")
-    expected = model.generate(**batch, **NEW, two_stage=False, return_dict_in_generate=True, output_scores=True)
+    expected = model.generate(
+        **batch, **NEW, two_stage=False, return_dict_in_generate=True, output_scores=True
+    )
     made = model.generate(**batch, **NEW, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(made.sequences, expected.sequences)
     for a, b in zip(made.scores, expected.scores, strict=True):
@@ -123,7 +134,8 @@ def test_prompts_without_images_generate_as_the_plain_model():
     assert torch.equal(shared("llava_llama").generate(**batch, **NEW, do_sample=False), expected)
     empty = shared("llava_llama").compress(**batch)
     assert torch.equal(
-        shared("llava_llama").generate(**batch, voco_cache=empty, **NEW, do_sample=False)[:, -6:], expected[:, -6:]
+        shared("llava_llama").generate(**batch, voco_cache=empty, **NEW, do_sample=False)[:, -6:],
+        expected[:, -6:],
     )
 
 
@@ -149,19 +161,27 @@ def test_a_conversation_goes_on_from_the_kv_cache(name):
     tail = whole["input_ids"][:, -4:]
     for step in range(4):
         mask = torch.ones(1, out.past_key_values.get_seq_length() + 1, dtype=torch.long)
-        out = model(input_ids=tail[:, step : step + 1], attention_mask=mask, past_key_values=out.past_key_values)
+        out = model(
+            input_ids=tail[:, step : step + 1], attention_mask=mask, past_key_values=out.past_key_values
+        )
         assert (out.logits[0, -1] - logits[step]).abs().max() <= 1e-4
-    per_token = {k: v[:, :cut] if v.dim() == 2 and v.shape == whole["input_ids"].shape else v for k, v in whole.items()}
+    per_token = {
+        k: v[:, :cut] if v.dim() == 2 and v.shape == whole["input_ids"].shape else v for k, v in whole.items()
+    }
     out = model(**per_token, use_cache=True)
     out = model(
-        input_ids=tail, attention_mask=torch.ones(1, cut + 4, dtype=torch.long), past_key_values=out.past_key_values
+        input_ids=tail,
+        attention_mask=torch.ones(1, cut + 4, dtype=torch.long),
+        past_key_values=out.past_key_values,
     )
     assert (out.logits[0] - logits).abs().max() <= 1e-4
 
 
 @torch.no_grad()
 def test_a_second_image_in_a_later_turn():
-    """Single pass, turn by turn: the second image's block must not see the first, nor the text see its pixels."""
+    """Single pass, turn by turn: the second image's block must not see the first, nor the text see its
+    pixels.
+    """
     model = shared("llava_llama")
     whole = inputs("llava_llama", [["bos", "t2", "img", "c2", "t3", "img", "c2", "t3"]])
     logits = model(**whole).logits[0]

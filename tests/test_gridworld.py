@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip(
     "sklearn", reason="gridworld draws scikit-learn's digits: pip install 'voco_plugin[quickstart]'"
@@ -228,3 +229,52 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"voco_plugin\[quickstart\]"):
         write_gridworld(tmp_path / "out", num_train=1, num_test=1)
+
+
+def test_the_tiny_vlm_is_an_ordinary_checkpoint_that_reads_gridworld(tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from voco_plugin.data.tiny_vlm import write_tiny_vlm
+
+    write_gridworld(tmp_path / "world", num_train=2, num_test=2)
+    write_tiny_vlm(tmp_path / "vlm", tower_steps=0, text_layers=1)
+    processor = AutoProcessor.from_pretrained(tmp_path / "vlm")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm")
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    row = load_vision_dataset(tmp_path / "world" / "train.json")[0]
+    content = [{"type": "image", "image": row["images"][0]}, row["messages"][0]["content"][1]]
+    messages = [{"role": "user", "content": content}, *row["messages"][1:]]
+    batch = processor.apply_chat_template(
+        [messages], tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    answers = batch["input_ids"][0][torch.as_tensor(batch.pop("assistant_masks"))[0] == 1]
+    given = [m["content"][0]["text"] for m in row["messages"] if m["role"] == "assistant"]
+    assert processor.tokenizer.decode(answers).split("</s>")[:-1] == [" " + text for text in given]
+    assert (batch["input_ids"] == model.config.image_token_id).sum() == 16
+    assert (batch["input_ids"] != processor.tokenizer.unk_token_id).all()
+    assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_every_word_of_the_world_is_one_token():
+    from voco_plugin.data.tiny_processor import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    text = " USER: ASSISTANT: purple triangle digit 7 18 a1 c3 yes no further left higher Describe colour"
+    assert len(tokenizer(text)["input_ids"]) == len(text.split())
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_tower_learns_what_and_where():
+    from voco_plugin.data.tiny_vlm import build_tiny_vlm, pretrain_tower
+
+    model, processor = build_tiny_vlm(
+        image_size=24, patch_size=12, vision_width=64, vision_layers=2, text_layers=1
+    )
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    figures = pretrain_tower(model, processor, cell_pixels=12, num_images=1500, steps=120)
+    assert figures["position_accuracy"] > 0.9
+    assert figures["cell_accuracy"] > 0.25, "well above one class in 22"
+    moved = {
+        name.split(".")[1] for name, value in model.named_parameters() if not torch.equal(value, before[name])
+    }
+    assert moved == {"vision_tower"} and all(p.requires_grad and p.grad is None for p in model.parameters())

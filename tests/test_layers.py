@@ -24,7 +24,17 @@ LAYERS: dict[int, tuple[str, ...]] = {
 }
 ANYWHERE = ("_compat",)
 OUTSIDE = ("examples", "recipes", "integrations")
-PUBLIC_MODULES = ("config", "answering", "registry", "metrics", "data", "reporting", "cli", "training", "benchmark")
+PUBLIC_MODULES = (
+    "config",
+    "answering",
+    "registry",
+    "metrics",
+    "data",
+    "reporting",
+    "cli",
+    "training",
+    "benchmark",
+)
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 
@@ -68,7 +78,9 @@ def layer_errors(source: str, module: str, is_package: bool = False) -> list[str
         if part in ANYWHERE:
             continue
         if part not in LAYER_OF:
-            errors.append(f"{module}:{line} imports {name}: use the module itself, not the package's public names")
+            errors.append(
+                f"{module}:{line} imports {name}: use the module itself, not the package's public names"
+            )
         elif LAYER_OF[part] > own:
             errors.append(f"{module}:{line} (layer {own}) imports {name} (layer {LAYER_OF[part]})")
     return errors
@@ -124,7 +136,12 @@ def test_examples_recipes_and_integrations_see_only_the_public_api(path: Path) -
         ("from ..cache import VoCoCache", "voco_plugin.families.llava", False, 1),
         ("from .masks import dense_mask", "voco_plugin.layout", False, 0),
         ("def f():\n    from voco_plugin.training import config", "voco_plugin.masks", False, 1),
-        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .cli import main", "voco_plugin.masks", False, 0),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .cli import main",
+            "voco_plugin.masks",
+            False,
+            0,
+        ),
         ("if TYPE_CHECKING:\n    pass\nelse:\n    from .cli import main", "voco_plugin.masks", False, 1),
         ("from . import cli", "voco_plugin.masks", False, 1),
         ("from . import eager", "voco_plugin.attention", True, 0),
@@ -135,7 +152,9 @@ def test_examples_recipes_and_integrations_see_only_the_public_api(path: Path) -
         ("import torch", "voco_plugin.masks", False, 0),
     ],
 )
-def test_the_checker_sees_every_form_of_import(source: str, module: str, is_package: bool, count: int) -> None:
+def test_the_checker_sees_every_form_of_import(
+    source: str, module: str, is_package: bool, count: int
+) -> None:
     assert len(layer_errors(source, module, is_package)) == count
 
 

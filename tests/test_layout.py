@@ -1,4 +1,6 @@
-"""Where V, C and text are: hypothesis rows against regular expressions, malformed rows against their errors."""
+"""Where V, C and text are: hypothesis rows against regular expressions, malformed rows against their
+errors.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import base_mask, compact_numbers, letters, read, rule_mask
 
+from reference import base_mask, compact_numbers, letters, read, rule_mask
 from voco_plugin import LayoutError, SequenceLayout, TokenVocabulary, VoCoConfig
 from voco_plugin.layout import TokenKind, compact_positions, sequential_positions
 from voco_plugin.masks import TokenTable, dense_mask, draw_mask, isolation_predicate
@@ -19,9 +21,13 @@ SINK = TokenVocabulary(
 )
 
 text = st.lists(st.sampled_from([2, 3, G]), max_size=4)
-tiles = st.lists(st.sampled_from([[V], [V, V], [V, G, V], [V, G, G, V], [M, V, M], [M, V, G, V]]), min_size=1, max_size=2)
+tiles = st.lists(
+    st.sampled_from([[V], [V, V], [V, G, V], [V, G, G, V], [M, V, M], [M, V, G, V]]), min_size=1, max_size=2
+)
 block = st.builds(lambda parts, k: [t for p in parts for t in p] + [C] * k, tiles, st.integers(1, 3))
-row = st.builds(lambda parts: [t for p in parts for t in p], st.lists(st.one_of(text, block), max_size=5)).filter(len)
+row = st.builds(
+    lambda parts: [t for p in parts for t in p], st.lists(st.one_of(text, block), max_size=5)
+).filter(len)
 batch = st.tuples(st.lists(row, min_size=1, max_size=3), st.sampled_from(["left", "right"]))
 
 
@@ -37,7 +43,8 @@ def pad(rows, side):
 
 def as_letters(ids, mask, bos=None):
     return [
-        letters(r, m, vision={V, M}, voco=C, glue={G}, bos=bos) for r, m in zip(ids.tolist(), mask.tolist(), strict=True)
+        letters(r, m, vision={V, M}, voco=C, glue={G}, bos=bos)
+        for r, m in zip(ids.tolist(), mask.tolist(), strict=True)
     ]
 
 
@@ -152,7 +159,9 @@ def test_vision_without_voco_is_allowed_where_nothing_is_isolated():
 def test_compact_positions_keep_mrope_distances_within_a_block():
     ids = torch.tensor([[2, 2, V, V, V, V, C, C, 3]])
     layout = SequenceLayout.from_ids(ids, None, VOCAB)
-    grid = torch.tensor([[0, 1, 2, 2, 2, 2, 4, 5, 6], [0, 1, 2, 2, 3, 3, 4, 5, 6], [0, 1, 2, 3, 2, 3, 4, 5, 6]])
+    grid = torch.tensor(
+        [[0, 1, 2, 2, 2, 2, 4, 5, 6], [0, 1, 2, 2, 3, 3, 4, 5, 6], [0, 1, 2, 3, 2, 3, 4, 5, 6]]
+    )
     made = compact_positions(layout, grid[:, None])[:, 0]
     assert made[:, [0, 1, 6, 7, 8]].tolist() == [[0, 1, 2, 3, 4]] * 3
     inside = slice(2, 8)

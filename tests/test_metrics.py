@@ -22,7 +22,11 @@ def test_ratios_refuse_bounds_that_leave_nothing() -> None:
 
 
 def test_accuracy_is_exact_match_up_to_case_space_and_full_stop() -> None:
-    asked = [Question(0, "q", "red circle", "object"), Question(0, "q", "2", "count"), Question(1, "q", "3", "count")]
+    asked = [
+        Question(0, "q", "red circle", "object"),
+        Question(0, "q", "2", "count"),
+        Question(1, "q", "3", "count"),
+    ]
     found = score(asked, [" Red  circle. ", "2", "33"])
     assert found.accuracy == pytest.approx(2 / 3)
     assert found.by_type == {"object": 1.0, "count": 0.5} and found.counts == {"object": 1, "count": 2}
@@ -38,7 +42,9 @@ def test_score_wants_one_answer_per_question() -> None:
 
 def test_each_answered_turn_is_a_question_and_captions_are_left_out() -> None:
     def turn(role: str, *parts: str) -> dict:
-        kinds = [{"type": "image", "text": None} if p == "<image>" else {"type": "text", "text": p} for p in parts]
+        kinds = [
+            {"type": "image", "text": None} if p == "<image>" else {"type": "text", "text": p} for p in parts
+        ]
         return {"role": role, "content": kinds}
 
     messages = [

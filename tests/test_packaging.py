@@ -43,7 +43,9 @@ def test_no_generic_top_level_package_is_installed() -> None:
     assert all(p.split(".")[0] == "voco_plugin" for p in project()["tool"]["setuptools"]["packages"])
 
 
-@pytest.mark.parametrize("statement", ["import voco_plugin", "from voco_plugin import VoCoConfig", "import voco_plugin.cli"])
+@pytest.mark.parametrize(
+    "statement", ["import voco_plugin", "from voco_plugin import VoCoConfig", "import voco_plugin.cli"]
+)
 def test_importing_loads_nothing_heavy(statement: str) -> None:
     code = f"{statement}\nimport sys, json; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -79,9 +81,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    hidden = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache")
+    hidden = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache"
+    )
     shutil.copytree(ROOT, source, ignore=hidden)
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(folder),
+    ]
     built = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr + built.stdout
     return next(folder.glob("*.whl"))
@@ -121,12 +135,18 @@ def test_the_wheel_holds_recipes_integrations_and_assets_inside_the_package(whee
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_trains_a_shipped_recipe_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_trains_a_shipped_recipe_outside_the_checkout(
+    installed: Path, tmp_path: Path
+) -> None:
     def voco(*arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         found = subprocess.run(
-            [str(installed / "voco"), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [str(installed / "voco"), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert found.returncode == 0, found.stderr[-4000:]
         return found
@@ -137,10 +157,29 @@ def test_the_installed_wheel_trains_a_shipped_recipe_outside_the_checkout(instal
     ).stdout  # fmt: skip
     assert str(ROOT) not in where
     assert "gridworld_voco" in voco("recipes").stdout
-    voco("gridworld", "runs/gridworld", "--num-train", "16", "--num-test", "4", "--model", "runs/gridworld_base", "--tower-steps", "2")
+    voco(
+        "gridworld",
+        "runs/gridworld",
+        "--num-train",
+        "16",
+        "--num-test",
+        "4",
+        "--model",
+        "runs/gridworld_base",
+        "--tower-steps",
+        "2",
+    )
     voco("train", "gridworld_voco", "--max_steps", "2", "--per_device_train_batch_size", "2")
     assert (tmp_path / "runs" / "gridworld_voco" / "adapter_config.json").is_file()
     assert (tmp_path / "runs" / "gridworld_voco" / "voco_config.json").is_file()
     voco("compress", "runs/gridworld_voco", "runs/gridworld/images/test", "--out", "all.safetensors")
-    answered = voco("generate", "runs/gridworld_voco", "--cache", "all.safetensors", "--question", "What is at a1?", "--json")
+    answered = voco(
+        "generate",
+        "runs/gridworld_voco",
+        "--cache",
+        "all.safetensors",
+        "--question",
+        "What is at a1?",
+        "--json",
+    )
     assert len(json.loads(answered.stdout)) == 4

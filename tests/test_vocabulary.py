@@ -1,16 +1,18 @@
-"""The ids a family's sequences are read by, from its real processor and config; the whole path through a processor."""
+"""The ids a family's sequences are read by, from its real processor and config; the whole path through a
+processor.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from harness import largest_difference, plain
 from PIL import Image
+
+import voco_plugin as vp
+from harness import largest_difference, plain
 from tiny import NAMES, glue_ids, vision_ids, voco_id
 from tiny.processors import NAMES as PROCESSORS
 from tiny.processors import processor
-
-import voco_plugin as vp
 from voco_plugin.families import family_of, vocabulary_for
 
 
@@ -35,7 +37,9 @@ def test_markers_and_glue_are_read_off_the_processor(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_image_token_is_read_off_the_config(name):
     model = plain(name)
-    found = family_of(model.config).vocabulary(config=model.config, voco=vp.VoCoConfig(token_id=voco_id(name)))
+    found = family_of(model.config).vocabulary(
+        config=model.config, voco=vp.VoCoConfig(token_id=voco_id(name))
+    )
     assert found.placeholders & vision_ids(name)
 
 
@@ -94,7 +98,9 @@ def test_from_messages_to_two_stage_answers(name):
 @pytest.mark.parametrize("name", PROCESSORS)
 @torch.no_grad()
 def test_a_stream_made_without_the_image_is_the_stream_of_the_image(name):
-    """Answering from a file: the prompt's tokens are those that are left when the real image's are dropped."""
+    """Answering from a file: the prompt's tokens are those that are left when the real image's are
+    dropped.
+    """
     from voco_plugin.answering import ask, encode, stream_of
 
     its, model = _processor(name), plain(name)

@@ -1,7 +1,7 @@
 """Vision compression inside the language model: VoCo tokens for any Hugging Face vision-language model.
 
-The names below load when first used: importing this package loads neither trl, timm nor open_clip, and changes
-nothing anywhere.
+The names below load when first used: importing this package loads neither trl, timm nor open_clip, and
+changes nothing anywhere.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Questions in words → answers in words: with the image in the prompt, from a cache, or with no image at all.
 
-What `voco compress`, `voco generate` and `voco eval` stand on. Everything is batched; rows are padded on the left.
+What `voco compress`, `voco generate` and `voco eval` stand on. Everything is batched; rows are padded on the
+left.
 
 Shapes: ``B`` prompts of a batch, ``K`` VoCo tokens of a block.
 """
@@ -31,8 +32,11 @@ def ask(question: str, num_images: int = 1) -> Messages:
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
-def encode(processor: Any, batch: Sequence[Messages], images: Sequence[Sequence[Any]] | None) -> dict[str, Any]:
-    """A processor's output for ``B`` conversations, ready for generation: ``input_ids`` ``(B, N)`` and the rest.
+def encode(
+    processor: Any, batch: Sequence[Messages], images: Sequence[Sequence[Any]] | None
+) -> dict[str, Any]:
+    """A processor's output for ``B`` conversations, ready for generation: ``input_ids`` ``(B, N)`` and the
+    rest.
 
     Args:
         images: per conversation its images in order; ``None`` where there are none at all.
@@ -54,7 +58,9 @@ def render(processor: Any, batch: Sequence[Messages]) -> list[str]:
     template = getattr(processor, "chat_template", None)
     tokenizer = getattr(processor, "tokenizer", processor)
     if template is None and getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("this processor has no chat template; save one with it (processor.chat_template = …).")
+        raise ValueError(
+            "this processor has no chat template; save one with it (processor.chat_template = …)."
+        )
     renderer = processor if template is not None else tokenizer
     return renderer.apply_chat_template(list(batch), tokenize=False, add_generation_prompt=True)
 
@@ -65,12 +71,15 @@ def _adds_special_tokens(processor: Any, texts: Sequence[str]) -> bool:
     return not (bos and texts and texts[0].startswith(bos))
 
 
-def stream_of(model: Any, processor: Any, batch: Sequence[Messages], cache: VoCoCache) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` of the compressed stream of ``B`` conversations, made without their images.
+def stream_of(
+    model: Any, processor: Any, batch: Sequence[Messages], cache: VoCoCache
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` of the compressed stream of ``B`` conversations, made without
+    their images.
 
-    The processor runs on a blank image in each place: what it writes around an image (line breaks, markers) is its
-    own affair, and only the text that stays in the stream is kept. Row ``b`` gets the K of each block that ``cache``
-    holds for it.
+    The processor runs on a blank image in each place: what it writes around an image (line breaks, markers)
+    is its own affair, and only the text that stays in the stream is kept. Row ``b`` gets the K of each block
+    that ``cache`` holds for it.
     """
     vocab = attachment(model).vocab
     blank = Image.new("RGB", _BLANK)
@@ -78,14 +87,21 @@ def stream_of(model: Any, processor: Any, batch: Sequence[Messages], cache: VoCo
     blanks = [[blank] * count for count in places] if any(places) else None
     pad = getattr(processor, "tokenizer", processor).pad_token_id or 0
     encoded = insert_voco_tokens(
-        encode(processor, batch, blanks), vocab, 1, pad_token_id=pad, padding_side="left", images_per_row=places
+        encode(processor, batch, blanks),
+        vocab,
+        1,
+        pad_token_id=pad,
+        padding_side="left",
+        images_per_row=places,
     )
     layout = SequenceLayout.from_ids(encoded["input_ids"], encoded["attention_mask"], vocab)
     rows = []
     for number, (ids, keep) in enumerate(zip(encoded["input_ids"], layout.in_stream, strict=True)):
         counts = [b.num_tokens for b, row in zip(cache, cache.rows, strict=True) if row == number]
         if places[number] != len(counts):
-            raise ValueError(f"prompt {number} has {places[number]} image(s) and {len(counts)} cached image(s).")
+            raise ValueError(
+                f"prompt {number} has {places[number]} image(s) and {len(counts)} cached image(s)."
+            )
         following = iter(counts)
         stream: list[int] = []
         for token in ids[keep].tolist():  # one VoCo token an image so far: its block's K in its place
@@ -146,21 +162,26 @@ def answer(
 
     Args:
         questions: ``Q`` questions, each asked alone.
-        images: per question its images. An attached model compresses them, a plain one reads every vision token.
+        images: per question its images. An attached model compresses them, a plain one reads every vision
+            token.
         caches: instead of images: per question the cache of its images, which are not opened again.
         generate: passed to ``model.generate``.
 
     Raises:
-        ValueError: images and caches are both given, their number is not that of the questions, or a plain model
-            is to answer from a cache.
+        ValueError: images and caches are both given, their number is not that of the questions, or a plain
+            model is to answer from a cache.
     """
     if images is not None and caches is not None:
         raise ValueError("give images or caches, not both.")
     for name, given in (("images", images), ("caches", caches)):
         if given is not None and len(given) != len(questions):
-            raise ValueError(f"{len(given)} {name} for {len(questions)} questions; give one entry per question.")
+            raise ValueError(
+                f"{len(given)} {name} for {len(questions)} questions; give one entry per question."
+            )
     if caches is not None and not is_attached(model):
-        raise ValueError("a model without VoCo attached cannot answer from a cache; load it with voco_plugin.load.")
+        raise ValueError(
+            "a model without VoCo attached cannot answer from a cache; load it with voco_plugin.load."
+        )
     generate.setdefault("do_sample", False)
     out: list[str] = []
     with _eval(model):
@@ -182,7 +203,8 @@ def prompt(
     images: Sequence[Sequence[Any]] | None = None,
     caches: Sequence[VoCoCache] | None = None,
 ) -> dict[str, Any]:
-    """The arguments of ``model(...)`` or ``model.generate(...)`` for a batch of questions; see :func:`answer`."""
+    """The arguments of ``model(...)`` or ``model.generate(...)`` for a batch of questions; see
+    :func:`answer`."""
     if caches is not None:
         stacked = VoCoCache.stack(caches)
         batch = [ask(q, len(c)) for q, c in zip(questions, caches, strict=True)]

@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int = 30, warm_up: int = 3) -> dict[str, float]:
+def interleaved_medians(
+    ways: Mapping[str, Callable[[], Any]], repeats: int = 30, warm_up: int = 3
+) -> dict[str, float]:
     """Median seconds of each of ``ways``, called in turn and in shuffled order, so that drift hits all alike.
 
     Each callable does the set-up and returns the function that is timed.
@@ -35,7 +37,12 @@ def interleaved_medians(ways: Mapping[str, Callable[[], Any]], repeats: int = 30
 
 
 def stage_two_times(
-    plain: Any, attached: Any, processor: Any, images: Sequence[Any], questions: Sequence[str], repeats: int = 30
+    plain: Any,
+    attached: Any,
+    processor: Any,
+    images: Sequence[Any],
+    questions: Sequence[str],
+    repeats: int = 30,
 ) -> dict[str, float]:
     """Median seconds to the first answer token of one batch, image ``b`` with question ``b``.
 
@@ -68,10 +75,13 @@ def stage_two_times(
         return interleaved_medians(ways, repeats)
 
 
-def _cached_prefix(plain: Any, processor: Any, images: Sequence[Any], questions: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+def _cached_prefix(
+    plain: Any, processor: Any, images: Sequence[Any], questions: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
     """The plain model's KV cache of every prompt up to its image's last token, and the inputs that follow it.
 
-    The prompts must begin alike and their images have the same number of tokens, so that no padding is cached.
+    The prompts must begin alike and their images have the same number of tokens, so that no padding is
+    cached.
     """
     import torch
 
@@ -83,9 +93,13 @@ def _cached_prefix(plain: Any, processor: Any, images: Sequence[Any], questions:
     if len(ends) != 1:
         raise ValueError("the images have different numbers of tokens; time images of one size.")
     end = ends.pop()
-    pixels = {k: torch.cat([one[k] for one in alone]) for k in alone[0] if k not in ("input_ids", "attention_mask")}
+    pixels = {
+        k: torch.cat([one[k] for one in alone]) for k in alone[0] if k not in ("input_ids", "attention_mask")
+    }
     first = torch.cat([one["input_ids"][:, :end] for one in alone])
-    past = plain(input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, **pixels).past_key_values
+    past = plain(
+        input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, **pixels
+    ).past_key_values
     tails = [one["input_ids"][0, end:] for one in alone]
     ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True)
     real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tails], batch_first=True)

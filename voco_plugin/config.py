@@ -39,11 +39,12 @@ class VoCoConfig:
         block_context: what a block sees of the stream before it. ``self``: nothing, so that stage 1 is
             ``[V, C]`` alone (Sec. 3.3) and a cached block can be reused in any prompt. ``prefix``: the text
             and VoCo tokens before it (Eq. 3 to the letter).
-        positions: ``compact`` numbers the stream as if the vision tokens were not there; ``sequential`` counts
-            as the backbone does. ``None`` takes ``compact`` where the rule allows it (an isolating rule with
-            ``block_context="self"``), else ``sequential``.
+        positions: ``compact`` numbers the stream as if the vision tokens were not there; ``sequential``
+            counts as the backbone does. ``None`` takes ``compact`` where the rule allows it (an isolating
+            rule with ``block_context="self"``), else ``sequential``.
         attention: ``auto`` or ``dense`` (both: a dense mask on the backbone's own eager or sdpa kernel).
-        block_sink: ``bos`` starts each block with its own copy of the BOS token, which counts as a vision token.
+        block_sink: ``bos`` starts each block with its own copy of the BOS token, which counts as a vision
+            token.
         hide_prefix: the official code's mask: text after a block does not see what came before the first
             VoCo token (the system prompt included).
         token_init: how the VoCo token's input embedding is made: ``learned`` is a trained row.
@@ -99,9 +100,14 @@ class VoCoConfig:
                 f"use one of {', '.join(POSITIONS)}."
             )
         if self.positions == "compact" and not self.relocatable_rule:
-            why = "rule='causal' lets text read vision tokens" if self.rule == "causal" else "block_context='prefix'"
+            why = (
+                "rule='causal' lets text read vision tokens"
+                if self.rule == "causal"
+                else "block_context='prefix'"
+            )
             raise ValueError(
-                f"VoCoConfig.positions='compact' places vision and text tokens on the same positions, which {why} "
+                "VoCoConfig.positions='compact' places vision and text tokens on the same positions, which "
+                f"{why} "
                 "does not allow; use positions='sequential', or rule='isolated' with block_context='self'."
             )
 
@@ -125,11 +131,15 @@ class VoCoConfig:
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"VoCoConfig has no field {key!r}{nearest(key, known)}; it has {', '.join(known)}.")
+                raise ValueError(
+                    f"VoCoConfig has no field {key!r}{nearest(key, known)}; it has {', '.join(known)}."
+                )
         return cls(**values)
 
     def save(self, folder: str | os.PathLike, **extra: Any) -> Path:
-        """Write ``voco_config.json`` into ``folder``; ``extra`` holds facts of the model (vision ids and such)."""
+        """Write ``voco_config.json`` into ``folder``; ``extra`` holds facts of the model (vision ids and
+        such).
+        """
         path = Path(folder) / CONFIG_NAME
         record = {"format_version": FORMAT_VERSION, "voco": self.to_dict(), **extra}
         atomic_write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
@@ -147,6 +157,8 @@ class VoCoConfig:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a VoCo config file ({error}); save the model again.") from None
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}; upgrade it.")
+            raise ValueError(
+                f"{path} has format version {version}, this release reads {FORMAT_VERSION}; upgrade it."
+            )
         extra = {k: v for k, v in record.items() if k not in ("format_version", "voco")}
         return cls.from_dict(voco), extra

@@ -6,23 +6,27 @@ from typing import Any
 
 import torch
 
-from .isolation import Attachment, CacheState
 from .cache import VoCoCache
 from .cache.stage_one import compress
 from .cache.stage_two import Placed, place
 from .injection import insert_voco_tokens
+from .isolation import Attachment, CacheState
 from .layout import SequenceLayout
 
 
 class VoCoGenerationMixin:
-    """The methods that ``attach`` gives a model. It stands before the model's own class in the method order."""
+    """The methods that ``attach`` gives a model. It stands before the model's own class in the method
+    order.
+    """
 
     _voco_attachment: Attachment
 
-    # -- stage 1 -------------------------------------------------------------------------------------------------
+    # -- stage 1
+    # -------------------------------------------------------------------------------------------------
 
     def insert_voco_tokens(self, inputs: dict[str, Any], num_tokens: int | None = None) -> dict[str, Any]:
-        """A processor's output with K VoCo tokens after every image (and the block sinks, where the rule has them).
+        """A processor's output with K VoCo tokens after every image (and the block sinks, where the rule has
+        them).
 
         Args:
             inputs: ``input_ids`` ``(B, N)``, ``attention_mask`` and the processor's other tensors.
@@ -50,8 +54,8 @@ class VoCoGenerationMixin:
                 ``attention_mask``, pixels.
 
         Returns:
-            one :class:`~voco_plugin.cache.VoCoBlock` per block, in order, each with its batch row. Text around the
-            images changes nothing under ``block_context="self"``.
+            one :class:`~voco_plugin.cache.VoCoBlock` per block, in order, each with its batch row. Text
+            around the images changes nothing under ``block_context="self"``.
 
         Raises:
             LayoutError: the ids do not form blocks.
@@ -65,7 +69,9 @@ class VoCoGenerationMixin:
         return compress(self, state, inputs)
 
     def stream_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The compressed stream of ``inputs``: ``input_ids`` and ``attention_mask`` without the vision tokens, left-padded."""
+        """The compressed stream of ``inputs``: ``input_ids`` and ``attention_mask`` without the vision
+        tokens, left-padded.
+        """
         state = self._voco_attachment
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         layout = SequenceLayout.from_ids(ids, mask, state.vocab)
@@ -80,27 +86,32 @@ class VoCoGenerationMixin:
             stream_mask[row, longest - len(kept) :] = 1
         return {"input_ids": stream, "attention_mask": stream_mask}
 
-    # -- stage 2 -------------------------------------------------------------------------------------------------
+    # -- stage 2
+    # -------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, voco_cache: VoCoCache | None = None, **kwargs: Any) -> Any:
         """The model's own forward; with ``voco_cache``, stage 2.
 
         Args:
-            voco_cache: the compressed images. ``input_ids`` ``(B, S)`` is then the stream, text and VoCo tokens; the
-                VoCo runs say where each block goes.
+            voco_cache: the compressed images. ``input_ids`` ``(B, S)`` is then the stream, text and VoCo
+                tokens; the VoCo runs say where each block goes.
 
         Returns:
-            the model's own output. With ``voco_cache``, ``logits`` has a row per stream token, ``(B, S, vocabulary)``;
-            those of VoCo tokens and padding are NaN: they were computed in stage 1, or never.
+            the model's own output. With ``voco_cache``, ``logits`` has a row per stream token, ``(B, S,
+            vocabulary)``; those of VoCo tokens and padding are NaN: they were computed in stage 1, or never.
         """
         if voco_cache is None:
             return super().forward(*args, **kwargs)
         return self._stage_two(voco_cache, *args, **kwargs)
 
-    def _stage_two(self, cache: VoCoCache, input_ids: torch.Tensor, attention_mask=None, **kwargs: Any) -> Any:
+    def _stage_two(
+        self, cache: VoCoCache, input_ids: torch.Tensor, attention_mask=None, **kwargs: Any
+    ) -> Any:
         for name in ("past_key_values", "inputs_embeds", "position_ids"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name} cannot be given together with voco_cache, which decides it; leave it out.")
+                raise ValueError(
+                    f"{name} cannot be given together with voco_cache, which decides it; leave it out."
+                )
         labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
         return_dict = kwargs.pop("return_dict", None)
         placed = place(self, self._voco_attachment, input_ids, attention_mask, cache)
@@ -110,7 +121,11 @@ class VoCoGenerationMixin:
                 attention_mask=placed.attention_mask,
                 past_key_values=placed.past_key_values,
                 use_cache=True,
-                **{k: v for k, v in kwargs.items() if k not in ("use_cache", "position_ids", "past_key_values")},
+                **{
+                    k: v
+                    for k, v in kwargs.items()
+                    if k not in ("use_cache", "position_ids", "past_key_values")
+                },
             )
         logits = output.logits
         full = logits.new_full((*input_ids.shape, logits.shape[-1]), float("nan"))
@@ -121,7 +136,8 @@ class VoCoGenerationMixin:
         output["logits"] = full[:, -keep:] if isinstance(keep, int) and keep else full
         return output if return_dict is not False else output.to_tuple()
 
-    # -- both ----------------------------------------------------------------------------------------------------
+    # -- both
+    # ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
@@ -136,8 +152,9 @@ class VoCoGenerationMixin:
 
         Args:
             voco_cache: answer from these blocks; ``input_ids`` is the stream. The cache is not changed.
-            two_stage: without ``voco_cache`` and with images: compress first, then answer from the blocks. ``False``
-                keeps the vision tokens' keys in memory and masks them (the reference; the same tokens).
+            two_stage: without ``voco_cache`` and with images: compress first, then answer from the blocks.
+                ``False`` keeps the vision tokens' keys in memory and masks them (the reference; the same
+                tokens).
 
         Returns:
             as ``generate``: the given ``input_ids`` followed by the new tokens.
@@ -195,10 +212,13 @@ class VoCoGenerationMixin:
         listed = _setting(self, args, kwargs, "suppress_tokens", [])
         kwargs["suppress_tokens"] = sorted({*listed, vocab.voco_id, *vocab.placeholders})
 
-    # -- saving --------------------------------------------------------------------------------------------------
+    # -- saving
+    # --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """An ordinary transformers checkpoint, ``voco_config.json`` and, where one was given, the processor."""
+        """An ordinary transformers checkpoint, ``voco_config.json`` and, where one was given, the
+        processor.
+        """
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             state = self._voco_attachment
@@ -241,7 +261,11 @@ def _mask_of(kwargs: dict, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _setting(model: Any, args: tuple, kwargs: dict, name: str, default: Any) -> Any:
-    config = kwargs.get("generation_config") or (args[0] if args else None) or getattr(model, "generation_config", None)
+    config = (
+        kwargs.get("generation_config")
+        or (args[0] if args else None)
+        or getattr(model, "generation_config", None)
+    )
     value = kwargs.get(name)
     if value is None:
         value = getattr(config, name, None)
@@ -259,7 +283,8 @@ def _refuse_static(kwargs: dict, args: tuple) -> None:
     kind = _setting(None, args, kwargs, "cache_implementation", None)
     if kind is not None and kind not in ("dynamic", "dynamic_full"):
         raise ValueError(
-            f"cache_implementation={kind!r} builds its masks outside the model, where the isolation rule is not seen; "
+            f"cache_implementation={kind!r} builds its masks outside the model, where the isolation rule is "
+            "not seen; "
             "leave it out."
         )
 

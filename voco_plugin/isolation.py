@@ -1,8 +1,8 @@
 """The rule at work inside a model: two hooks around the backbone's forward, below the LM head.
 
-Before the forward, the layout is read from ``input_ids``, positions are computed and the rule is put in force; after
-it (also when it raised) the rule is lifted, and the KV cache remembers what its slots hold, so that decoding goes
-on under the same rule. A batch without vision or VoCo tokens passes through untouched.
+Before the forward, the layout is read from ``input_ids``, positions are computed and the rule is put in
+force; after it (also when it raised) the rule is lifted, and the KV cache remembers what its slots hold, so
+that decoding goes on under the same rule. A batch without vision or VoCo tokens passes through untouched.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class CacheState:
         next_position: ``(B,)`` int64, position of the next stream token.
         next_order: ``(B,)`` int64, sequence index of the next token (vision tokens counted).
         num_blocks: ``(B,)`` int64, blocks so far.
-        planned: stage 2 only: the prompt's text tokens still to come, ``(B, T)``; images stand between them, so
-            their numbers have gaps.
+        planned: stage 2 only: the prompt's text tokens still to come, ``(B, T)``; images stand between them,
+            so their numbers have gaps.
         planned_positions: ``(B, T)`` int64, their positions.
     """
 
@@ -61,7 +61,9 @@ class CacheState:
         state = self
         if rows != state.table.num_rows:
             if rows % state.table.num_rows:
-                raise ValueError(f"a batch of {rows} rows cannot go on from a cache of {state.table.num_rows} rows.")
+                raise ValueError(
+                    f"a batch of {rows} rows cannot go on from a cache of {state.table.num_rows} rows."
+                )
             state = state._repeated(rows // state.table.num_rows)
         cut = state.table.length - length
         if cut > 0:
@@ -70,11 +72,15 @@ class CacheState:
                 raise ValueError("the KV cache was cropped inside a vision block; compress the image again.")
             dropped = (tail != TokenKind.PAD).sum(dim=1)
             state = CacheState(
-                state.table.crop(length), state.next_position - dropped, state.next_order - dropped, state.num_blocks
+                state.table.crop(length),
+                state.next_position - dropped,
+                state.next_order - dropped,
+                state.num_blocks,
             )
         elif cut < 0:
             raise ValueError(
-                f"the KV cache holds {length} slots, of which only {state.table.length} were written under the rule."
+                f"the KV cache holds {length} slots, of which only {state.table.length} were written under "
+                "the rule."
             )
         return state
 
@@ -136,8 +142,8 @@ class Attachment:
     def positions(self, policy: str) -> Iterator[None]:
         """How ``position_ids`` given to the backbone are taken inside the block.
 
-        ``check`` (the default): refused where they contradict the rule's. ``own``: ignored, the rule's are used.
-        ``trust``: used as they are.
+        ``check`` (the default): refused where they contradict the rule's. ``own``: ignored, the rule's are
+        used. ``trust``: used as they are.
         """
         before = getattr(self._local, "policy", "check")
         self._local.policy = policy
@@ -146,7 +152,8 @@ class Attachment:
         finally:
             self._local.policy = before
 
-    # -- hooks ---------------------------------------------------------------------------------------------------
+    # -- hooks
+    # ---------------------------------------------------------------------------------------------------
 
     def install(self, backbone: torch.nn.Module) -> None:
         """Hook the backbone's forward."""
@@ -194,7 +201,8 @@ class Attachment:
             return  # the forward raised
         if active.masks_built == 0:
             raise RuntimeError(
-                f"{type(module).__name__} built no attention mask through transformers' mask interface, so the "
+                f"{type(module).__name__} built no attention mask through transformers' mask interface, so "
+                "the "
                 "isolation rule was not applied; this family is not supported."
             )
         if not isinstance(past, Cache):
@@ -202,10 +210,13 @@ class Attachment:
         if isinstance(past, Cache):
             state.put_on(past)
 
-    # -- what the hooks compute ----------------------------------------------------------------------------------
+    # -- what the hooks compute
+    # ----------------------------------------------------------------------------------
 
     def prepare(self, backbone: torch.nn.Module, kwargs: dict) -> tuple[dict, ActiveRule, CacheState] | None:
-        """New keyword arguments, the rule and the cache state of one forward; ``None`` where no rule applies."""
+        """New keyword arguments, the rule and the cache state of one forward; ``None`` where no rule
+        applies.
+        """
         past = kwargs.get("past_key_values")
         length = past.get_seq_length() if isinstance(past, Cache) else 0
         state = CacheState.of(past)
@@ -214,20 +225,27 @@ class Attachment:
             if state is None and kwargs.get("inputs_embeds") is None:
                 return None
             raise ValueError(
-                "input_ids are needed to find the vision and VoCo tokens; inputs_embeds alone do not show where "
+                "input_ids are needed to find the vision and VoCo tokens; inputs_embeds alone do not show "
+                "where "
                 "they are: pass input_ids (and pixel_values), or detach the model."
             )
         rows, tokens = input_ids.shape
         mask = self._mask(kwargs.get("attention_mask"), rows, tokens, length, input_ids)
         if tokens == 1 and length:
-            layout = SequenceLayout.of_text(mask[:, length:])  # one decoded token is no block, whatever its id
+            layout = SequenceLayout.of_text(
+                mask[:, length:]
+            )  # one decoded token is no block, whatever its id
         else:
             layout = SequenceLayout.from_ids(input_ids, mask[:, length:], self.vocab)
         if state is None and not (layout.has_vision or layout.has_voco):
             return None
-        if isinstance(kwargs.get("attention_mask"), dict) or getattr(kwargs.get("attention_mask"), "ndim", 2) != 2:
+        if (
+            isinstance(kwargs.get("attention_mask"), dict)
+            or getattr(kwargs.get("attention_mask"), "ndim", 2) != 2
+        ):
             raise ValueError(
-                "attention_mask must be the 2-D padding mask: a ready-made mask (a static cache's, or a 4-D one) "
+                "attention_mask must be the 2-D padding mask: a ready-made mask (a static cache's, or a 4-D "
+                "one) "
                 "replaces the isolation rule; pass the 2-D mask and a dynamic cache."
             )
         device = input_ids.device
@@ -273,7 +291,8 @@ class Attachment:
         own = getattr(self._local, "policy", "check") == "own"
         grids = any(k.endswith("grid_thw") and v is not None for k, v in kwargs.items())
         if own and layout.has_vision and not grids and isinstance(given, torch.Tensor) and given.ndim == 3:
-            # generate encodes the images itself and keeps their grids; its 3-axis positions count as the backbone does
+            # generate encodes the images itself and keeps their grids; its 3-axis positions count as the
+            # backbone does
             sequential = given[-3:].to(device) - state.next_position[:, None]
         else:
             sequential = self.family.sequential(backbone, input_ids, mask, kwargs).to(device)
@@ -311,7 +330,8 @@ class Attachment:
             real = (layout.kind != TokenKind.PAD).to(own.device)
             if flat.shape[-1] != mine.shape[-1] or bool(((flat != mine) & real).any()):
                 raise ValueError(
-                    f"position_ids given do not agree with positions={self.config.positions!r} of the VoCo config; "
+                    f"position_ids given do not agree with positions={self.config.positions!r} of the VoCo "
+                    "config; "
                     "leave position_ids out."
                 )
         return self.family.shape_positions(backbone, own)

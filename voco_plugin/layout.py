@@ -19,7 +19,9 @@ import torch
 
 
 class TokenKind:
-    """What a token is to the isolation rule. Plain integers: an enum compared to a tensor breaks torch.compile."""
+    """What a token is to the isolation rule. Plain integers: an enum compared to a tensor breaks
+    torch.compile.
+    """
 
     PAD = 0
     TEXT = 1
@@ -41,11 +43,12 @@ class TokenVocabulary:
     Args:
         voco_id: the VoCo token's id.
         placeholders: ids that the backbone replaces by image features.
-        markers: ids its processor puts around them (tile, row, start and end markers): vision tokens where they
-            touch a placeholder run.
+        markers: ids its processor puts around them (tile, row, start and end markers): vision tokens where
+            they touch a placeholder run.
         glue: ordinary text ids (a newline) that are part of an image only between two of its vision tokens.
         starts: markers that open a new image, so that two neighbouring images are two runs.
-        edges: markers that open and close an image alike (Idefics3): between two side by side a new image begins.
+        edges: markers that open and close an image alike (Idefics3): between two side by side a new image
+            begins.
         bos_id: the id of the BOS copy that opens a block under ``block_sink="bos"``; else ``None``.
     """
 
@@ -104,8 +107,8 @@ def _runs(codes: np.ndarray) -> list[list[int]]:
 def vision_runs(ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary) -> list[tuple[int, int]]:
     """``(start, stop)`` of each run of vision tokens of one row (ids and mask of shape ``(N,)``).
 
-    A run holds at least one placeholder; markers alone are text. Two images with start markers are two runs even
-    where nothing stands between them.
+    A run holds at least one placeholder; markers alone are text. Two images with start markers are two runs
+    even where nothing stands between them.
     """
     codes = np.where(mask.astype(bool), TokenKind.TEXT, TokenKind.PAD)
     real = mask.astype(bool)
@@ -145,7 +148,8 @@ class SequenceLayout:
 
     Attributes:
         kind: ``(B, N)`` int64 on CPU, values of :class:`TokenKind`.
-        block: ``(B, N)`` int64 on CPU, the block a vision or VoCo token belongs to, counted within its row; else -1.
+        block: ``(B, N)`` int64 on CPU, the block a vision or VoCo token belongs to, counted within its row;
+            else -1.
         spans: every block, row by row, in order.
     """
 
@@ -170,8 +174,9 @@ class SequenceLayout:
             require_voco: whether a vision run without VoCo tokens is an error.
 
         Raises:
-            LayoutError: vision tokens with no VoCo run, a VoCo run with no vision tokens before it, a run shorter
-                than ``num_tokens``, a block without its BOS sink; the message names sample and position.
+            LayoutError: vision tokens with no VoCo run, a VoCo run with no vision tokens before it, a run
+                shorter than ``num_tokens``, a block without its BOS sink; the message names sample and
+                position.
         """
         ids = input_ids.detach().cpu().numpy()
         if ids.ndim != 2:
@@ -188,7 +193,9 @@ class SequenceLayout:
         block = np.full(ids.shape, -1, dtype=np.int64)
         spans: list[BlockSpan] = []
         for row in range(ids.shape[0]):
-            spans += _read_row(row, ids[row], mask[row], vocab, kind[row], block[row], num_tokens, require_voco)
+            spans += _read_row(
+                row, ids[row], mask[row], vocab, kind[row], block[row], num_tokens, require_voco
+            )
         return cls(torch.from_numpy(kind), torch.from_numpy(block), spans)
 
     @classmethod
@@ -239,12 +246,14 @@ def _read_row(row, ids, mask, vocab, kind, block, num_tokens, require_voco) -> l
             continue
         if start not in ends:
             raise LayoutError(
-                f"sample {row}, position {start}: {stop - start} VoCo token(s) with no vision tokens right before "
+                f"sample {row}, position {start}: {stop - start} VoCo token(s) with no vision tokens right "
+                "before "
                 "them; put the VoCo tokens directly after the image's last token."
             )
         if num_tokens is not None and stop - start < num_tokens:
             raise LayoutError(
-                f"sample {row}, position {start}: {stop - start} VoCo token(s) where {num_tokens} were asked for; "
+                f"sample {row}, position {start}: {stop - start} VoCo token(s) where {num_tokens} were asked "
+                "for; "
                 f"put {num_tokens} after each image, or set num_tokens={stop - start}."
             )
         first = ends.pop(start)
@@ -258,22 +267,25 @@ def _read_row(row, ids, mask, vocab, kind, block, num_tokens, require_voco) -> l
     if ends and require_voco:
         start = min(ends.values())
         raise LayoutError(
-            f"sample {row}, position {start}: vision tokens with no VoCo tokens after them; put the VoCo tokens "
+            f"sample {row}, position {start}: vision tokens with no VoCo tokens after them; put the VoCo "
+            "tokens "
             "directly after each image (VoCoDataCollator or model.insert_voco_tokens does)."
         )
     return spans
 
 
 def sequential_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions of a 1-D backbone: real tokens counted from 0, padding at 0. ``(B, N)`` → ``(B, N)`` int64."""
+    """Positions of a 1-D backbone: real tokens counted from 0, padding at 0. ``(B, N)`` → ``(B, N)``
+    int64.
+    """
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def compact_positions(layout: SequenceLayout, sequential: torch.Tensor) -> torch.Tensor:
     """The stream numbered as if the vision tokens were not there; each block's V just before its C.
 
-    Every block is shifted as a whole, so that all distances within it stay the backbone's own (RoPE is relative:
-    what a block computes does not change).
+    Every block is shifted as a whole, so that all distances within it stay the backbone's own (RoPE is
+    relative: what a block computes does not change).
 
     Args:
         sequential: the backbone's own positions, ``(B, N)`` or, for mrope, ``(P, B, N)``.

@@ -38,9 +38,9 @@ class TokenTable:
     Attributes:
         kind: ``(B, L)`` int64, :class:`~voco_plugin.layout.TokenKind`.
         block: ``(B, L)`` int64, block of a vision or VoCo token within its row, else -1.
-        order: ``(B, L)`` int64, index of the slot's token in the whole sequence, vision tokens included. A cached
-            block's slots come first in the cache but keep the order they would have had; causality and the
-            backbone's windows are read from it.
+        order: ``(B, L)`` int64, index of the slot's token in the whole sequence, vision tokens included. A
+            cached block's slots come first in the cache but keep the order they would have had; causality and
+            the backbone's windows are read from it.
     """
 
     kind: torch.Tensor
@@ -64,7 +64,9 @@ class TokenTable:
 
     @property
     def in_slot_order(self) -> bool:
-        """Whether slot and sequence index advance together, so that the backbone's own mask needs no mapping."""
+        """Whether slot and sequence index advance together, so that the backbone's own mask needs no
+        mapping.
+        """
         return bool((self.order == torch.arange(self.length, device=self.order.device)).all())
 
     def append(self, other: TokenTable) -> TokenTable:
@@ -92,7 +94,8 @@ class TokenTable:
         if missing <= 0:
             return self
         shape = (self.num_rows, missing)
-        # an unfilled slot keeps its own index as order: the causal mask hides it as it does without this table
+        # an unfilled slot keeps its own index as order: the causal mask hides it as it does without this
+        # table
         order = torch.arange(self.length, length, device=self.order.device).expand(shape)
         last = self.order[:, -1:] if self.length else torch.full_like(order[:, :1], -1)
         order = torch.maximum(order, last + 1 + order - self.length)
@@ -111,8 +114,8 @@ _FIELDS = ("kind", "block", "order")
 def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:
     """The rule as ``predicate(batch, head, query, key) -> bool``, indices into the slots of ``table``.
 
-    It says only what the rule hides: causality, padding, windows and packing are the backbone's own mask, and a
-    key is visible where both say so. Indices broadcast, or are scalars under ``vmap``.
+    It says only what the rule hides: causality, padding, windows and packing are the backbone's own mask, and
+    a key is visible where both say so. Indices broadcast, or are scalars under ``vmap``.
     """
     kind, block, order = table.kind, table.block, table.order
     voco_order = torch.where(kind == TokenKind.VOCO, order, _NEVER)
@@ -158,7 +161,9 @@ def dense_mask(
 
 
 def draw_mask(config: VoCoConfig, layout: SequenceLayout, row: int = 0) -> str:
-    """The mask of one row as text: a letter per token (t, v, C, . for padding), ``x`` where the query sees the key."""
+    """The mask of one row as text: a letter per token (t, v, C, . for padding), ``x`` where the query sees
+    the key.
+    """
     mask = dense_mask(config, layout)[row]
     letters = [".tvC"[int(kind)] for kind in layout.kind[row]]
     lines = ["  " + " ".join(letters)]

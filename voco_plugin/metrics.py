@@ -27,7 +27,8 @@ def raw_ratio(score: float, upper: float) -> float:
 
 
 def retention(score: float, lower: float, upper: float) -> float:
-    """``(score - lower) / (upper - lower)`` (paper, Table 1); below 0 or above 1 where the score lies outside.
+    """``(score - lower) / (upper - lower)`` (paper, Table 1); below 0 or above 1 where the score lies
+    outside.
 
     Raises:
         ValueError: ``upper`` is not above ``lower``: the bounds leave nothing to retain.
@@ -39,7 +40,8 @@ def retention(score: float, lower: float, upper: float) -> float:
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a data set: the row it belongs to, its text, the exact answer, and its type (or ``all``)."""
+    """One question of a data set: the row it belongs to, its text, the exact answer, and its type (or
+    ``all``)."""
 
     row: int
     text: str
@@ -47,7 +49,9 @@ class Question:
     type: str = "all"
 
 
-def questions_of(dataset: Iterable[Mapping[str, Any]], skip_types: Iterable[str] = ("describe",)) -> list[Question]:
+def questions_of(
+    dataset: Iterable[Mapping[str, Any]], skip_types: Iterable[str] = ("describe",)
+) -> list[Question]:
     """Each user turn that an assistant turn answers, as a question of its own (see ``data/gridworld.py``).
 
     Args:
@@ -119,7 +123,9 @@ def score(questions: Sequence[Question], answers: Sequence[str], seconds: float 
         ValueError: there is no question, or not one answer for each.
     """
     if not questions or len(questions) != len(answers):
-        raise ValueError(f"{len(answers)} answers for {len(questions)} questions; give one per question, and at least one.")
+        raise ValueError(
+            f"{len(answers)} answers for {len(questions)} questions; give one per question, and at least one."
+        )
     right: dict[str, list[bool]] = defaultdict(list)
     for question, given in zip(questions, answers, strict=True):
         right[question.type].append(normalise(given) == normalise(question.answer))
@@ -200,11 +206,14 @@ class Agreement:
     max_logit_difference: float
 
 
-def agreement(model: Any, processor: Any, questions: Sequence[str], images: Any, caches: Any, max_new_tokens: int) -> Agreement:
-    """Greedy answers from ``caches`` against the single masked pass over the images (contract 1 of the architecture).
+def agreement(
+    model: Any, processor: Any, questions: Sequence[str], images: Any, caches: Any, max_new_tokens: int
+) -> Agreement:
+    """Greedy answers from ``caches`` against the single masked pass over the images (contract 1 of the
+    architecture).
 
-    The single pass is one forward over prompt and answer, from which the greedy choice at every position is read;
-    it shares nothing with the cached path but the weights.
+    The single pass is one forward over prompt and answer, from which the greedy choice at every position is
+    read; it shares nothing with the cached path but the weights.
     """
     import torch
 

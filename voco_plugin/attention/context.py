@@ -1,7 +1,7 @@
 """The rule in force during one forward of the backbone.
 
-It is set below the LM head, around the backbone's forward, and read where transformers builds the mask: whoever
-calls the backbone (a fused loss, PEFT, accelerate) gets the same mask.
+It is set below the LM head, around the backbone's forward, and read where transformers builds the mask:
+whoever calls the backbone (a fused loss, PEFT, accelerate) gets the same mask.
 """
 
 from __future__ import annotations

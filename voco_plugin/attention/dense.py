@@ -1,8 +1,10 @@
-"""The dense backend: the backbone's own mask and the isolation rule, on the backbone's own eager or sdpa kernel.
+"""The dense backend: the backbone's own mask and the isolation rule, on the backbone's own eager or sdpa
+kernel.
 
-Registered with transformers under names of its own (``voco_sdpa``, ``voco_eager``) when a model is first attached.
-The mask functions take the mask function that transformers composed for the layer (causal, padding, sliding window,
-bidirectional image blocks, packing) and intersect it with the rule: nothing of the backbone's mask is replaced.
+Registered with transformers under names of its own (``voco_sdpa``, ``voco_eager``) when a model is first
+attached. The mask functions take the mask function that transformers composed for the layer (causal, padding,
+sliding window, bidirectional image blocks, packing) and intersect it with the rule: nothing of the backbone's
+mask is replaced.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ BACKENDS = {"sdpa": "voco_sdpa", "eager": "voco_eager"}
 
 
 def _eager_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The eager attention of the module's own modeling file (softcaps and sinks differ from family to family)."""
+    """The eager attention of the module's own modeling file (softcaps and sinks differ from family to
+    family).
+    """
     source = sys.modules[type(module).__module__]
     forward = getattr(source, "eager_attention_forward", None)
     if forward is None:
-        raise ValueError(f"{type(module).__name__} has no eager attention of its own; load the model with sdpa.")
+        raise ValueError(
+            f"{type(module).__name__} has no eager attention of its own; load the model with sdpa."
+        )
     return forward(module, *args, **kwargs)
 
 
@@ -95,7 +101,8 @@ def backend_for(implementation: str | None) -> str:
     name = BACKENDS.get(implementation or "sdpa")
     if name is None:
         raise ValueError(
-            f"attn_implementation={implementation!r} cannot honour the isolation rule (it drops dense masks); "
+            f"attn_implementation={implementation!r} cannot honour the isolation rule (it drops dense "
+            "masks); "
             "load the language model with attn_implementation='sdpa' or 'eager'."
         )
     return name

@@ -63,7 +63,9 @@ class VoCoBlock:
             ValueError: ``k`` is not within 1 … K.
         """
         if not 1 <= k <= self.num_tokens:
-            raise ValueError(f"first({k}): this block has {self.num_tokens} VoCo tokens; k must be 1…{self.num_tokens}.")
+            raise ValueError(
+                f"first({k}): this block has {self.num_tokens} VoCo tokens; k must be 1…{self.num_tokens}."
+            )
         return dataclasses.replace(
             self,
             keys=tuple(t[:, :k].contiguous() for t in self.keys),

@@ -13,13 +13,15 @@ from .files import read_cache, write_cache
 
 
 class VoCoCache:
-    """Blocks in order, each with the batch row it belongs to. Never changed in place: every method gives a new one.
+    """Blocks in order, each with the batch row it belongs to. Never changed in place: every method gives a
+    new one.
 
     Args:
         blocks: the compressed blocks.
         rows: the batch row of each; all row 0 where left out.
         num_rows: rows of the batch (some may hold no block).
-        fingerprint: what made them: hashes of model, adapter and processor, and the rule (see ``fingerprint.py``).
+        fingerprint: what made them: hashes of model, adapter and processor, and the rule (see
+            ``fingerprint.py``).
     """
 
     def __init__(
@@ -58,14 +60,17 @@ class VoCoCache:
         """The blocks of one batch row, as a cache of one row."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} is outside this cache's {self.num_rows} rows.")
-        return VoCoCache([b for b, r in zip(self.blocks, self.rows, strict=True) if r == row], fingerprint=self.fingerprint)
+        return VoCoCache(
+            [b for b, r in zip(self.blocks, self.rows, strict=True) if r == row], fingerprint=self.fingerprint
+        )
 
     @staticmethod
     def cat(caches: Iterable[VoCoCache]) -> VoCoCache:
         """All blocks in order as one row (images of different runs in one prompt).
 
         Raises:
-            ValueError: they were made by different models, adapters, processors or rules; the message says which.
+            ValueError: they were made by different models, adapters, processors or rules; the message says
+                which.
         """
         caches = list(caches)
         if not caches:
@@ -93,7 +98,9 @@ class VoCoCache:
 
     def to(self, *args: Any, **kwargs: Any) -> VoCoCache:
         """Moved or cast as ``Tensor.to``."""
-        return VoCoCache([b.to(*args, **kwargs) for b in self.blocks], self.rows, self.num_rows, self.fingerprint)
+        return VoCoCache(
+            [b.to(*args, **kwargs) for b in self.blocks], self.rows, self.num_rows, self.fingerprint
+        )
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,8 @@
-"""The file of a VoCo cache: safetensors, one key and one value tensor a layer, and JSON metadata with a checksum.
+"""The file of a VoCo cache: safetensors, one key and one value tensor a layer, and JSON metadata with a
+checksum.
 
-    layers.{l}.key, layers.{l}.value   (T, H, D), T = the K of all blocks together, block after block
-    metadata["voco"]                   JSON: format version, blocks, rows, fingerprint, sha256 of all tensor bytes
+layers.{l}.key, layers.{l}.value   (T, H, D), T = the K of all blocks together, block after block
+metadata["voco"]                   JSON: format version, blocks, rows, fingerprint, sha256 of all tensor bytes
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def _check_header(path: Path) -> None:
             raise CacheFileError(f"{path} is truncated: {size} bytes hold no header.")
         (length,) = struct.unpack("<Q", head)
         if length > min(size - 8, 100_000_000):
-            raise CacheFileError(f"{path} is truncated or not a cache: its header claims {length} of {size} bytes.")
+            raise CacheFileError(
+                f"{path} is truncated or not a cache: its header claims {length} of {size} bytes."
+            )
         try:
             header = json.loads(stream.read(length))
             ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
@@ -79,7 +82,9 @@ def _check_header(path: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CacheFileError(f"{path} is not a VoCo cache: its header cannot be read.") from None
         if "voco" not in metadata or "sha256" not in metadata:
-            raise CacheFileError(f"{path} is a safetensors file but not a VoCo cache; write it with VoCoCache.save.")
+            raise CacheFileError(
+                f"{path} is a safetensors file but not a VoCo cache; write it with VoCoCache.save."
+            )
         if 8 + length + max(ends, default=0) != size:
             raise CacheFileError(
                 f"{path} is truncated or was appended to: {size} bytes where its header says "

@@ -1,8 +1,9 @@
-"""What made a cache: hashes of model, adapter and processor, and the rule. A cache of another is refused by name.
+"""What made a cache: hashes of model, adapter and processor, and the rule. A cache of another is refused by
+name.
 
-The hash of a weight covers its name, shape, dtype and values: all of them up to 2^16 values, a strided sample of
-2^14 above (reading 14 GB for every image would cost more than compressing it), and always the VoCo token's row.
-It tells models apart; it is no proof against an attacker who knows which values are sampled.
+The hash of a weight covers its name, shape, dtype and values: all of them up to 2^16 values, a strided sample
+of 2^14 above (reading 14 GB for every image would cost more than compressing it), and always the VoCo token's
+row. It tells models apart; it is no proof against an attacker who knows which values are sampled.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def _hash_tensor(sha: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def _is_adapter(name: str) -> bool:
-    return any(part.startswith(("lora_", "trainable_tokens_", "ia3_", "oft_", "vera_")) for part in name.split("."))
+    return any(
+        part.startswith(("lora_", "trainable_tokens_", "ia3_", "oft_", "vera_")) for part in name.split(".")
+    )
 
 
 def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
@@ -83,7 +86,9 @@ def fingerprint(model: torch.nn.Module, config: VoCoConfig, processor: Any, voco
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """In words, what two fingerprints disagree on. ``num_tokens`` is the blocks' own business (``first(k)``)."""
+    """In words, what two fingerprints disagree on. ``num_tokens`` is the blocks' own business
+    (``first(k)``).
+    """
     wrong = []
     for name in sorted(set(expected) | set(found)):
         here, there = expected.get(name), found.get(name)

@@ -1,9 +1,9 @@
 """Moving a block: rotating its cached keys by the difference of positions, in fp32 (fp64 for fp64 models).
 
-RoPE is relative, so a key rotated for position p and rotated again by δ is the key at p + δ. How a layer rotates
-(half or interleaved pairs, partly, with its own base, or not at all) is not guessed from the family's name: it is
-read off the layer by running the text model on the same few embeddings at two places, and what cannot be
-reproduced is refused.
+RoPE is relative, so a key rotated for position p and rotated again by δ is the key at p + δ. How a layer
+rotates (half or interleaved pairs, partly, with its own base, or not at all) is not guessed from the family's
+name: it is read off the layer by running the text model on the same few embeddings at two places, and what
+cannot be reproduced is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Relocator:
         self.text, self.multi_axis = text_model, multi_axis
         self._layers: list[str | None] | None = None
 
-    # -- what the backbone's rotary says ---------------------------------------------------------------------------
+    # -- what the backbone's rotary says
+    # ---------------------------------------------------------------------------
 
     def _layer_type(self, layer: int) -> str | None:
         types = getattr(self.text.config, "layer_types", None)
@@ -42,10 +43,14 @@ class Relocator:
             return local
         rotary = getattr(self.text, "rotary_emb", None)
         if rotary is None:
-            raise RelocationError(f"{type(self.text).__name__} has no rotary_emb; its keys cannot be relocated.")
+            raise RelocationError(
+                f"{type(self.text).__name__} has no rotary_emb; its keys cannot be relocated."
+            )
         return rotary
 
-    def _cos_sin(self, layer: int, delta: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def _cos_sin(
+        self, layer: int, delta: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
         """Unscaled cos and sin of an angle of ``delta`` positions, ``(1, 1, R)`` each."""
         rotary = self._rotary(layer)
         position = torch.full((1, 1), delta, device=device, dtype=torch.long)
@@ -74,7 +79,8 @@ class Relocator:
             moved = apply(wide, wide, cos, sin)[1]
         return moved[0].to(key.dtype)
 
-    # -- what each layer does ----------------------------------------------------------------------------------------
+    # -- what each layer does
+    # ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _probe(self) -> list[str | None]:
@@ -94,7 +100,11 @@ class Relocator:
                     position = position.expand(3, 1, _PROBE_TOKENS)
                 mask = torch.ones(1, _PROBE_TOKENS, dtype=torch.long, device=weight.device)
                 self.text(
-                    inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+                    inputs_embeds=embeds,
+                    attention_mask=mask,
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
                 )
                 found.append([layer.keys[0] for layer in cache.layers])
         finally:
@@ -110,7 +120,8 @@ class Relocator:
             error = float((moved - there).abs().max() / size)
             if not error <= tolerance:
                 raise RelocationError(
-                    f"layer {index} of {type(self.text).__name__} encodes positions in a way that cannot be undone "
+                    f"layer {index} of {type(self.text).__name__} encodes positions in a way that cannot be "
+                    "undone "
                     f"(relative error {error:.2g}); use its blocks where they were computed."
                 )
             kinds.append("rotate")
@@ -128,7 +139,8 @@ class Relocator:
                 limit = limit or self.text.config.max_position_embeddings
                 if position >= limit:
                     raise RelocationError(
-                        f"{_NONLINEAR[kind]} changes its frequencies past {limit} positions, so a block cannot be "
+                        f"{_NONLINEAR[kind]} changes its frequencies past {limit} positions, so a block "
+                        "cannot be "
                         f"moved to {position}; keep the stream below {limit}."
                     )
 
@@ -144,7 +156,8 @@ class Relocator:
             self._layers = self._probe()
         self._check_range(target + (keys[0].shape[1] - 1))
         return tuple(
-            self._rotate(i, key, target - source) if self._layers[i] == "rotate" else key for i, key in enumerate(keys)
+            self._rotate(i, key, target - source) if self._layers[i] == "rotate" else key
+            for i, key in enumerate(keys)
         )
 
 

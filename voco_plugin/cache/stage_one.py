@@ -1,8 +1,9 @@
-"""Stage 1 (paper, Sec. 3.3, Fig. 4): ``[vision, VoCo]`` through the backbone; the VoCo tokens' keys and values stay.
+"""Stage 1 (paper, Sec. 3.3, Fig. 4): ``[vision, VoCo]`` through the backbone; the VoCo tokens' keys and
+values stay.
 
-With ``block_context="self"`` every block is a row of its own, whatever prompt it stood in: nothing of the text is
-computed, and the LM head never runs. With ``"prefix"`` the stream before a block belongs to what it computes, so the
-rows run as they are, up to the last block.
+With ``block_context="self"`` every block is a row of its own, whatever prompt it stood in: nothing of the
+text is computed, and the LM head never runs. With ``"prefix"`` the stream before a block belongs to what it
+computes, so the rows run as they are, up to the last block.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from .block import VoCoBlock
 from .cache import VoCoCache
 from .fingerprint import fingerprint
 
-_DROPPED = ("labels", "use_cache", "past_key_values", "position_ids", "logits_to_keep", "return_dict", "inputs_embeds")
+_DROPPED = (
+    "labels",
+    "use_cache",
+    "past_key_values",
+    "position_ids",
+    "logits_to_keep",
+    "return_dict",
+    "inputs_embeds",
+)
 
 
 def _per_token(value: Any, shape: tuple[int, int]) -> bool:
@@ -63,7 +72,8 @@ def compress(model: torch.nn.Module, state: Any, inputs: dict[str, Any]) -> VoCo
     """Compress every block of a batch; see :meth:`~voco_plugin.generation.VoCoGenerationMixin.compress`."""
     if not state.config.isolates:
         raise ValueError(
-            "rule='causal' lets text read the vision tokens, so there is nothing to compress; use rule='isolated'."
+            "rule='causal' lets text read the vision tokens, so there is nothing to compress; use "
+            "rule='isolated'."
         )
     ids = inputs.get("input_ids")
     if ids is None:

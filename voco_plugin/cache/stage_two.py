@@ -1,13 +1,13 @@
 """Stage 2 (paper, Sec. 3.3, Fig. 4): the blocks' keys and values as a KV prefix, the text after them.
 
-Per row the KV cache holds ``[padding, C of every block, text …]``: the blocks come first whatever their place in the
-stream. Where each stands in the sequence is kept beside the cache, so that a text token sees only blocks before it.
+Per row the KV cache holds ``[padding, C of every block, text …]``: the blocks come first whatever their place
+in the stream. Where each stands in the sequence is kept beside the cache, so that a text token sees only
+blocks before it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -23,7 +23,8 @@ from .relocation import relocator_for
 
 @dataclass
 class Placed:
-    """What stage 2 runs on. ``B`` rows, ``S`` stream tokens, ``T`` text tokens (left-padded), ``P`` cached slots.
+    """What stage 2 runs on. ``B`` rows, ``S`` stream tokens, ``T`` text tokens (left-padded), ``P`` cached
+    slots.
 
     Attributes:
         input_ids: ``(B, T)``, the stream without its VoCo tokens.
@@ -42,14 +43,17 @@ class Placed:
 
 def _check(model, state, cache: VoCoCache) -> None:
     if not state.config.isolates:
-        raise ValueError("rule='causal' has no cached inference: text reads the vision tokens; use rule='isolated'.")
+        raise ValueError(
+            "rule='causal' has no cached inference: text reads the vision tokens; use rule='isolated'."
+        )
     if not cache.fingerprint or not len(cache):
         return
     mine = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
     wrong = differences(mine, cache.fingerprint)
     if wrong:
         raise ValueError(
-            f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images again."
+            f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images "
+            "again."
         )
 
 
@@ -58,11 +62,15 @@ def _rows_of_blocks(cache: VoCoCache, rows: int) -> list[list[VoCoBlock]]:
         return [[b for b, r in zip(cache.blocks, cache.rows, strict=True) if r == row] for row in range(rows)]
     if cache.num_rows == 1:
         return [list(cache.blocks)] * rows  # one set of images, many prompts
-    raise ValueError(f"the cache holds {cache.num_rows} rows and input_ids {rows}; give one row of blocks per prompt.")
+    raise ValueError(
+        f"the cache holds {cache.num_rows} rows and input_ids {rows}; give one row of blocks per prompt."
+    )
 
 
 def _walk(row: int, kinds: list[int], blocks: list[VoCoBlock], compact: bool) -> tuple[list, list]:
-    """Positions and sequence indices of one row: text ``[(column, position, order)]``, blocks ``[(position, order)]``."""
+    """Positions and sequence indices of one row: text ``[(column, position, order)]``, blocks ``[(position,
+    order)]``.
+    """
     text, placed = [], []
     position = order = column = 0
     while column < len(kinds):
@@ -82,8 +90,10 @@ def _walk(row: int, kinds: list[int], blocks: list[VoCoBlock], compact: bool) ->
                 length, column = length + 1, column + 1
             if length < block.num_tokens:
                 raise ValueError(
-                    f"sample {row}, position {column - length}: {length} VoCo token(s) for block {len(placed)}, which "
-                    f"holds {block.num_tokens}; use {block.num_tokens} in the prompt, or cache.first({length})."
+                    f"sample {row}, position {column - length}: {length} VoCo token(s) for block "
+                    f"{len(placed)}, which "
+                    f"holds {block.num_tokens}; use {block.num_tokens} in the prompt, or "
+                    f"cache.first({length})."
                 )
             position += 0 if compact else block.extent
             order += block.num_vision
@@ -93,18 +103,21 @@ def _walk(row: int, kinds: list[int], blocks: list[VoCoBlock], compact: bool) ->
             column += 1
     if len(placed) < len(blocks):
         raise ValueError(
-            f"sample {row}: the cache holds {len(blocks)} block(s) and the prompt VoCo tokens for {len(placed)}; put "
+            f"sample {row}: the cache holds {len(blocks)} block(s) and the prompt VoCo tokens for "
+            f"{len(placed)}; put "
             "each block's VoCo tokens into the prompt, or take a part of the cache (cache[:n])."
         )
     return text, placed
 
 
-def place(model, state, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: VoCoCache) -> Placed:
+def place(
+    model, state, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: VoCoCache
+) -> Placed:
     """Put ``cache`` under the stream ``input_ids`` ``(B, S)``.
 
     Raises:
-        ValueError: another model's cache, another K, blocks and VoCo tokens that do not match, vision tokens in the
-            stream, a row without text, or a block that cannot be moved to where the prompt puts it.
+        ValueError: another model's cache, another K, blocks and VoCo tokens that do not match, vision tokens
+            in the stream, a row without text, or a block that cannot be moved to where the prompt puts it.
     """
     _check(model, state, cache)
     rows, columns = input_ids.shape
@@ -114,11 +127,14 @@ def place(model, state, input_ids: torch.Tensor, attention_mask: torch.Tensor | 
         raise ValueError(f"attention_mask must be 2-D of shape {(rows, columns)}, not {tuple(mask.shape)}.")
     kinds = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD)
     kinds = torch.where((input_ids == state.vocab.voco_id) & mask.bool(), TokenKind.VOCO, kinds)
-    vision = torch.isin(input_ids, torch.tensor(sorted(state.vocab.placeholders), device=device)) & mask.bool()
+    vision = (
+        torch.isin(input_ids, torch.tensor(sorted(state.vocab.placeholders), device=device)) & mask.bool()
+    )
     if bool(vision.any()):
         row, column = (int(v) for v in vision.nonzero()[0])
         raise ValueError(
-            f"sample {row}, position {column}: the stream holds an image token; with voco_cache the prompt holds only "
+            f"sample {row}, position {column}: the stream holds an image token; with voco_cache the prompt "
+            "holds only "
             "text and VoCo tokens (model.stream_inputs drops the vision tokens)."
         )
     per_row = _rows_of_blocks(cache, rows)
@@ -126,7 +142,9 @@ def place(model, state, input_ids: torch.Tensor, attention_mask: torch.Tensor | 
     walked = [_walk(r, kinds[r].tolist(), per_row[r], compact) for r in range(rows)]
     empty = next((r for r, (text, _) in enumerate(walked) if not text), None)
     if empty is not None:
-        raise ValueError(f"sample {empty}: the prompt holds no text token to answer from; add one after the images.")
+        raise ValueError(
+            f"sample {empty}: the prompt holds no text token to answer from; add one after the images."
+        )
 
     text_length = max(len(text) for text, _ in walked)
     slots = max((sum(b.num_tokens for b in blocks) for blocks in per_row), default=0)
@@ -175,7 +193,9 @@ def _any_text_id(input_ids: torch.Tensor, kinds: torch.Tensor) -> int:
 
 
 def _key_values(model, state, per_row, placed, slots: int) -> DynamicCache:
-    """The relocated blocks of every row, left-padded to ``slots``; fresh tensors, the given cache stays as it is."""
+    """The relocated blocks of every row, left-padded to ``slots``; fresh tensors, the given cache stays as it
+    is.
+    """
     past = DynamicCache()
     example = next((b for blocks in per_row for b in blocks), None)
     if example is None:
@@ -190,12 +210,15 @@ def _key_values(model, state, per_row, placed, slots: int) -> DynamicCache:
         for number, (block, (position, _)) in enumerate(zip(blocks, places, strict=True)):
             if block.num_layers != example.num_layers or block.dtype != weight.dtype:
                 raise ValueError(
-                    f"sample {row}, block {number}: {block.num_layers} layers in {block.dtype}, the model has "
-                    f"{example.num_layers} in {weight.dtype}; compress with this model, or cast with cache.to(dtype)."
+                    f"sample {row}, block {number}: {block.num_layers} layers in {block.dtype}, the model "
+                    "has "
+                    f"{example.num_layers} in {weight.dtype}; compress with this model, or cast with "
+                    "cache.to(dtype)."
                 )
             if position != block.position and not block.relocatable:
                 raise ValueError(
-                    f"sample {row}, block {number}: made with block_context='prefix' at position {block.position}, so "
+                    f"sample {row}, block {number}: made with block_context='prefix' at position "
+                    f"{block.position}, so "
                     f"it cannot stand at {position}; use the same prompt up to it, or block_context='self'."
                 )
             block = block.to(weight.device)

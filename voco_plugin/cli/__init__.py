@@ -1,7 +1,7 @@
 """The ``voco`` command.
 
-Each subcommand is one file with ``add(subparsers, common)`` and ``run(args) -> int``; torch and the models are
-imported by the work, not by the parser, so ``--help`` and errors are quick.
+Each subcommand is one file with ``add(subparsers, common)`` and ``run(args) -> int``; torch and the models
+are imported by the work, not by the parser, so ``--help`` and errors are quick.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``voco ARGV``; returns the exit status: 0, 2 for what the user got wrong, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        output.error("voco", f"no command {argv[0]!r}{nearest(argv[0], COMMANDS)}; use one of {', '.join(COMMANDS)}.")
+        output.error(
+            "voco", f"no command {argv[0]!r}{nearest(argv[0], COMMANDS)}; use one of {', '.join(COMMANDS)}."
+        )
         return 2
     try:
         parser = build_parser()
@@ -72,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         known = args.parser._option_string_actions if args.command else parser._option_string_actions
         hint = nearest(unknown[0], known)
-        output.error(f"voco {args.command or ''}".strip(), f"unknown argument {unknown[0]!r}{hint}; --help shows all.")
+        output.error(
+            f"voco {args.command or ''}".strip(), f"unknown argument {unknown[0]!r}{hint}; --help shows all."
+        )
         return 2
     if args.version:
         from importlib.metadata import PackageNotFoundError, version

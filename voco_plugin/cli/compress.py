@@ -24,8 +24,12 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--out", required=True, metavar="OUT", help="a .safetensors file, or a folder")
-    parser.add_argument("--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument(
+        "--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -36,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     if single and out.is_dir():
         raise ValueError(f"--out {out} is a folder; give a file name, or a folder without .safetensors.")
     if not single and out.is_file():
-        raise ValueError(f"--out {out} is a file that is no .safetensors file; give a folder, or NAME.safetensors.")
+        raise ValueError(
+            f"--out {out} is a file that is no .safetensors file; give a folder, or NAME.safetensors."
+        )
     targets = [out] if single else _targets(out, paths)
     model, processor = load_model(args)
 
@@ -44,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ..cache import VoCoCache
 
     caches: list[VoCoCache] = []
+    cached = full = 0
     start = time.perf_counter()
     with output.progress(total=len(paths), unit="image", quiet=args.json) as bar:
         made = compress_images(
@@ -54,12 +61,10 @@ def run(args: argparse.Namespace) -> int:
                 caches.append(cache)
             else:
                 cache.save(targets[number])
-            size = cache_sizes(cache)
-            totals = size if number == 0 else tuple(a + b for a, b in zip(totals, size, strict=True))
+            cached, full = (a + b for a, b in zip((cached, full), cache_sizes(cache), strict=True))
     seconds = time.perf_counter() - start
     if single:
         VoCoCache.cat(caches).save(out)
-    cached, full = totals
     result = {
         "images": [str(p) for p in paths], "files": [str(t) for t in targets], "seconds": seconds,
         "images_per_second": len(paths) / seconds, "cache_bytes": cached, "full_kv_bytes": full,
@@ -68,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         output.emit_json(result)
         return 0
-    output.emit(f"{len(paths)} image(s) in {seconds:.1f} s ({result['images_per_second']:.1f} images/s) → {out}")
+    output.emit(
+        f"{len(paths)} image(s) in {seconds:.1f} s ({result['images_per_second']:.1f} images/s) → {out}"
+    )
     output.emit(
         f"cache {output.human_bytes(cached)}, all vision tokens' keys and values {output.human_bytes(full)}: "
         f"{result['compression']:.0f} times smaller"
@@ -83,7 +90,8 @@ def cache_sizes(cache: Any) -> tuple[int, int]:
 
 
 def _targets(folder: Path, paths: list[Path]) -> list[Path]:
-    """One file per image; images of one name in different folders would overwrite each other, which raises."""
+    """One file per image; images of one name in different folders would overwrite each other, which
+    raises."""
     targets = [folder / f"{path.stem}.safetensors" for path in paths]
     seen: dict[Path, Path] = {}
     for path, target in zip(paths, targets, strict=True):

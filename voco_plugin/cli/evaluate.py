@@ -32,11 +32,19 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="SET", help="LLaVA JSON, datasets folder or hub id")
     parser.add_argument("--split", help="its split")
     parser.add_argument("--image-folder", help="where the image names of a LLaVA file start")
-    parser.add_argument("--mode", action="append", choices=tuple(MODES), help="default: voco; may be repeated")
-    parser.add_argument("--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)")
+    parser.add_argument(
+        "--mode", action="append", choices=tuple(MODES), help="default: voco; may be repeated"
+    )
+    parser.add_argument(
+        "--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N images only")
-    parser.add_argument("--max-new-tokens", type=positive, default=16, help="length of an answer (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=16, help="length of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)"
+    )
     parser.add_argument("--out", metavar="FILE", help="also write the JSON here, answers included")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
@@ -95,7 +103,9 @@ def evaluate_modes(
     from ..metrics import evaluate, questions_of
     from ..modeling import detach, is_attached
 
-    questions = questions_of(dataset.remove_columns("images") if "images" in dataset.column_names else dataset)
+    questions = questions_of(
+        dataset.remove_columns("images") if "images" in dataset.column_names else dataset
+    )
     if not questions:
         raise ValueError(f"{args.data} holds no question with an answer.")
     ways = {"voco": "cache", "lower": "cache", "single": "images", "base": "images", "blind": "blind"}

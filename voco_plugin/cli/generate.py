@@ -22,15 +22,25 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--image", action="append", metavar="FILE", help="an image or a folder; may be repeated")
-    source.add_argument("--cache", action="append", metavar="FILE", help="a cache file or a folder; may be repeated")
+    source.add_argument(
+        "--image", action="append", metavar="FILE", help="an image or a folder; may be repeated"
+    )
+    source.add_argument(
+        "--cache", action="append", metavar="FILE", help="a cache file or a folder; may be repeated"
+    )
     parser.add_argument("--question", action="append", metavar="TEXT", help="what to ask; may be repeated")
     parser.add_argument("--questions", metavar="FILE", help="a file with one question a line")
-    parser.add_argument("--index", type=int, action="append", metavar="I", help="only the I-th image (from 0); repeatable")
+    parser.add_argument(
+        "--index", type=int, action="append", metavar="I", help="only the I-th image (from 0); repeatable"
+    )
     parser.add_argument("--together", action="store_true", help="all images in one prompt, in order")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, help="length of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, help="length of an answer (default: %(default)s)"
+    )
     parser.add_argument("--num-beams", type=positive, default=1, help="beam search with so many beams")
-    parser.add_argument("--batch-size", type=positive, default=16, help="prompts at a time (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, help="prompts at a time (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the answers as JSON")
 
 
@@ -44,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if args.index is not None:
         for index in args.index:
             if not -len(items) <= index < len(items):
-                raise ValueError(f"--index {index} is outside the {len(items)} image(s) given (0…{len(items) - 1}).")
+                raise ValueError(
+                    f"--index {index} is outside the {len(items)} image(s) given (0…{len(items) - 1})."
+                )
         names, items = [names[i] for i in args.index], [items[i] for i in args.index]
     model, processor = load_model(args)
 
@@ -73,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     if args.json:
         output.emit_json(
-            [{"image": n or None, "question": q, "answer": a} for (n, _, q), a in zip(asked, answers, strict=True)]
+            [
+                {"image": n or None, "question": q, "answer": a}
+                for (n, _, q), a in zip(asked, answers, strict=True)
+            ]
         )
         return 0
     before = None

@@ -28,8 +28,12 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=8, help="questions an image (default: 8)")
     parser.add_argument("--cell-pixels", type=int, default=32, help="pixels a cell's side (default: 32)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier gridworld in OUT")
-    parser.add_argument("--base", metavar="FOLDER", help="also copy the shipped base VLM, tuned on this set, to FOLDER")
-    parser.add_argument("--model", metavar="FOLDER", help="also write the tiny VLM, its tower pre-trained (seconds)")
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="also copy the shipped base VLM, tuned on this set, to FOLDER"
+    )
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="also write the tiny VLM, its tower pre-trained (seconds)"
+    )
     parser.add_argument("--model-seed", type=int, default=0, help="seed of its weights (default: 0)")
     parser.add_argument("--tower-steps", type=int, help="steps of the tower's pre-training")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
@@ -62,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     output.emit(f"{args.out}: {args.num_train} training and {args.num_test} held-out images")
     blind = meta["blind_accuracy"]
-    output.emit(f"a guesser who sees no image gets {100 * blind['all']:.1f} % of the held-out questions right")
+    output.emit(
+        f"a guesser who sees no image gets {100 * blind['all']:.1f} % of the held-out questions right"
+    )
     if args.base:
         output.emit(f"{args.base}: the shipped base VLM")
     if args.model:

@@ -14,8 +14,12 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """``MODEL`` and how to load it."""
-    parser.add_argument("model", metavar="MODEL", help="a VoCo checkpoint or adapter, an existing VLM, or a hub id")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a VoCo checkpoint or adapter, an existing VLM, or a hub id"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: the checkpoint's"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
 
 
@@ -38,7 +42,8 @@ def is_voco_checkpoint(source: str) -> bool:
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
-    """The image files named, and those of each folder named (not its subfolders), sorted by name within a folder.
+    """The image files named, and those of each folder named (not its subfolders), sorted by name within a
+    folder.
 
     Raises:
         FileNotFoundError: a source does not exist.
@@ -96,7 +101,9 @@ def read_questions(given: Sequence[str] | None, file: str | None) -> list[str]:
             raise FileNotFoundError(f"--questions {file} does not exist.")
         questions += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not questions:
-        raise ValueError("nothing to ask: give --question TEXT (more than once if you like) or --questions FILE.")
+        raise ValueError(
+            "nothing to ask: give --question TEXT (more than once if you like) or --questions FILE."
+        )
     return questions
 
 

@@ -25,13 +25,19 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         epilog="examples:\n  voco inspect --layout 't3 v4 c2 t5' --out mask.png\n"
         "  voco inspect runs/gridworld_voco --text 'What is at b2?' --image a.png --out mask.png\n",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="path or hub id of a model, for --text and --image")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="path or hub id of a model, for --text and --image"
+    )
     parser.add_argument("--layout", metavar="RUNS", help="e.g. 't3 v4 c2 t5'")
     parser.add_argument("--text", help="the question, in the model's chat template")
-    parser.add_argument("--image", action="append", metavar="FILE", help="an image before the text; may be repeated")
+    parser.add_argument(
+        "--image", action="append", metavar="FILE", help="an image before the text; may be repeated"
+    )
     parser.add_argument("--num-tokens", type=positive, metavar="K", help="VoCo tokens after each image")
     parser.add_argument("--rule", choices=RULES)
-    parser.add_argument("--block-context", choices=BLOCK_CONTEXTS, help="what a block sees of what stands before it")
+    parser.add_argument(
+        "--block-context", choices=BLOCK_CONTEXTS, help="what a block sees of what stands before it"
+    )
     parser.add_argument("--positions", choices=POSITIONS)
     parser.add_argument("--hide-prefix", action="store_true", help="the official code's mask")
     parser.add_argument("--out", metavar="PNG", help="also draw it here")
@@ -43,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either --layout RUNS, or a MODEL with --text and --image.")
     if args.layout is not None:
         if args.text or args.image or args.num_tokens:
-            raise ValueError("--text, --image and --num-tokens need a MODEL; --layout says everything itself.")
+            raise ValueError(
+                "--text, --image and --num-tokens need a MODEL; --layout says everything itself."
+            )
         config, layout, positions = _from_runs(args)
     else:
         config, layout, positions = _from_model(args)
@@ -75,7 +83,9 @@ def parse_runs(text: str) -> list[tuple[str, int]]:
     for word in text.replace(",", " ").split():
         match = re.fullmatch(r"([tvcpTVCP])(\d+)", word)
         if match is None or int(match[2]) < 1:
-            raise ValueError(f"--layout: {word!r} is no run; write a letter (t, v, c, p) and a count, as in 't3 v4 c2 t5'.")
+            raise ValueError(
+                f"--layout: {word!r} is no run; write a letter (t, v, c, p) and a count, as in 't3 v4 c2 t5'."
+            )
         runs.append((match[1].lower(), int(match[2])))
     if not runs:
         raise ValueError("--layout is empty; write runs, as in 't3 v4 c2 t5'.")
@@ -103,7 +113,11 @@ def _from_runs(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
     layout = SequenceLayout.from_ids(ids, mask, TokenVocabulary(2, frozenset({1})))
     config = _config(args)
     positions = sequential_positions(mask)
-    return config, layout, compact_positions(layout, positions) if config.positions == "compact" else positions
+    return (
+        config,
+        layout,
+        compact_positions(layout, positions) if config.positions == "compact" else positions,
+    )
 
 
 def _from_model(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
@@ -141,7 +155,11 @@ def _from_model(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
     )  # fmt: skip
     layout = SequenceLayout.from_ids(inputs["input_ids"], inputs["attention_mask"], vocab)
     positions = sequential_positions(inputs["attention_mask"])
-    return config, layout, compact_positions(layout, positions) if config.positions == "compact" else positions
+    return (
+        config,
+        layout,
+        compact_positions(layout, positions) if config.positions == "compact" else positions,
+    )
 
 
 def _segments(layout: Any, positions: Any) -> list[dict[str, Any]]:
@@ -163,7 +181,13 @@ def _segments(layout: Any, positions: Any) -> list[dict[str, Any]]:
 
 def _lines(layout: Any, positions: Any) -> list[str]:
     rows = [
-        [s["kind"], s["block"], s["tokens"], f"{s['start']}…{s['stop'] - 1}", f"{s['positions'][0]}…{s['positions'][1]}"]
+        [
+            s["kind"],
+            s["block"],
+            s["tokens"],
+            f"{s['start']}…{s['stop'] - 1}",
+            f"{s['positions'][0]}…{s['positions'][1]}",
+        ]
         for s in _segments(layout, positions)
     ]
     return output.table(rows, ("run", "block", "tokens", "index", "position (1-D)")).splitlines()

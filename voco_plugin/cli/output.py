@@ -55,11 +55,17 @@ def _cell(value: Any) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text == "-" or text.replace(".", "", 1).replace("-", "", 1).replace("%", "").replace(",", "").isdigit()
+    return (
+        text == "-"
+        or text.replace(".", "", 1).replace("-", "", 1).replace("%", "").replace(",", "").isdigit()
+    )
 
 
-def progress(items: Iterable[Any] | None = None, *, total: int | None = None, unit: str, quiet: bool = False) -> Any:
-    """A tqdm bar on stderr, drawn only on a terminal (a log file gets no bars) and not at all when ``quiet``."""
+def progress(
+    items: Iterable[Any] | None = None, *, total: int | None = None, unit: str, quiet: bool = False
+) -> Any:
+    """A tqdm bar on stderr, drawn only on a terminal (a log file gets no bars) and not at all when
+    ``quiet``."""
     from tqdm import tqdm
 
     return tqdm(items, total=total, unit=unit, disable=True if quiet else None, dynamic_ncols=True)

@@ -1,6 +1,7 @@
 """A training recipe: YAML, overridden by ``--key value``, checked before anything loads.
 
-A recipe's keys are the fields of three configs that TRL users know, flat, and of this file's ``RecipeArguments``:
+A recipe's keys are the fields of three configs that TRL users know, flat, and of this file's
+``RecipeArguments``:
 
     trl.ModelConfig        model_name_or_path, dtype, use_peft, lora_r, lora_alpha, lora_target_modules, …
     vp.VoCoSFTConfig       learning_rate, max_steps, num_tokens_range, … (trl.SFTConfig and TrainingArguments)
@@ -37,13 +38,13 @@ class RecipeArguments:
         dataset_name: LLaVA JSON file, ``datasets`` folder, local files or hub id to train on.
         dataset_train_split: its split; ``None`` takes the only one, or ``train``. A LLaVA file has none.
         image_folder: where the image names of a LLaVA file start.
-        eval_dataset_name: what to evaluate on (with ``eval_strategy``); ``None`` takes ``dataset_test_split`` of
-            ``dataset_name``.
+        eval_dataset_name: what to evaluate on (with ``eval_strategy``); ``None`` takes ``dataset_test_split``
+            of ``dataset_name``.
         dataset_test_split: the split of the evaluation set.
         eval_image_folder: ``image_folder`` of ``eval_dataset_name``; ``None``: the same.
         max_train_samples: the first so many rows only.
-        accelerate_config: launch through ``accelerate``: one of TRL's profiles (``single_gpu``, ``multi_gpu``,
-            ``zero1``…``zero3``, ``fsdp1``, ``fsdp2``) or a file.
+        accelerate_config: launch through ``accelerate``: one of TRL's profiles (``single_gpu``,
+            ``multi_gpu``, ``zero1``…``zero3``, ``fsdp1``, ``fsdp2``) or a file.
         num_processes: overrides the profile's number of processes.
         env: environment variables to set before training.
     """
@@ -74,7 +75,8 @@ class Recipe:
         return cls(**({k: v for k, v in self.values.items() if k in names} | more))
 
 
-# -- finding -----------------------------------------------------------------------------------------------------------
+# -- finding
+# -----------------------------------------------------------------------------------------------------------
 
 
 def recipe_folder() -> Path:
@@ -102,7 +104,9 @@ def find(name: str) -> Path:
     if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
         hint = f" (did you mean the shipped recipe {path.stem!r}?)" if path.stem in known else ""
         raise RecipeError(f"recipe {name} does not exist{hint}; shipped: {', '.join(known)}.")
-    raise RecipeError(f"no recipe {name!r}{nearest(name, known)}; shipped: {', '.join(known)}, or give a path.")
+    raise RecipeError(
+        f"no recipe {name!r}{nearest(name, known)}; shipped: {', '.join(known)}, or give a path."
+    )
 
 
 def summary(path: Path) -> str:
@@ -113,15 +117,16 @@ def summary(path: Path) -> str:
     return ""
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading
+# -----------------------------------------------------------------------------------------------------------
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe and its ``--key value`` overrides.
 
     Raises:
-        RecipeError: the recipe does not exist or is not YAML; a key is unknown (the nearest one is named) or given
-            twice; a value has the wrong type.
+        RecipeError: the recipe does not exist or is not YAML; a key is unknown (the nearest one is named) or
+            given twice; a value has the wrong type.
     """
     path = find(name)
     raw, lines = _read(path)
@@ -153,9 +158,13 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (list, dict)):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a name", key_node.start_mark
+                )
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -174,7 +183,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if values is None:
         return {}, {}
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{path} holds a {type(values).__name__}: a recipe is a mapping, `key: value` lines.")
+        raise RecipeError(
+            f"{path} holds a {type(values).__name__}: a recipe is a mapping, `key: value` lines."
+        )
     for key in values:
         if not isinstance(key, str):
             raise RecipeError(f"{path}: the key {key!r} must be a name.")
@@ -230,7 +241,8 @@ def _plain(value: Any) -> Any:
     return parsed
 
 
-# -- checking ----------------------------------------------------------------------------------------------------------
+# -- checking
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _check_voco(given: dict[str, Any], where: Mapping[str, str]) -> None:
@@ -242,7 +254,9 @@ def _check_voco(given: dict[str, Any], where: Mapping[str, str]) -> None:
     if section is None:
         return
     if not isinstance(section, dict):
-        raise RecipeError(f"{where.get('voco', '')}voco={section!r} must be a section of VoCoConfig's fields, or null.")
+        raise RecipeError(
+            f"{where.get('voco', '')}voco={section!r} must be a section of VoCoConfig's fields, or null."
+        )
     try:
         VoCoConfig.from_dict(section)
     except (ValueError, TypeError) as error:
@@ -267,7 +281,9 @@ def schema() -> dict[str, tuple[Any, Any]]:
 def _coerce(key: str, value: Any, hint: Any, choices: Any, where: str) -> Any:
     options = _options(hint)
     if isinstance(value, str) and str in options and not value.strip().startswith("["):
-        options.sort(key=lambda option: option is list or typing.get_origin(option) is list)  # a text before a list of one
+        options.sort(
+            key=lambda option: option is list or typing.get_origin(option) is list
+        )  # a text before a list of one
     if isinstance(value, Text) and str(value).lower() in ("null", "none") and type(None) in options:
         value = None
     for option in options:
@@ -276,7 +292,9 @@ def _coerce(key: str, value: Any, hint: Any, choices: Any, where: str) -> Any:
             if choices is not None and converted is not None and converted not in list(choices):
                 allowed = [str(c) for c in choices]
                 hint_text = nearest(str(converted), allowed)
-                raise RecipeError(f"{where}{key}={_show(value)} is not known{hint_text}; use one of {', '.join(allowed)}.")
+                raise RecipeError(
+                    f"{where}{key}={_show(value)} is not known{hint_text}; use one of {', '.join(allowed)}."
+                )
             return converted
     names = [n for option in options if (n := _name(option))]
     members = [str(m.value) for option in options if _is_enum(option) for m in option]
@@ -326,7 +344,9 @@ def _fits(value: Any, option: Any) -> tuple[bool, Any]:
         return isinstance(value, bool), value
     if option is int:
         whole = isinstance(value, float) and value.is_integer()
-        return (isinstance(value, int) and not isinstance(value, bool)) or whole, int(value) if whole else value
+        return (isinstance(value, int) and not isinstance(value, bool)) or whole, int(
+            value
+        ) if whole else value
     if option is float:
         if isinstance(value, str):  # YAML reads 2e-5 as a text
             try:
@@ -359,7 +379,14 @@ def _name(option: Any) -> str:
         return " or ".join(repr(a) for a in typing.get_args(option))
     if typing.get_origin(option) is dict:
         return "a section"
-    known = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "a section", list: "a list"}
+    known = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        dict: "a section",
+        list: "a list",
+    }
     return known.get(option, getattr(option, "__name__", str(option)))
 
 

@@ -20,7 +20,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         epilog="examples:\n  voco recipes\n  voco recipes show gridworld_voco\n"
         "  voco recipes copy gridworld_voco my.yaml\n",
     )
-    parser.add_argument("action", nargs="?", default="list", choices=("list", "show", "copy"), help="default: list")
+    parser.add_argument(
+        "action", nargs="?", default="list", choices=("list", "show", "copy"), help="default: list"
+    )
     parser.add_argument("name", nargs="?", help="the recipe to show or copy")
     parser.add_argument("target", nargs="?", help="where to copy it (default: ./NAME.yaml)")
     parser.add_argument("--force", action="store_true", help="overwrite the target of copy")
@@ -30,7 +32,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.action == "list":
         if args.name is not None:
-            raise ValueError(f"`voco recipes list` takes no name ({args.name!r}); use `voco recipes show {args.name}`.")
+            raise ValueError(
+                f"`voco recipes list` takes no name ({args.name!r}); use `voco recipes show {args.name}`."
+            )
         found = {name: summary(path) for name, path in shipped().items()}
         if args.json:
             output.emit_json([{"name": n, "summary": s, "path": str(shipped()[n])} for n, s in found.items()])

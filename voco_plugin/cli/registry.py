@@ -26,7 +26,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.name is not None and args.name not in REGISTRIES:
-        raise ValueError(f"no registry {args.name!r}{nearest(args.name, REGISTRIES)}; one of {', '.join(REGISTRIES)}.")
+        raise ValueError(
+            f"no registry {args.name!r}{nearest(args.name, REGISTRIES)}; one of {', '.join(REGISTRIES)}."
+        )
     _load_built_in()
     names = REGISTRIES if args.name is None else (args.name,)
     found = {name: getattr(registry, name).list() for name in names}

@@ -30,7 +30,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "  voco train my.yaml --accelerate_config zero3 --num_processes 8\n",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a path, or the name of a shipped recipe")
-    parser.add_argument("--check", action="store_true", help="check the recipe and print its keys; train nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="check the recipe and print its keys; train nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="override a key")
 
@@ -51,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if config.accelerate_config is not None:
         return launch(recipe, config, overrides)
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # the trainer prints its log
+    with (
+        contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    ):  # the trainer prints its log
         result = train(recipe)
     if args.json:
         output.emit_json(result)
@@ -93,7 +97,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     source, revision = model_config.model_name_or_path, model_config.model_revision
     check_model_path(source)
 
-    dataset = load_vision_dataset(arguments.dataset_name, arguments.dataset_train_split, arguments.image_folder)
+    dataset = load_vision_dataset(
+        arguments.dataset_name, arguments.dataset_train_split, arguments.image_folder
+    )
     if arguments.max_train_samples is not None:
         dataset = dataset.select(range(min(arguments.max_train_samples, len(dataset))))
     evaluation = None
@@ -106,7 +112,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     config.model_init_kwargs = {
         "revision": revision,
         "dtype": model_config.dtype,
-        **({"attn_implementation": model_config.attn_implementation} if model_config.attn_implementation else {}),
+        **(
+            {"attn_implementation": model_config.attn_implementation}
+            if model_config.attn_implementation
+            else {}
+        ),
         **(config.model_init_kwargs or {}),
     }
     trainer = VoCoSFTTrainer(
@@ -141,7 +151,8 @@ def check_model_path(source: str) -> None:
         )
 
 
-# -- several processes -------------------------------------------------------------------------------------------------
+# -- several processes
+# -------------------------------------------------------------------------------------------------
 
 
 def profiles() -> dict[str, Path]:
@@ -166,7 +177,9 @@ def launch_arguments(recipe: Recipe, config: RecipeArguments, overrides: list[st
         path = known[name]
     text = path.read_text(encoding="utf-8")
     if "DEEPSPEED" in text and importlib.util.find_spec("deepspeed") is None:
-        raise ImportError(f"accelerate_config={name!r} needs DeepSpeed: pip install 'voco_plugin[deepspeed]'.")
+        raise ImportError(
+            f"accelerate_config={name!r} needs DeepSpeed: pip install 'voco_plugin[deepspeed]'."
+        )
     processes = [] if config.num_processes is None else ["--num_processes", str(config.num_processes)]
     # the child must not launch again: the last --accelerate_config wins
     child = ["train", str(recipe.path), *overrides, "--accelerate_config", "null"]

@@ -90,7 +90,7 @@ def _sum(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tup
     if len(digits) < 2:
         return None
     i, j = (digits[int(k)] for k in sorted(rng.choice(len(digits), 2, replace=False)))
-    total = scene.things[i].digit + scene.things[j].digit
+    total = (scene.things[i].digit or 0) + (scene.things[j].digit or 0)
     return f"What is the sum of the digits at {scene.cell_name(i)} and {scene.cell_name(j)}?", str(total)
 
 

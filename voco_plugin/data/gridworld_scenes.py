@@ -153,14 +153,12 @@ def draw_scene(scene: Scene, rng: np.random.Generator, cell_pixels: int) -> Imag
         slack = cell_pixels - size
         left = scene.column(index) * cell_pixels + int(rng.integers(slack + 1))
         top = scene.row(index) * cell_pixels + int(rng.integers(slack + 1))
-        if thing.is_digit:
+        if thing.color is None:
             mask, ink = _digit_mask(thing, size), (235, 235, 235)
         else:
             brightness = rng.uniform(0.85, 1.0)
-            mask, ink = (
-                _shape_mask(thing.shape, size),
-                tuple(int(c * brightness) for c in COLORS[thing.color]),
-            )
+            red, green, blue = (int(level * brightness) for level in COLORS[thing.color])
+            mask, ink = _shape_mask(str(thing.shape), size), (red, green, blue)
         image.paste(ink, (left, top), mask)
     return image
 

@@ -1,4 +1,4 @@
-"""LLaVA's records, `{"id", "image", "conversations": [{"from", "value"}, …]}`, as rows of TRL's vision format."""
+"""LLaVA's records, `{"id", "image", "conversations": [{"from", "value"}]}`, as rows of TRL's format."""
 
 from __future__ import annotations
 

@@ -111,8 +111,9 @@ def build_tiny_vlm(
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d):
                 torch.nn.init.normal_(module.weight, std=INIT_STD)
-                if getattr(module, "bias", None) is not None:
-                    torch.nn.init.zeros_(module.bias)
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    torch.nn.init.zeros_(bias)
     finally:
         torch.random.set_rng_state(state)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
@@ -186,14 +187,12 @@ def pretrain_tower(
     tower = model.model.vision_tower
     width, patches = tower.config.hidden_size, cells.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    heads = torch.nn.ModuleList(
-        torch.nn.Linear(width, n) for n in (len(CELL_CLASSES), patches) for _ in range(2)
-    )
+    heads = [torch.nn.Linear(width, n) for n in (len(CELL_CLASSES), patches) for _ in range(2)]
     for head in heads:
         torch.nn.init.normal_(head.weight, std=INIT_STD, generator=generator)
         torch.nn.init.zeros_(head.bias)
     positions = torch.arange(patches)
-    parameters = [*tower.parameters(), *heads.parameters()]
+    parameters = [*tower.parameters(), *(value for head in heads for value in head.parameters())]
     trainable = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)

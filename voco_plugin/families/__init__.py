@@ -1,4 +1,6 @@
-"""What differs from one vision-language family to another. An unknown family gets the generic rules of ``base``."""
+"""What differs from one vision-language family to another. An unknown family gets the generic rules of
+``base``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The generic family: everything that can be read off a pure-attention vision-language model and its processor."""
+"""The generic family: everything that can be read off a pure-attention vision-language model and its
+processor.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ class Family:
         config = model.config.get_text_config()
         name = getattr(model.config, "model_type", type(model).__name__)
         if getattr(model.config, "is_encoder_decoder", False):
-            return f"{name} is an encoder-decoder: its decoder cross-attends to vision, there is no token to hide"
+            return f"{name} is an encoder-decoder: its decoder cross-attends, there is no vision token to hide"
         odd = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
         if odd:
             return (
@@ -72,13 +74,18 @@ class Family:
             return f"{name} keeps a recurrent state, which carries the vision tokens past any mask"
         conv = next((n for n, m in text.named_modules() if isinstance(m, torch.nn.Conv1d)), None)
         if conv is not None:
-            return f"{name} has a convolution over the sequence ({conv}), which mixes vision into text past any mask"
+            return f"{name} has a convolution over the sequence ({conv}), which mixes past any mask"
         return None
 
     def placeholders(self, config: Any, processor: Any) -> set[int]:
         """Ids that are replaced by image or video features."""
         found: set[int] = set()
-        for source in (config, getattr(config, "vision_config", None), processor, getattr(processor, "tokenizer", None)):
+        for source in (
+            config,
+            getattr(config, "vision_config", None),
+            processor,
+            getattr(processor, "tokenizer", None),
+        ):
             if source is not None:
                 found |= _ids(source, _PLACEHOLDERS)
         starts, others = self.markers(config, processor)
@@ -117,7 +124,8 @@ class Family:
         placeholders = self.placeholders(config, processor)
         if not placeholders:
             raise VocabularyError(
-                "no image token id in the model config or the processor; give a config with image_token_id, or "
+                "no image token id in the model config or the processor; give a config with image_token_id, "
+                "or "
                 "attach(…, vocabulary=TokenVocabulary(…))."
             )
         voco_id = voco.token_id
@@ -125,18 +133,23 @@ class Family:
             voco_id = tokenizer.get_vocab().get(voco.token)
         if voco_id is None:
             raise VocabularyError(
-                f"the VoCo token {voco.token!r} has no id: pass processor=… to attach (it adds the token), or set "
+                f"the VoCo token {voco.token!r} has no id: pass processor=… to attach (it adds the token), "
+                "or set "
                 "VoCoConfig(token_id=…)."
             )
         if voco_id in placeholders:
-            raise VocabularyError(f"VoCoConfig.token_id={voco_id} is the image token itself; choose another id.")
+            raise VocabularyError(
+                f"VoCoConfig.token_id={voco_id} is the image token itself; choose another id."
+            )
         bos = None
         if voco.block_sink == "bos":
             bos = getattr(tokenizer, "bos_token_id", None)
             if bos is None and config is not None:
                 bos = getattr(config.get_text_config(), "bos_token_id", None)
             if not isinstance(bos, int):
-                raise VocabularyError("block_sink='bos' needs a BOS token, and this tokenizer has none; use 'none'.")
+                raise VocabularyError(
+                    "block_sink='bos' needs a BOS token, and this tokenizer has none; use 'none'."
+                )
         starts, others = self.markers(config, processor)
         return TokenVocabulary(
             voco_id=int(voco_id),
@@ -171,7 +184,8 @@ class Family:
             return sequential_positions(attention_mask).expand(3, *input_ids.shape).clone()
         if not any(k.endswith("grid_thw") for k in given):
             raise ValueError(
-                "image tokens without image_grid_thw: their positions cannot be told (the backbone would count them "
+                "image tokens without image_grid_thw: their positions cannot be told (the backbone would "
+                "count them "
                 "as text); pass the processor's image_grid_thw along."
             )
         if "mm_token_type_ids" in wanted and "mm_token_type_ids" not in given:

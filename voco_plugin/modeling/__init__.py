@@ -4,4 +4,13 @@ from ..isolation import Attachment
 from .attach import attach, attachment, detach, is_attached, unwrap
 from .loading import load, save_voco_config
 
-__all__ = ["Attachment", "attach", "attachment", "detach", "is_attached", "load", "save_voco_config", "unwrap"]
+__all__ = [
+    "Attachment",
+    "attach",
+    "attachment",
+    "detach",
+    "is_attached",
+    "load",
+    "save_voco_config",
+    "unwrap",
+]

@@ -1,4 +1,6 @@
-"""``attach`` and ``detach``: a model in memory gets the rule and the two-stage methods, and gives them back."""
+"""``attach`` and ``detach``: a model in memory gets the rule and the two-stage methods, and gives them
+back.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..isolation import Attachment
 from ..attention import backend_for, register
 from ..config import VoCoConfig
 from ..families import family_of
 from ..generation import VoCoGenerationMixin
+from ..isolation import Attachment
 from ..layout import TokenVocabulary
 from .tokens import add_token, make_rows, remove_token, restore_rows
 
@@ -54,7 +56,9 @@ def attachment(model: Any) -> Attachment:
     """
     found = getattr(unwrap(model), _ATTRIBUTE, None)
     if found is None:
-        raise ValueError(f"{type(model).__name__} has no VoCo attached; call voco_plugin.attach(model, config) first.")
+        raise ValueError(
+            f"{type(model).__name__} has no VoCo attached; call voco_plugin.attach(model, config) first."
+        )
     return found
 
 
@@ -74,8 +78,8 @@ def attach(
         processor: its processor: gets the VoCo token, and tells the marker ids. Optional:
             ``VoCoConfig(token_id=…)`` then names the token itself.
         vocabulary: the ids to read sequences by, where they cannot be told from config and processor.
-        initialize_token: whether to initialise the token's embedding row; by default only where the token is new
-            to the processor (a saved VoCo model keeps its trained row).
+        initialize_token: whether to initialise the token's embedding row; by default only where the token is
+            new to the processor (a saved VoCo model keeps its trained row).
 
     Returns:
         the same object.
@@ -111,7 +115,8 @@ def attach(
         rows = inner.get_input_embeddings().weight.shape[0]
         if vocab.voco_id >= rows and processor is None:
             raise ValueError(
-                f"VoCoConfig.token_id={vocab.voco_id} is outside the model's {rows} embedding rows; give an id below "
+                f"VoCoConfig.token_id={vocab.voco_id} is outside the model's {rows} embedding rows; give an "
+                "id below "
                 f"{rows}, or processor=… so that the token is added."
             )
         if added if initialize_token is None else initialize_token:
@@ -135,7 +140,8 @@ def attach(
 
 
 def detach(model: torch.nn.Module) -> torch.nn.Module:
-    """Give back the model as it was before :func:`attach`, in place: class, attention, forward, embedding rows.
+    """Give back the model as it was before :func:`attach`, in place: class, attention, forward, embedding
+    rows.
 
     Weights that training changed stay as they are; the VoCo token's row and id go. Returns the same object.
     """
@@ -154,7 +160,9 @@ def detach(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _extended(cls: type) -> type:
-    """A subclass of ``cls`` with the two-stage methods, under the same name (so that a checkpoint names ``cls``)."""
+    """A subclass of ``cls`` with the two-stage methods, under the same name (so that a checkpoint names
+    ``cls``).
+    """
     if cls not in _CLASSES:
 
         @functools.wraps(cls.forward)

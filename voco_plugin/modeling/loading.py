@@ -48,10 +48,10 @@ def load(
     """Load a model with VoCo attached, and its processor.
 
     Args:
-        source: path or hub id of an existing VLM, of a model saved by this package, or of a PEFT adapter trained
-            by it (its base model is loaded from where ``adapter_config.json`` says).
-        voco: the rule for an existing VLM; for a saved model, ``None`` keeps the rule it was saved with, and a
-            config given here replaces it (another K or rule on the same weights).
+        source: path or hub id of an existing VLM, of a model saved by this package, or of a PEFT adapter
+            trained by it (its base model is loaded from where ``adapter_config.json`` says).
+        voco: the rule for an existing VLM; for a saved model, ``None`` keeps the rule it was saved with, and
+            a config given here replaces it (another K or rule on the same weights).
         dtype: of the weights; ``None`` keeps the checkpoint's.
         device: where to put the model.
         model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …).
@@ -84,10 +84,13 @@ def load(
     if adapter_file is not None:
         base = json.loads(Path(adapter_file).read_text()).get("base_model_name_or_path")
         if not base:
-            raise ValueError(f"{adapter_file} names no base model; merge the adapter, or add base_model_name_or_path.")
+            raise ValueError(
+                f"{adapter_file} names no base model; merge the adapter, or add base_model_name_or_path."
+            )
         if (os.path.isabs(base) or base.startswith(".")) and not os.path.isdir(base):
             raise FileNotFoundError(
-                f"the adapter at {source} was trained on {base}, which does not exist; put the base model back, or "
+                f"the adapter at {source} was trained on {base}, which does not exist; put the base model "
+                "back, or "
                 f"change base_model_name_or_path in {adapter_file}."
             )
         common.pop("revision", None)

@@ -37,8 +37,9 @@ def _rows(model: torch.nn.Module) -> int:
 def make_rows(model: torch.nn.Module, config: VoCoConfig, token_id: int, known: int) -> dict[str, Any]:
     """Make sure row ``token_id`` exists in the embeddings and, where the token is new, initialise it.
 
-    The row is the mean of the ``known`` existing rows plus seeded noise of a hundredth of their spread, so that it
-    starts in distribution. A vocabulary padded to a multiple of 64 stays so; tied embeddings stay tied.
+    The row is the mean of the ``known`` existing rows plus seeded noise of a hundredth of their spread, so
+    that it starts in distribution. A vocabulary padded to a multiple of 64 stays so; tied embeddings stay
+    tied.
 
     Returns:
         what :func:`restore_rows` needs to give the original weights back, bit for bit.

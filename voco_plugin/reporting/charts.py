@@ -27,7 +27,9 @@ def _save(figure: Any, path: str | Path) -> Path:
     return Path(path)
 
 
-def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, title: str = "") -> Path:
+def draw_losses(
+    curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, title: str = ""
+) -> Path:
     """Curves name → ``(step, loss)`` points, on a logarithmic loss axis.
 
     Raises:
@@ -50,7 +52,12 @@ def draw_losses(curves: Mapping[str, Sequence[tuple[float, float]]], path: str |
 
 
 def draw_bars(
-    groups: Sequence[str], series: Mapping[str, Sequence[float]], path: str | Path, *, title: str = "", unit: str = "%"
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    title: str = "",
+    unit: str = "%",
 ) -> Path:
     """Grouped bars: one group per name in ``groups``, one bar per entry of ``series`` (values in ``unit``).
 

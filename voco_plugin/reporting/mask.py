@@ -1,4 +1,5 @@
-"""The mask of one sample as a picture, drawn from the same dense mask that the tests compare the kernels with.
+"""The mask of one sample as a picture, drawn from the same dense mask that the tests compare the kernels
+with.
 
 Rows are queries, columns keys; a cell is filled, in the colour of the key, where the query sees the key.
 """
@@ -26,7 +27,9 @@ HIDDEN = (250, 250, 250)
 MAX_TEXT_TOKENS = 72
 
 
-def draw_mask_png(config: VoCoConfig, layout: SequenceLayout, path: str | Path, row: int = 0, title: str = "") -> Path:
+def draw_mask_png(
+    config: VoCoConfig, layout: SequenceLayout, path: str | Path, row: int = 0, title: str = ""
+) -> Path:
     """Write the mask of one row of ``layout`` to ``path`` (PNG) and return the path.
 
     Raises:
@@ -39,7 +42,11 @@ def draw_mask_png(config: VoCoConfig, layout: SequenceLayout, path: str | Path, 
     cell = max(1, min(24, 960 // max(tokens, 1)))
     strip, left, top = max(10, cell), 24, 70
     side = tokens * cell
-    legend = [k for k in (TokenKind.TEXT, TokenKind.VISION, TokenKind.VOCO, TokenKind.PAD) if bool((kind == k).any())]
+    legend = [
+        k
+        for k in (TokenKind.TEXT, TokenKind.VISION, TokenKind.VOCO, TokenKind.PAD)
+        if bool((kind == k).any())
+    ]
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     heading = title or caption(config)
     width = max(left + strip + side + 24, 460, int(font.getlength(heading)) + 2 * left)
@@ -55,14 +62,25 @@ def draw_mask_png(config: VoCoConfig, layout: SequenceLayout, path: str | Path, 
     gap = 1 if cell >= 6 else 0
     for i in range(tokens):
         colour, at = COLOURS[int(kind[i])], i * cell
-        draw.rectangle((left + strip + at, top, left + strip + at + cell - 1 - gap, top + strip - 3), fill=colour)
-        draw.rectangle((left, top + strip + at, left + strip - 3, top + strip + at + cell - 1 - gap), fill=colour)
+        draw.rectangle(
+            (left + strip + at, top, left + strip + at + cell - 1 - gap, top + strip - 3), fill=colour
+        )
+        draw.rectangle(
+            (left, top + strip + at, left + strip - 3, top + strip + at + cell - 1 - gap), fill=colour
+        )
     for i, j in torch.ones_like(mask).nonzero().tolist() if gap else mask.nonzero().tolist():
         x0, y0 = left + strip + j * cell, top + strip + i * cell
         fill = COLOURS[int(kind[j])] if mask[i, j] else HIDDEN
         draw.rectangle((x0, y0, x0 + cell - 1 - gap, y0 + cell - 1 - gap), fill=fill)
-    draw.rectangle((left + strip - 1, top + strip - 1, left + strip + side, top + strip + side), outline=(160, 160, 160))
-    draw.text((left, top + strip + side + 12), "rows: queries, columns: keys; filled: the query sees the key", "black", small)
+    draw.rectangle(
+        (left + strip - 1, top + strip - 1, left + strip + side, top + strip + side), outline=(160, 160, 160)
+    )
+    draw.text(
+        (left, top + strip + side + 12),
+        "rows: queries, columns: keys; filled: the query sees the key",
+        "black",
+        small,
+    )
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return Path(path)
@@ -75,7 +93,8 @@ def caption(config: VoCoConfig) -> str:
 
 
 def mask_text(config: VoCoConfig, layout: SequenceLayout, row: int = 0) -> str:
-    """The mask of one row as text. A long row keeps the ends of each run of equal tokens; ``~`` marks a cut."""
+    """The mask of one row as text. A long row keeps the ends of each run of equal tokens; ``~`` marks a
+    cut."""
     if layout.num_tokens <= MAX_TEXT_TOKENS:
         return draw_mask(config, layout, row)
     mask, kind = dense_mask(config, layout)[row], layout.kind[row].tolist()

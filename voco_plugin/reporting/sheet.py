@@ -26,7 +26,8 @@ class SheetEntry:
 def draw_sheet(
     entries: Sequence[SheetEntry], path: str | Path, *, columns: int = 3, side: int = 176, title: str = ""
 ) -> Path:
-    """Write the sheet to ``path`` (PNG). Images are ``side`` pixels wide; a wrong answer is red, and says what is right.
+    """Write the sheet to ``path`` (PNG). Images are ``side`` pixels wide; a wrong answer is red, and says
+    what is right.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -51,7 +52,10 @@ def draw_sheet(
         picture = entry.image.convert("RGB")
         scale = side / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        sheet.paste(picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS), (x, y + 20))
+        sheet.paste(
+            picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS),
+            (x, y + 20),
+        )
         at = y + 20
         for lines in cell:
             for text, colour in lines:
@@ -68,4 +72,6 @@ def _lines(question: str, answer: str, expected: str | None) -> list[tuple[str, 
     told = answer if good else f"{answer or '(nothing)'}   (right: {expected})"
     colour = INK if expected is None else RIGHT if good else WRONG
     wrap = textwrap.wrap
-    return [(text, INK) for text in wrap(question, 36)] + [(f"  {text}", colour) for text in wrap(told, 34) or ["-"]]
+    return [(text, INK) for text in wrap(question, 36)] + [
+        (f"  {text}", colour) for text in wrap(told, 34) or ["-"]
+    ]

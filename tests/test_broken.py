@@ -1,0 +1,289 @@
+"""The contract tests can fail: each is run here on a deliberately broken mask, position or cache, and must
+notice.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+
+import test_attach
+import test_cache
+import test_exactness
+import test_generation
+import test_layout
+from harness import inputs, shared
+from voco_plugin import isolation, layout
+from voco_plugin.attention import dense
+from voco_plugin.cache import files, relocation, stage_one, stage_two
+from voco_plugin.layout import TokenKind
+from voco_plugin.masks import TokenTable, isolation_predicate
+
+two_stage = test_exactness.test_two_stage_equals_single_pass
+table = test_exactness.test_the_mask_of_every_layer_is_the_table
+
+
+def predicate(change):
+    """The predicate with ``change(visible, table, b, q, k)`` applied."""
+
+    def broken(config, tokens):
+        real = isolation_predicate(config, tokens)
+        return lambda b, h, q, k: change(real(b, h, q, k), tokens, b, q, k)
+
+    return lambda patch: patch.setattr(dense, "isolation_predicate", broken)
+
+
+def is_kind(tokens, kind, b, i):
+    return tokens.kind[b, i] == kind
+
+
+V, C, T = TokenKind.VISION, TokenKind.VOCO, TokenKind.TEXT
+text_sees_vision = predicate(lambda seen, t, b, q, k: seen | (is_kind(t, T, b, q) & is_kind(t, V, b, k)))
+voco_sees_text = predicate(lambda seen, t, b, q, k: seen | (is_kind(t, C, b, q) & is_kind(t, T, b, k)))
+voco_is_blind = predicate(lambda seen, t, b, q, k: seen & ~(is_kind(t, C, b, q) & is_kind(t, V, b, k)))
+blocks_mix = predicate(lambda seen, t, b, q, k: seen | ((t.block[b, q] >= 0) & (t.block[b, k] >= 0)))
+vision_alone = predicate(
+    lambda seen, t, b, q, k: seen & ~(is_kind(t, V, b, q) & (t.order[b, q] != t.order[b, k]))
+)
+star_off = predicate(
+    lambda seen, t, b, q, k: seen | ((t.block[b, q] == t.block[b, k]) & (t.block[b, q] >= 0))
+)
+
+
+def mask_replaced(patch):
+    """The rule instead of the backbone's mask, not on top of it: windows and bidirectional blocks are
+    lost.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    patch.setattr(
+        dense,
+        "and_masks",
+        lambda own, rule: lambda b, h, q, k: causal_mask_function(b, h, q, k) & rule(b, h, q, k),
+    )
+
+
+def slots_unmapped(patch):
+    patch.setattr(TokenTable, "in_slot_order", property(lambda self: True))
+
+
+def positions_shifted(patch):
+    real = layout.compact_positions
+
+    def broken(plan, sequential):
+        made = real(plan, sequential)
+        inside = (plan.kind == TokenKind.VISION).to(made.device)
+        return made + inside  # vision one position closer to its VoCo tokens
+
+    patch.setattr(isolation, "compact_positions", broken)
+    patch.setattr(stage_one, "compact_positions", broken)
+    patch.setattr(test_layout, "compact_positions", broken)
+
+
+def text_position_off(patch):
+    real = stage_two._walk
+
+    def broken(*args):
+        text, placed = real(*args)
+        return [(c, p + (p > 3), o) for c, p, o in text], placed
+
+    patch.setattr(stage_two, "_walk", broken)
+
+
+def rotated_backwards(patch):
+    real = relocation.Relocator._cos_sin
+
+    def broken(self, layer, delta, dtype, device):
+        return real(self, layer, -delta if abs(delta) != relocation._PROBE_SHIFT else delta, dtype, device)
+
+    patch.setattr(relocation.Relocator, "_cos_sin", broken)
+
+
+def not_rotated(patch):
+    patch.setattr(relocation.Relocator, "move", lambda self, keys, source, target: keys)
+
+
+def slot_before(patch):
+    """Stage 1 keeps the slot before each VoCo token."""
+    real = stage_one.VoCoBlock
+
+    def broken(keys, values, **facts):
+        return real(keys=tuple(k.roll(1, dims=1) for k in keys), values=tuple(values), **facts)
+
+    patch.setattr(stage_one, "VoCoBlock", broken)
+
+
+def values_as_keys(patch):
+    real = files._blocks
+
+    def broken(tensors, record):
+        names = {k: k.replace("key", "x").replace("value", "key").replace("x", "value") for k in tensors}
+        return real({names[k]: v for k, v in tensors.items()}, record)
+
+    patch.setattr(files, "_blocks", broken)
+
+
+def padding_ignored(patch):
+    real = isolation.Attachment._mask
+
+    def broken(given, rows, tokens, length, ids):
+        return torch.ones_like(real(given, rows, tokens, length, ids))
+
+    patch.setattr(isolation.Attachment, "_mask", staticmethod(broken))
+
+
+def checksum_ignored(patch):
+    patch.setattr(files, "_digest", lambda tensors, record: "same")
+
+
+def fingerprint_ignored(patch):
+    patch.setattr(stage_two, "differences", lambda expected, found: [])
+
+
+def cache_written_in_place(patch):
+    """Stage 2 that works on the caller's blocks."""
+    real = stage_two._key_values
+
+    def broken(model, state, per_row, placed, slots):
+        made = real(model, state, per_row, placed, slots)
+        for blocks in per_row:
+            for block in blocks:
+                block.keys[0].add_(1e-3)
+        return made
+
+    patch.setattr(stage_two, "_key_values", broken)
+
+
+def rows_not_restored(patch):
+    patch.setattr(sys.modules["voco_plugin.modeling.attach"], "restore_rows", lambda model, record: None)
+
+
+def hook_does_nothing(patch):
+    patch.setattr(isolation.Attachment, "prepare", lambda self, module, kwargs: None)
+
+
+LLAVA = ("llava_llama", "isolated", "sdpa")
+fp32 = torch.float32
+
+
+def run(test, *args):
+    return lambda patch: test(*args)
+
+
+def with_patch(test, *args):
+    return lambda patch: test(*args, patch)
+
+
+NOTICED = (AssertionError, pytest.fail.Exception)
+if sys.version_info >= (3, 11):
+    import builtins
+
+    NOTICED += (builtins.BaseExceptionGroup,)  # hypothesis, where it finds two ways to fail
+
+CASES = {
+    "text sees vision: two-stage": (text_sees_vision, run(two_stage, *LLAVA, fp32)),
+    "text sees vision: table": (text_sees_vision, with_patch(table, *LLAVA)),
+    "voco sees earlier text: two-stage": (voco_sees_text, run(two_stage, *LLAVA, fp32)),
+    "voco sees earlier text: table": (voco_sees_text, with_patch(table, *LLAVA)),
+    "voco is blind: table": (voco_is_blind, with_patch(table, *LLAVA)),
+    "blocks mix: two-stage": (blocks_mix, run(two_stage, *LLAVA, fp32)),
+    "blocks mix: table": (blocks_mix, with_patch(table, *LLAVA)),
+    "star everywhere: table": (vision_alone, with_patch(table, *LLAVA)),
+    "star nowhere: table": (star_off, with_patch(table, "llava_llama", "star", "sdpa")),
+    "window lost: table": (mask_replaced, with_patch(table, "llava_mistral", "isolated", "sdpa")),
+    "image blocks lost: table": (mask_replaced, with_patch(table, "gemma3", "isolated", "sdpa")),
+    "window lost: eager": (mask_replaced, with_patch(table, "llava_mistral", "isolated", "eager")),
+    "slots unmapped: two-stage": (slots_unmapped, run(two_stage, *LLAVA, fp32)),
+    "slots unmapped: window": (slots_unmapped, run(two_stage, "llava_mistral", "isolated", "sdpa", fp32)),
+    "positions shifted: 4-D reference": (
+        positions_shifted,
+        run(test_exactness.test_single_pass_equals_the_plain_model_under_a_4d_mask, "sdpa"),
+    ),
+    "positions shifted: layout": (
+        positions_shifted,
+        run(test_layout.test_kinds_blocks_and_positions_equal_the_plain_reading),
+    ),
+    "text position off: two-stage": (text_position_off, run(two_stage, *LLAVA, fp32)),
+    "rotated backwards: relocated": (
+        rotated_backwards,
+        run(test_exactness.test_relocated_equals_recomputed, "llava_llama"),
+    ),
+    "not rotated: relocated": (
+        not_rotated,
+        run(test_exactness.test_relocated_equals_recomputed, "qwen2_5_vl"),
+    ),
+    "slot before: two-stage": (slot_before, run(two_stage, *LLAVA, fp32)),
+    "padding ignored: two-stage": (padding_ignored, run(two_stage, *LLAVA, fp32)),
+    "padding ignored: batched": (
+        padding_ignored,
+        run(test_exactness.test_batched_equals_one_by_one, "llava_llama", "isolated"),
+    ),
+    "hook does nothing: table": (hook_does_nothing, with_patch(table, *LLAVA)),
+    "leak": (text_sees_vision, None),
+    "cache changed: generation": (
+        cache_written_in_place,
+        run(test_generation.test_the_given_cache_is_never_changed),
+    ),
+    "rows not restored: detach": (
+        rows_not_restored,
+        run(test_attach.test_the_token_is_added_and_taken_back, "llava_llama"),
+    ),
+    "another model's cache": (
+        fingerprint_ignored,
+        lambda patch: test_cache.test_another_models_cache_is_refused_by_name(compressed()),
+    ),
+    "another rule's cache": (
+        fingerprint_ignored,
+        lambda patch: test_cache.test_another_rules_cache_is_refused_by_name(
+            compressed(), {"rule": "star"}, "rule is"
+        ),
+    ),
+}
+
+
+def compressed():
+    return shared("llava_llama").compress(**inputs("llava_llama"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_broken_version_is_caught(case, monkeypatch):
+    breakage, check = CASES[case]
+    if check is None:  # the leak test patches the same place itself, so the break goes underneath it
+        real = dense.isolation_predicate
+        with monkeypatch.context() as patch:
+            breakage(patch)
+            broken = dense.isolation_predicate
+        assert broken is not real
+        with monkeypatch.context() as patch, pytest.raises(AssertionError):
+            patch.setattr(dense, "isolation_predicate", broken)
+            test_exactness.test_no_leak("llava_llama", patch)
+        return
+    with monkeypatch.context() as patch:
+        breakage(patch)
+        with pytest.raises(NOTICED):
+            check(patch)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "check"),
+    [
+        (
+            values_as_keys,
+            lambda cache, path: test_cache.test_loaded_equals_in_memory_bit_for_bit(cache, fp32, path),
+        ),
+        (
+            checksum_ignored,
+            lambda cache, path: test_cache.test_one_changed_byte_is_found(cache, path, "data"),
+        ),
+    ],
+    ids=["values-as-keys", "checksum-ignored"],
+)
+def test_a_broken_file_is_caught(breakage, check, monkeypatch, tmp_path):
+    cache = copy.copy(compressed())
+    with monkeypatch.context() as patch:
+        breakage(patch)
+        with pytest.raises((AssertionError, pytest.fail.Exception)):
+            check(cache, tmp_path)
