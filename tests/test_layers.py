@@ -17,10 +17,12 @@ LAYERS: dict[int, tuple[str, ...]] = {
     0: ("layout", "masks", "registry", "config", "files", "injection", "conversations"),
     1: ("attention",),
     2: ("families", "encoders", "llms", "projectors", "compressors"),
-    3: ("isolation", "cache", "generation", "modeling"),
-    4: ("collator", "video", "answering", "metrics"),
-    5: ("training", "benchmark", "study", "data", "reporting"),
-    6: ("cli",),
+    3: ("isolation", "cache_state"),
+    4: ("cache", "generation"),
+    5: ("modeling",),
+    6: ("collator", "video", "answering", "metrics"),
+    7: ("training", "benchmark", "study", "data", "reporting"),
+    8: ("cli",),
 }
 ANYWHERE = ("_compat",)
 OUTSIDE = ("examples", "recipes", "integrations")

@@ -9,8 +9,9 @@ import torch
 from .cache import VoCoCache
 from .cache.stage_one import compress
 from .cache.stage_two import Placed, place
+from .cache_state import CacheState
 from .injection import insert_voco_tokens
-from .isolation import Attachment, CacheState
+from .isolation import Attachment
 from .layout import SequenceLayout
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from ..isolation import CacheState
+from ..cache_state import CacheState
 from ..layout import TokenKind
 from ..masks import TokenTable
 from .block import VoCoBlock
