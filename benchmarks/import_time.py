@@ -1,4 +1,4 @@
-"""What `import voco_plugin` and its command cost beyond Python, torch and transformers (seconds, median of fresh processes).
+"""What `import voco_plugin` costs beyond Python, torch and transformers (seconds, median of fresh processes).
 
     python benchmarks/import_time.py [--repeats 7]
 

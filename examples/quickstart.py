@@ -90,7 +90,7 @@ def main() -> None:
         "train", "gridworld_voco", "--model_name_or_path", base, "--output_dir", tuned,
         "--dataset_name", data / "train.json", "--image_folder", data / "images",
         "--voco.num_tokens", args.num_tokens, "--seed", args.seed,
-        *([] if args.max_steps is None else ["--max_steps", args.max_steps]),
+        *([] if args.max_steps is None else ["--max_steps", args.max_steps, "--logging_steps", 1]),
     )  # fmt: skip
     train_seconds = time.perf_counter() - train_started
 
@@ -135,7 +135,8 @@ def main() -> None:
         f"largest logit difference {checks['max_logit_difference']:.1e}"
     )
     emit(
-        f"cache {human_bytes(compressed['cache_bytes'])}, all vision tokens {human_bytes(compressed['full_kv_bytes'])}"
+        f"cache {human_bytes(compressed['cache_bytes'])}, all vision tokens "
+        f"{human_bytes(compressed['full_kv_bytes'])}"
     )
     for batch, ratios in checks["ratios"].items():
         told = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in ratios.items())
@@ -211,8 +212,11 @@ def compare(
         seconds = stage_two_times(plain, attached, processor, pictures[:batch], questions[:batch])
         ratios[batch] = {name: seconds["VoCo"] / seconds[name] for name in ("no cache", "full caching")}
     return {
-        "equal": found.equal, "compared": found.total, "max_logit_difference": found.max_logit_difference, "ratios": ratios,
-    }  # fmt: skip
+        "equal": found.equal,
+        "compared": found.total,
+        "max_logit_difference": found.max_logit_difference,
+        "ratios": ratios,
+    }
 
 
 def draw(
@@ -227,8 +231,16 @@ def draw(
     """The four pictures."""
     pictures = {name: out / f"{name}.png" for name in ("mask", "losses", "accuracy", "answers")}
     run(
-        "inspect", tuned, "--text", entries[0].rows[0][0], "--image", images[0], "--out", pictures["mask"], capture=True
-    )  # fmt: skip
+        "inspect",
+        tuned,
+        "--text",
+        entries[0].rows[0][0],
+        "--image",
+        images[0],
+        "--out",
+        pictures["mask"],
+        capture=True,
+    )
     draw_losses({"VoCo tuning": read_losses(tuned)}, pictures["losses"], "VoCo tuned into the base VLM")
     kinds = sorted(scores["voco"]["by_type"])
     series = {
@@ -252,9 +264,12 @@ def write_report(out: Path, header: tuple, rows: list, facts: dict, pictures: di
     compressed, tokens = facts["compressed"], facts["num_tokens"]
     report = Report("VoCo on gridworld: answers from the cache")
     report.text(
-        f"A plain VLM was tuned for {facts['steps']} steps ({facts['train_seconds'] / 60:.1f} minutes) to compress each image "
-        f"into {tokens} VoCo token(s). All accuracies are exact match on the same {facts['questions']} questions about "
-        f"{facts['images']} held-out images, each asked alone; the whole run took {facts['seconds'] / 60:.1f} minutes."
+        f"A plain VLM was tuned for {facts['steps']} steps ({facts['train_seconds'] / 60:.1f} minutes) to "
+        f"compress each image "
+        f"into {tokens} VoCo token(s). All accuracies are exact match on the same {facts['questions']} "
+        f"questions about "
+        f"{facts['images']} held-out images, each asked alone; the whole run took "
+        f"{facts['seconds'] / 60:.1f} minutes."
     )
     report.table(header, rows)
     report.text("Raw ratio: x / base. Retention: (x − lower bound) / (base − lower bound).")
@@ -280,7 +295,8 @@ def write_report(out: Path, header: tuple, rows: list, facts: dict, pictures: di
         ],
     )
     report.text(
-        "Times are medians of alternating runs in one process, to the first answer token. An image is 16 tokens here, "
+        "Times are medians of alternating runs in one process, to the first answer token. An image is 16 "
+        "tokens here, "
         "so there is little to save per question; at 576 tokens and up there is more."
     )
     report.picture(pictures["answers"], "held-out images, questions, answers from the cache")

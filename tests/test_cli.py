@@ -1,4 +1,4 @@
-"""The `voco` command: every subcommand on real files, and one line with status 2 for what a user gets wrong."""
+"""The `voco` command: every subcommand on real files; one line and status 2 for what a user gets wrong."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
-# -- the command itself ------------------------------------------------------------------------------------------------
+# -- the command itself --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -103,11 +103,13 @@ def test_no_command_shows_the_help_with_status_2(capsys: pytest.CaptureFixture[s
         (["recipes", "list", "gridworld_voco"], "takes no name"),
         (["recipes", "copy", "gridworld_vco"], "did you mean 'gridworld_voco'"),
         (["train", "nothing"], "no recipe 'nothing'"),
-        (["train", "gridworld_voco", "--max_step", "3"], "unknown key 'max_step' (did you mean 'max_steps'?)"),
+        (["train", "gridworld_voco", "--max_step", "3"], "unknown key 'max_step' (did you mean "
+        "'max_steps'?)"),
         (["train", "gridworld_voco", "--max_steps", "x"], "max_steps='x' is a text"),
         (["train", "gridworld_voco", "--model_name_or_path", "./gone"], "model ./gone does not exist"),
         (["train", "gridworld_voco", "--model_name_or_path", "null"], "has no model_name_or_path"),
-        (["train", "gridworld_voco", "--accelerate_config", "zer3"], "'zer3' is neither a file nor a profile (did you mean 'zero3'?)"),
+        (["train", "gridworld_voco", "--accelerate_config", "zer3"], "'zer3' is neither a file nor a "
+        "profile (did you mean 'zero3'?)"),
         (["inspect"], "give either --layout RUNS, or a MODEL"),
         (["inspect", "--layout", "t3 x4"], "'x4' is no run"),
         (["inspect", "--layout", "t3 v0"], "'v0' is no run"),
@@ -118,8 +120,10 @@ def test_no_command_shows_the_help_with_status_2(capsys: pytest.CaptureFixture[s
         (["generate", "./gone", "--question", "x"], "model ./gone does not exist"),
         (["generate", "m", "--image", "x.png"], "nothing to ask"),
         (["generate", "m", "--image", "no.png", "--question", "x"], "image no.png does not exist"),
-        (["generate", "m", "--cache", "no.safetensors", "--question", "x"], "cache no.safetensors does not exist"),
-        (["generate", "m", "--question", "x", "--max-new-tokens", "0"], "'0' is not a whole number of at least 1"),
+        (["generate", "m", "--cache", "no.safetensors", "--question", "x"], "cache no.safetensors does "
+        "not exist"),
+        (["generate", "m", "--question", "x", "--max-new-tokens", "0"], "'0' is not a whole number of at "
+        "least 1"),
         (["compress", "m", "no", "--out", "x"], "image no does not exist"),
         (["eval", "m", "--data", "./no.json"], "no.json does not exist"),
         (["gridworld", "x", "--grid", "1"], "grid=1 is out of range"),
@@ -171,7 +175,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.stderr == "" and done.stdout.startswith("#")
 
 
-# -- recipes and registry ----------------------------------------------------------------------------------------------
+# -- recipes and registry ------------------------------------------------------------------------------------
 
 
 def test_recipes_are_listed_shown_and_copied(capsys, tmp_path, monkeypatch) -> None:
@@ -201,7 +205,7 @@ def test_registry_lists_what_the_registries_hold(capsys) -> None:
     assert "families: " in out_of(capsys, "registry")
 
 
-# -- inspect -----------------------------------------------------------------------------------------------------------
+# -- inspect -------------------------------------------------------------------------------------------------
 
 
 def test_inspect_draws_the_layout_it_was_given(capsys, tmp_path) -> None:
@@ -252,7 +256,7 @@ def test_inspect_of_a_model_shows_the_sequence_it_would_get(here: Path, capsys) 
     assert {run["tokens"] for run in base["runs"] if run["kind"] == "VoCo"} == {3}
 
 
-# -- train -------------------------------------------------------------------------------------------------------------
+# -- train ---------------------------------------------------------------------------------------------------
 
 
 def test_training_saves_what_loads_again_by_path_alone(here: Path) -> None:
@@ -347,7 +351,7 @@ def test_training_through_accelerate_gives_the_same_checkpoint(here: Path) -> No
     assert left.keys() == right.keys() and all((left[k] == right[k]).all() for k in left)
 
 
-# -- compress, generate, eval ------------------------------------------------------------------------------------------
+# -- compress, generate, eval --------------------------------------------------------------------------------
 
 
 def test_a_folder_becomes_one_file_or_one_file_an_image(here: Path, capsys) -> None:

@@ -155,19 +155,7 @@ def test_plain_text_with_placeholders_and_the_bos_sink() -> None:
     assert bos.sum() == 1 and (out["labels"][0][bos] == -100).all()
 
 
-NO_MARKERS = pytest.mark.xfail(reason="the markers are read from a model config only", strict=True)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llava_llama",
-        "internvl",
-        "idefics3",
-        pytest.param("qwen2_5_vl", marks=NO_MARKERS),
-        pytest.param("gemma3", marks=NO_MARKERS),
-    ],
-)
+@pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl", "internvl", "gemma3", "idefics3"])
 def test_a_collator_alone_reads_the_ids_as_the_model_does(name: str) -> None:
     alone = VoCoDataCollator(processor_of(name), voco=VOCO)(copy.deepcopy(FORMATS["messages"]))
     given = collator(name)(copy.deepcopy(FORMATS["messages"]))
@@ -245,6 +233,9 @@ def test_max_length_cuts_text_but_never_an_image() -> None:
         LayoutError, match=rf"sample 0: its last image ends at token {end} .*max_length={end - 1}"
     ):
         collator(max_length=end - 1)(rows)
+    for rows in (FORMATS["messages"][:2], FORMATS["prompt-completion"]):  # through the image itself
+        with pytest.raises(LayoutError, match="its last image ends at token .*max_length=9"):
+            collator(max_length=9)(rows)
     padded = collator(pad_to_multiple_of=64)(FORMATS["prompt-completion"])
     assert padded["input_ids"].shape[1] == 64
 

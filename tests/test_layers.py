@@ -1,4 +1,4 @@
-"""Imports point down: a module sees its own layer and lower ones; what stands outside sees the public API only.
+"""Imports point down: a module sees its own layer and lower ones, what stands outside only the public API.
 
 Function-level imports count too (being lazy is no excuse); only those under `if TYPE_CHECKING` do not.
 """

@@ -1,4 +1,4 @@
-"""What is installed: every package folder, recipes and integrations inside the package, an import that stays light."""
+"""What is installed: every package folder, recipes and integrations inside it; and importing stays light."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_public_name_loads() -> None:
         _ = voco_plugin.VoCoConfg
 
 
-# -- the wheel ---------------------------------------------------------------------------------------------------------
+# -- the wheel -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,20 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "--no-deps",
+            "--no-index",
+            str(wheel),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return python.parent
 
 
@@ -152,7 +163,8 @@ def test_the_installed_wheel_trains_a_shipped_recipe_outside_the_checkout(
         return found
 
     where = subprocess.run(
-        [str(installed / "python"), "-c", "import voco_plugin, voco_plugin.recipes as r; print(voco_plugin.__file__, r.__file__)"],
+        [str(installed / "python"), "-c", "import voco_plugin, voco_plugin.recipes as r; "
+        "print(voco_plugin.__file__, r.__file__)"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert str(ROOT) not in where

@@ -1,4 +1,4 @@
-"""A recipe is checked before anything loads: every key, every type, every override; the shipped ones are whole."""
+"""A recipe is checked before anything loads: every key, type and override; the shipped ones are whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-# -- the shipped recipes -----------------------------------------------------------------------------------------------
+# -- the shipped recipes -------------------------------------------------------------------------------------
 
 
 def test_recipes_are_shipped() -> None:
@@ -66,17 +66,20 @@ def test_the_override_commands_of_a_shipped_recipe_are_accepted(name: str) -> No
         load(name, words)
 
 
-# -- keys --------------------------------------------------------------------------------------------------------------
+# -- keys ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1.0e-3", r"r\.yaml, line 1: unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
+        ("learning_rat: 1.0e-3", r"r\.yaml, line 1: unknown key 'learning_rat' \(did you mean "
+        r"'learning_rate'\?\)"),
         ("seed: 1\nlora_rr: 4", r"line 2: unknown key 'lora_rr' \(did you mean 'lora_r'\?\)"),
         ("dataset_nam: x", r"did you mean 'dataset_name'"),
-        ("voco:\n  num_token: 2", r"voco: VoCoConfig has no field 'num_token' \(did you mean 'num_tokens'\?\)"),
-        ("voco:\n  rule: isolate", r"voco: VoCoConfig.rule='isolate' is not known \(did you mean 'isolated'\?\)"),
+        ("voco:\n  num_token: 2", r"voco: VoCoConfig has no field 'num_token' \(did you mean "
+        r"'num_tokens'\?\)"),
+        ("voco:\n  rule: isolate", r"voco: VoCoConfig.rule='isolate' is not known \(did you mean "
+        r"'isolated'\?\)"),
         ("voco:\n  num_tokens: two", r"voco: .*num_tokens='two' must be an integer"),
         ("voco: 3", r"voco=3 must be a section"),
         ("learning_rate: fast", r"line 1: learning_rate='fast' is a text, and learning_rate takes a number"),
@@ -127,7 +130,7 @@ def test_an_empty_recipe_is_valid(tmp_path: Path) -> None:
     assert load(write(tmp_path, "# nothing\n")).values == {}
 
 
-# -- overrides ---------------------------------------------------------------------------------------------------------
+# -- overrides -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_an_override_leaves_the_rest_of_a_section(tmp_path: Path) -> None:
     assert yaml.safe_load(text)["voco"]["num_tokens"] == 2
 
 
-# -- finding -----------------------------------------------------------------------------------------------------------
+# -- finding -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ class VoCoConfig:
             )
             raise ValueError(
                 "VoCoConfig.positions='compact' places vision and text tokens on the same positions, which "
-                f"{why} "
-                "does not allow; use positions='sequential', or rule='isolated' with block_context='self'."
+                f"{why} does not allow; use positions='sequential', or rule='isolated' with "
+                "block_context='self'."
             )
 
     @property

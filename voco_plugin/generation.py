@@ -223,7 +223,7 @@ class VoCoGenerationMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             state = self._voco_attachment
-            state.config.save(save_directory, vocabulary=state.vocab.to_dict())
+            state.save(save_directory)
             if state.processor is not None:
                 state.processor.save_pretrained(save_directory)
 
@@ -285,8 +285,7 @@ def _refuse_static(kwargs: dict, args: tuple) -> None:
     if kind is not None and kind not in ("dynamic", "dynamic_full"):
         raise ValueError(
             f"cache_implementation={kind!r} builds its masks outside the model, where the isolation rule is "
-            "not seen; "
-            "leave it out."
+            "not seen; leave it out."
         )
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +50,14 @@ class Attachment:
         new.restore = copy.deepcopy(self.restore, memo)
         new.handles = copy.deepcopy(self.handles, memo)
         return new
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write ``voco_config.json``: the rule, the ids it is read by, and whether the token's row was made here.
+
+        An adapter's checkpoint holds the trained input row only; whoever loads it onto the same base makes the
+        other row (the LM head's) anew from the same seed.
+        """
+        return self.config.save(folder, vocabulary=self.vocab.to_dict(), row_made="rows" in self.restore)
 
     @contextlib.contextmanager
     def positions(self, policy: str) -> Iterator[None]:
@@ -113,8 +123,7 @@ class Attachment:
         if active.masks_built == 0:
             raise RuntimeError(
                 f"{type(module).__name__} built no attention mask through transformers' mask interface, so "
-                "the "
-                "isolation rule was not applied; this family is not supported."
+                "the isolation rule was not applied; this family is not supported."
             )
         if not isinstance(past, Cache):
             past = getattr(output, "past_key_values", None)
@@ -137,8 +146,7 @@ class Attachment:
                 return None
             raise ValueError(
                 "input_ids are needed to find the vision and VoCo tokens; inputs_embeds alone do not show "
-                "where "
-                "they are: pass input_ids (and pixel_values), or detach the model."
+                "where they are: pass input_ids (and pixel_values), or detach the model."
             )
         rows, tokens = input_ids.shape
         mask = self._mask(kwargs.get("attention_mask"), rows, tokens, length, input_ids)
@@ -156,8 +164,7 @@ class Attachment:
         ):
             raise ValueError(
                 "attention_mask must be the 2-D padding mask: a ready-made mask (a static cache's, or a 4-D "
-                "one) "
-                "replaces the isolation rule; pass the 2-D mask and a dynamic cache."
+                "one) replaces the isolation rule; pass the 2-D mask and a dynamic cache."
             )
         device = input_ids.device
         state = self._past_state(state, mask[:, :length], length, rows, device)
@@ -242,7 +249,6 @@ class Attachment:
             if flat.shape[-1] != mine.shape[-1] or bool(((flat != mine) & real).any()):
                 raise ValueError(
                     f"position_ids given do not agree with positions={self.config.positions!r} of the VoCo "
-                    "config; "
-                    "leave position_ids out."
+                    "config; leave position_ids out."
                 )
         return self.family.shape_positions(backbone, own)

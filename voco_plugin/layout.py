@@ -247,14 +247,12 @@ def _read_row(row, ids, mask, vocab, kind, block, num_tokens, require_voco) -> l
         if start not in ends:
             raise LayoutError(
                 f"sample {row}, position {start}: {stop - start} VoCo token(s) with no vision tokens right "
-                "before "
-                "them; put the VoCo tokens directly after the image's last token."
+                "before them; put the VoCo tokens directly after the image's last token."
             )
         if num_tokens is not None and stop - start < num_tokens:
             raise LayoutError(
                 f"sample {row}, position {start}: {stop - start} VoCo token(s) where {num_tokens} were asked "
-                "for; "
-                f"put {num_tokens} after each image, or set num_tokens={stop - start}."
+                f"for; put {num_tokens} after each image, or set num_tokens={stop - start}."
             )
         first = ends.pop(start)
         if vocab.bos_id is not None and ids[first] != vocab.bos_id:
@@ -268,8 +266,7 @@ def _read_row(row, ids, mask, vocab, kind, block, num_tokens, require_voco) -> l
         start = min(ends.values())
         raise LayoutError(
             f"sample {row}, position {start}: vision tokens with no VoCo tokens after them; put the VoCo "
-            "tokens "
-            "directly after each image (VoCoDataCollator or model.insert_voco_tokens does)."
+            "tokens directly after each image (VoCoDataCollator or model.insert_voco_tokens does)."
         )
     return spans
 

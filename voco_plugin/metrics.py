@@ -112,8 +112,11 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the answers."""
         return {
-            "accuracy": self.accuracy, "by_type": self.by_type, "counts": self.counts, "seconds": self.seconds,
-        }  # fmt: skip
+            "accuracy": self.accuracy,
+            "by_type": self.by_type,
+            "counts": self.counts,
+            "seconds": self.seconds,
+        }
 
 
 def score(questions: Sequence[Question], answers: Sequence[str], seconds: float = 0.0) -> Score:

@@ -102,7 +102,6 @@ def backend_for(implementation: str | None) -> str:
     if name is None:
         raise ValueError(
             f"attn_implementation={implementation!r} cannot honour the isolation rule (it drops dense "
-            "masks); "
-            "load the language model with attn_implementation='sdpa' or 'eager'."
+            "masks); load the language model with attn_implementation='sdpa' or 'eager'."
         )
     return name

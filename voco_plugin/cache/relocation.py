@@ -121,8 +121,7 @@ class Relocator:
             if not error <= tolerance:
                 raise RelocationError(
                     f"layer {index} of {type(self.text).__name__} encodes positions in a way that cannot be "
-                    "undone "
-                    f"(relative error {error:.2g}); use its blocks where they were computed."
+                    f"undone (relative error {error:.2g}); use its blocks where they were computed."
                 )
             kinds.append("rotate")
         return kinds
@@ -140,8 +139,7 @@ class Relocator:
                 if position >= limit:
                     raise RelocationError(
                         f"{_NONLINEAR[kind]} changes its frequencies past {limit} positions, so a block "
-                        "cannot be "
-                        f"moved to {position}; keep the stream below {limit}."
+                        f"cannot be moved to {position}; keep the stream below {limit}."
                     )
 
     def move(self, keys: tuple[torch.Tensor, ...], source: int, target: int) -> tuple[torch.Tensor, ...]:

@@ -91,9 +91,8 @@ def _walk(row: int, kinds: list[int], blocks: list[VoCoBlock], compact: bool) ->
             if length < block.num_tokens:
                 raise ValueError(
                     f"sample {row}, position {column - length}: {length} VoCo token(s) for block "
-                    f"{len(placed)}, which "
-                    f"holds {block.num_tokens}; use {block.num_tokens} in the prompt, or "
-                    f"cache.first({length})."
+                    f"{len(placed)}, which holds {block.num_tokens}; use {block.num_tokens} in the prompt, "
+                    f"or cache.first({length})."
                 )
             position += 0 if compact else block.extent
             order += block.num_vision
@@ -104,8 +103,8 @@ def _walk(row: int, kinds: list[int], blocks: list[VoCoBlock], compact: bool) ->
     if len(placed) < len(blocks):
         raise ValueError(
             f"sample {row}: the cache holds {len(blocks)} block(s) and the prompt VoCo tokens for "
-            f"{len(placed)}; put "
-            "each block's VoCo tokens into the prompt, or take a part of the cache (cache[:n])."
+            f"{len(placed)}; put each block's VoCo tokens into the prompt, or take a part of the cache "
+            "(cache[:n])."
         )
     return text, placed
 
@@ -134,8 +133,7 @@ def place(
         row, column = (int(v) for v in vision.nonzero()[0])
         raise ValueError(
             f"sample {row}, position {column}: the stream holds an image token; with voco_cache the prompt "
-            "holds only "
-            "text and VoCo tokens (model.stream_inputs drops the vision tokens)."
+            "holds only text and VoCo tokens (model.stream_inputs drops the vision tokens)."
         )
     per_row = _rows_of_blocks(cache, rows)
     compact = state.config.positions == "compact"
@@ -211,15 +209,14 @@ def _key_values(model, state, per_row, placed, slots: int) -> DynamicCache:
             if block.num_layers != example.num_layers or block.dtype != weight.dtype:
                 raise ValueError(
                     f"sample {row}, block {number}: {block.num_layers} layers in {block.dtype}, the model "
-                    "has "
-                    f"{example.num_layers} in {weight.dtype}; compress with this model, or cast with "
+                    f"has {example.num_layers} in {weight.dtype}; compress with this model, or cast with "
                     "cache.to(dtype)."
                 )
             if position != block.position and not block.relocatable:
                 raise ValueError(
                     f"sample {row}, block {number}: made with block_context='prefix' at position "
-                    f"{block.position}, so "
-                    f"it cannot stand at {position}; use the same prompt up to it, or block_context='self'."
+                    f"{block.position}, so it cannot stand at {position}; use the same prompt up to it, or "
+                    "block_context='self'."
                 )
             block = block.to(weight.device)
             for layer, key in enumerate(relocator.move(block.keys, block.position, position)):

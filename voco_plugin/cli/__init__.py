@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         output.error(self.prog, f"{message} ({self.prog} --help shows the options)")
@@ -43,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = Parser(
         prog="voco",
-        description="Vision compression inside the LLM: train VoCo tokens, compress images, answer from the cache.",
+        description="Vision compression inside the LLM: train VoCo tokens, compress images, answer from "
+        "the cache.",
         epilog="example:\n  voco recipes\n  voco train gridworld_voco --max_steps 100\n",
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")

@@ -17,7 +17,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="compress images into cache files",
         description="Compress each image alone (stage 1) and keep the keys and values of its VoCo tokens.\n"
-        "OUT ending in .safetensors: one file for all images, in order. Else a folder with one file per image.",
+        "OUT ending in .safetensors: one file for all images, in order. Else a folder with one file per "
+        "image.",
         epilog="examples:\n  voco compress runs/gridworld_voco photos/ --out caches/\n"
         "  voco compress runs/gridworld_voco a.png b.png --out both.safetensors\n",
     )
@@ -54,8 +55,13 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with output.progress(total=len(paths), unit="image", quiet=args.json) as bar:
         made = compress_images(
-            model, processor, open_images(paths), num_tokens=args.num_tokens, batch_size=args.batch_size, tick=bar.update
-        )  # fmt: skip
+            model,
+            processor,
+            open_images(paths),
+            num_tokens=args.num_tokens,
+            batch_size=args.batch_size,
+            tick=bar.update,
+        )
         for number, cache in enumerate(made):
             if single:
                 caches.append(cache)
@@ -97,7 +103,8 @@ def _targets(folder: Path, paths: list[Path]) -> list[Path]:
     for path, target in zip(paths, targets, strict=True):
         if target in seen:
             raise ValueError(
-                f"{seen[target]} and {path} would both become {target.name}; compress them into different folders, "
+                f"{seen[target]} and {path} would both become {target.name}; compress them into different "
+                f"folders, "
                 "or all into one file (--out NAME.safetensors)."
             )
         seen[target] = path

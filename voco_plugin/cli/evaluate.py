@@ -23,8 +23,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "eval",
         parents=[common],
         help="accuracy of a model on a data set",
-        description="Ask every question of a visual question answering set alone, and compare with the exact answer.\n"
-        + "\n".join(f"  {name:7} {text}" for name, text in MODES.items()),
+        description="Ask every question of a visual question answering set alone, and compare with the "
+        "exact answer.\n" + "\n".join(f"  {name:7} {text}" for name, text in MODES.items()),
         epilog="examples:\n  voco eval runs/gridworld_voco --data runs/gridworld/test.json\n"
         "  voco eval runs/gridworld_base --data runs/gridworld/test.json --mode base --mode lower --json\n",
     )
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     modes = list(dict.fromkeys(args.mode or ["voco"]))
     if "lower" in modes and Path(args.model).is_dir() and is_voco_checkpoint(args.model):
         raise ValueError(
-            f"{args.model} is trained with VoCo tokens; the lower bound is its base model's, read through the mask "
+            f"{args.model} is trained with VoCo tokens; the lower bound is its base model's, read through "
+            f"the mask "
             "without training: give that model."
         )
     from ..data.loaders import load_vision_dataset

@@ -18,7 +18,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         description="Ask every question of every image alone; --together puts all images into one prompt.\n"
         "With --cache the images are not needed: a cache file holds one image or many.",
         epilog="examples:\n  voco generate runs/gridworld_voco --image a.png --question 'What is at b2?'\n"
-        "  voco generate runs/gridworld_voco --cache both.safetensors --index 1 --questions asked.txt --json\n",
+        "  voco generate runs/gridworld_voco --cache both.safetensors --index 1 --questions asked.txt "
+        "--json\n",
     )
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group()

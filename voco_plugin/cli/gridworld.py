@@ -15,8 +15,10 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "gridworld",
         parents=[common],
         help="write a small visual question answering set",
-        description="Write gridworld: scenes of coloured shapes and real handwritten digits, with exact answers, as\n"
-        "LLaVA JSON and as a datasets folder; with --base, also a tiny VLM trained on it; with --model, one with a pre-trained tower, to train.",
+        description="Write gridworld: scenes of coloured shapes and real handwritten digits, with exact "
+        "answers, as\n"
+        "LLaVA JSON and as a datasets folder; with --base, also a tiny VLM trained on it; with --model, "
+        "one with a pre-trained tower, to train.",
         epilog="examples:\n  voco gridworld runs/gridworld --base runs/gridworld_base\n"
         "  voco gridworld runs/gridworld --num-train 2000 --model runs/gridworld_init\n",
     )

@@ -19,8 +19,10 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "inspect",
         parents=[common],
         help="draw the layout and the mask of a sequence",
-        description="Draw what sees what. With --layout no model is needed: a letter and a count per run, t text,\n"
-        "v vision, c VoCo, p padding. With MODEL (its processor and config are read, not its weights), --text and\n"
+        description="Draw what sees what. With --layout no model is needed: a letter and a count per run, "
+        "t text,\n"
+        "v vision, c VoCo, p padding. With MODEL (its processor and config are read, not its weights), "
+        "--text and\n"
         "--image: the sequence that model would get.",
         epilog="examples:\n  voco inspect --layout 't3 v4 c2 t5' --out mask.png\n"
         "  voco inspect runs/gridworld_voco --text 'What is at b2?' --image a.png --out mask.png\n",
@@ -151,8 +153,12 @@ def _from_model(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
     inputs = encode(processor, [ask(args.text, len(images))], [images] if images else None)
     tokenizer = getattr(processor, "tokenizer", processor)
     inputs = insert_voco_tokens(
-        inputs, vocab, args.num_tokens or config.num_tokens, pad_token_id=tokenizer.pad_token_id or 0, padding_side="left"
-    )  # fmt: skip
+        inputs,
+        vocab,
+        args.num_tokens or config.num_tokens,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        padding_side="left",
+    )
     layout = SequenceLayout.from_ids(inputs["input_ids"], inputs["attention_mask"], vocab)
     positions = sequential_positions(inputs["attention_mask"])
     return (
@@ -171,10 +177,14 @@ def _segments(layout: Any, positions: Any) -> list[dict[str, Any]]:
         if i == len(kind) or (kind[i], block[i]) != (kind[start], block[start]):
             found.append(
                 {
-                    "kind": names[kind[start]], "block": block[start] if block[start] >= 0 else None, "start": start,
-                    "stop": i, "tokens": i - start, "positions": [position[start], position[i - 1]],
+                    "kind": names[kind[start]],
+                    "block": block[start] if block[start] >= 0 else None,
+                    "start": start,
+                    "stop": i,
+                    "tokens": i - start,
+                    "positions": [position[start], position[i - 1]],
                 }
-            )  # fmt: skip
+            )
             start = i
     return found
 
@@ -196,6 +206,9 @@ def _lines(layout: Any, positions: Any) -> list[str]:
 def _facts(config: VoCoConfig, layout: Any, positions: Any) -> dict[str, Any]:
     stream = int(layout.in_stream.sum())
     return {
-        "voco": config.to_dict(), "tokens": layout.num_tokens, "stream_tokens": stream, "blocks": len(layout.spans),
+        "voco": config.to_dict(),
+        "tokens": layout.num_tokens,
+        "stream_tokens": stream,
+        "blocks": len(layout.spans),
         "runs": _segments(layout, positions),
-    }  # fmt: skip
+    }

@@ -300,10 +300,12 @@ def _coerce(key: str, value: Any, hint: Any, choices: Any, where: str) -> Any:
     members = [str(m.value) for option in options if _is_enum(option) for m in option]
     if members and isinstance(value, str):
         raise RecipeError(
-            f"{where}{key}={_show(value)} is not known{nearest(value, members)}; use one of {', '.join(members)}."
+            f"{where}{key}={_show(value)} is not known{nearest(value, members)}; use one of "
+            f"{', '.join(members)}."
         )
     raise RecipeError(
-        f"{where}{key}={_show(value)} is {_article(value)}, and {key} takes {' or '.join(dict.fromkeys(names))}."
+        f"{where}{key}={_show(value)} is {_article(value)}, and {key} takes "
+        f"{' or '.join(dict.fromkeys(names))}."
     )
 
 

@@ -17,7 +17,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "registry",
         parents=[common],
         help="list the families, encoders, LLMs, projectors and compressors",
-        description="List what is registered, built in and by installed packages (entry points voco_plugin.<name>).",
+        description="List what is registered, built in and by installed packages (entry points "
+        "voco_plugin.<name>).",
         epilog="examples:\n  voco registry\n  voco registry families --json\n",
     )
     parser.add_argument("name", nargs="?", help=f"one registry: {', '.join(REGISTRIES)}")

@@ -24,7 +24,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="train from a recipe",
         usage="voco train RECIPE [--key value …] [--check] [--json] [--debug]",
         description="Train from a recipe: a YAML file, or the bare name of a shipped one (`voco recipes`).\n"
-        "Every key can be overridden: --learning_rate 1e-4 --voco.num_tokens 4 --lora_target_modules q_proj v_proj",
+        "Every key can be overridden: --learning_rate 1e-4 --voco.num_tokens 4 --lora_target_modules "
+        "q_proj v_proj",
         epilog="examples:\n"
         "  voco train gridworld_voco --max_steps 100\n"
         "  voco train my.yaml --accelerate_config zero3 --num_processes 8\n",
@@ -147,7 +148,8 @@ def check_model_path(source: str) -> None:
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(os.sep)
     if looks_local and not Path(source).expanduser().is_dir():
         raise FileNotFoundError(
-            f"model {source} does not exist: give a folder that holds a config.json (or adapter_config.json), or a hub id."
+            f"model {source} does not exist: give a folder that holds a config.json (or "
+            f"adapter_config.json), or a hub id."
         )
 
 

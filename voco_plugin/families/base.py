@@ -62,7 +62,9 @@ class Family:
         config = model.config.get_text_config()
         name = getattr(model.config, "model_type", type(model).__name__)
         if getattr(model.config, "is_encoder_decoder", False):
-            return f"{name} is an encoder-decoder: its decoder cross-attends, there is no vision token to hide"
+            return (
+                f"{name} is an encoder-decoder: its decoder cross-attends, there is no vision token to hide"
+            )
         odd = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
         if odd:
             return (
@@ -125,8 +127,7 @@ class Family:
         if not placeholders:
             raise VocabularyError(
                 "no image token id in the model config or the processor; give a config with image_token_id, "
-                "or "
-                "attach(…, vocabulary=TokenVocabulary(…))."
+                "or attach(…, vocabulary=TokenVocabulary(…))."
             )
         voco_id = voco.token_id
         if voco_id is None and tokenizer is not None:
@@ -134,8 +135,7 @@ class Family:
         if voco_id is None:
             raise VocabularyError(
                 f"the VoCo token {voco.token!r} has no id: pass processor=… to attach (it adds the token), "
-                "or set "
-                "VoCoConfig(token_id=…)."
+                "or set VoCoConfig(token_id=…)."
             )
         if voco_id in placeholders:
             raise VocabularyError(
@@ -185,8 +185,7 @@ class Family:
         if not any(k.endswith("grid_thw") for k in given):
             raise ValueError(
                 "image tokens without image_grid_thw: their positions cannot be told (the backbone would "
-                "count them "
-                "as text); pass the processor's image_grid_thw along."
+                "count them as text); pass the processor's image_grid_thw along."
             )
         if "mm_token_type_ids" in wanted and "mm_token_type_ids" not in given:
             given["mm_token_type_ids"] = self.token_types(backbone.config, input_ids)

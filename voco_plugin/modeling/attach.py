@@ -116,8 +116,7 @@ def attach(
         if vocab.voco_id >= rows and processor is None:
             raise ValueError(
                 f"VoCoConfig.token_id={vocab.voco_id} is outside the model's {rows} embedding rows; give an "
-                "id below "
-                f"{rows}, or processor=… so that the token is added."
+                f"id below {rows}, or processor=… so that the token is added."
             )
         if added if initialize_token is None else initialize_token:
             restore["rows"] = make_rows(inner, config, vocab.voco_id, known)

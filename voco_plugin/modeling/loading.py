@@ -16,8 +16,7 @@ from .attach import attach, attachment
 
 def save_voco_config(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
     """Write ``voco_config.json`` of an attached model into ``folder``: the rule and the ids it is read by."""
-    state = attachment(model)
-    return state.config.save(folder, vocabulary=state.vocab.to_dict())
+    return attachment(model).save(folder)
 
 
 def _file(source: str, name: str, **hub: Any) -> str | None:
@@ -71,7 +70,7 @@ def load(
     hub = {"revision": revision} if revision else {}
     if isinstance(voco, dict):
         voco = VoCoConfig.from_dict(voco)
-    saved, vocabulary = None, None
+    saved, vocabulary, make_row = None, None, None
     config_file = _file(source, CONFIG_NAME, **hub)
     if config_file is not None:
         saved, extra = VoCoConfig.load(Path(config_file).parent)
@@ -90,8 +89,7 @@ def load(
         if (os.path.isabs(base) or base.startswith(".")) and not os.path.isdir(base):
             raise FileNotFoundError(
                 f"the adapter at {source} was trained on {base}, which does not exist; put the base model "
-                "back, or "
-                f"change base_model_name_or_path in {adapter_file}."
+                f"back, or change base_model_name_or_path in {adapter_file}."
             )
         common.pop("revision", None)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
@@ -99,9 +97,11 @@ def load(
     config = voco or saved or VoCoConfig()
     if saved is not None and voco is not None:
         config = VoCoConfig.from_dict({**voco.to_dict(), "token": saved.token, "token_id": saved.token_id})
+    if adapter_file is not None and _file(base, CONFIG_NAME) is None:
+        make_row = extra.get("row_made") if saved is not None else None
     if vocabulary is not None and config.block_sink != saved.block_sink:
         vocabulary = None
-    attach(model, config, processor, vocabulary=vocabulary)
+    attach(model, config, processor, vocabulary=vocabulary, initialize_token=make_row)
     if adapter_file is not None:
         from peft import PeftModel
 

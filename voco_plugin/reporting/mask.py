@@ -93,8 +93,7 @@ def caption(config: VoCoConfig) -> str:
 
 
 def mask_text(config: VoCoConfig, layout: SequenceLayout, row: int = 0) -> str:
-    """The mask of one row as text. A long row keeps the ends of each run of equal tokens; ``~`` marks a
-    cut."""
+    """The mask of one row as text; a long row keeps the ends of each run of equal tokens, ``~`` marks a cut."""
     if layout.num_tokens <= MAX_TEXT_TOKENS:
         return draw_mask(config, layout, row)
     mask, kind = dense_mask(config, layout)[row], layout.kind[row].tolist()
@@ -108,10 +107,10 @@ def mask_text(config: VoCoConfig, layout: SequenceLayout, row: int = 0) -> str:
             start = i
     letters = ["~" if i is None else ".tvC"[kind[i]] for i in keep]
     lines = ["  " + " ".join(letters)]
-    for letter, i in zip(letters, keep, strict=True):
-        if i is None:
+    for letter, query in zip(letters, keep, strict=True):
+        if query is None:
             lines.append("~")
             continue
-        seen = ["~" if j is None else "x" if mask[i, j] else " " for j in keep]
+        seen = ["~" if j is None else "x" if mask[query, j] else " " for j in keep]
         lines.append(" ".join([letter, *seen]).rstrip())
     return "\n".join(lines)

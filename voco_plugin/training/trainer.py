@@ -130,8 +130,7 @@ class VoCoSFTTrainer(SFTTrainer):
         elif given is not None and self.voco is not None and not isinstance(given, VoCoDataCollator):
             logger.warning(
                 "data_collator is a %s, not a VoCoDataCollator, and VoCo is on: it must put the VoCo "
-                "tokens into the "
-                "batches itself.",
+                "tokens into the batches itself.",
                 type(given).__name__,
             )
         self._eval_collator = self.data_collator
