@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_torch_cuda_available, is_torch_npu_available, is_torch_xpu_available
@@ -11,6 +12,8 @@ from trl import SFTConfig
 
 from ..collator import check_range
 from ..config import VoCoConfig
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass
@@ -27,6 +30,9 @@ class VoCoSFTConfig(SFTConfig):
         train_projector: whether the projector between vision tower and language model trains.
         train_vision_tower: whether the vision tower trains. Under PEFT its linear layers then get adapters
             too.
+
+    ``chat_template_path`` also takes the bare name of a shipped template: ``vicuna_v1``, the conversation of
+    LLaVA-1.5, with the answers marked for ``assistant_only_loss``.
 
     Defaults that differ from TRL's:
         - ``max_length``: ``None`` instead of 1024. A limit never cuts through an image: it raises.
@@ -69,6 +75,8 @@ class VoCoSFTConfig(SFTConfig):
                     f"num_tokens_range={self.num_tokens_range}, so it would be evaluated untrained; choose "
                     "it within the range."
                 )
+        if self.chat_template_path is not None:
+            self.chat_template_path = _template_file(self.chat_template_path)
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not _has_accelerator()):
             self.bf16 = False
         super().__post_init__()
@@ -97,6 +105,12 @@ def as_voco_config(value: VoCoConfig | dict[str, Any] | str | None) -> VoCoConfi
     if not isinstance(value, dict):
         raise ValueError(f"voco={value!r} must be a VoCoConfig, a dict of its fields, or None.")
     return VoCoConfig.from_dict(value)
+
+
+def _template_file(name: str) -> str:
+    """The path of a shipped chat template's bare name; anything else as it is (a file, a folder, a hub id)."""
+    shipped = TEMPLATES / f"{name}.jinja"
+    return str(shipped) if name and "/" not in name and shipped.is_file() else name
 
 
 def _has_accelerator() -> bool:
