@@ -14,15 +14,15 @@ OUT ?= runs/quickstart
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"Python >= 3.10 needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.10")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	@touch $@
 
 $(VENV)/.quickstart: pyproject.toml | $(VENV)/.made
-	$(BIN)/python -m pip install --quiet --editable '.[quickstart]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[quickstart]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.made
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ $(VENV)/.quickstart
 
 quickstart: $(VENV)/.quickstart

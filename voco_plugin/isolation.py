@@ -52,10 +52,11 @@ class Attachment:
         return new
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write ``voco_config.json``: the rule, the ids it is read by, and whether the token's row was made here.
+        """Write ``voco_config.json``: the rule, the ids it is read by, and whether the token's row was made
+        here.
 
-        An adapter's checkpoint holds the trained input row only; whoever loads it onto the same base makes the
-        other row (the LM head's) anew from the same seed.
+        An adapter's checkpoint holds the trained input row only; whoever loads it onto the same base makes
+        the other row (the LM head's) anew from the same seed.
         """
         return self.config.save(folder, vocabulary=self.vocab.to_dict(), row_made="rows" in self.restore)
 

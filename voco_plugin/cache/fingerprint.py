@@ -34,13 +34,20 @@ def _is_adapter(name: str) -> bool:
     )
 
 
+def _is_tuner(module: torch.nn.Module) -> bool:
+    """Whether this is a PEFT layer, whose adapter can be switched (a transformers model has methods so
+    named).
+    """
+    return hasattr(module, "disable_adapters") and isinstance(getattr(module, "active_adapters", None), list)
+
+
 def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
     """``{"model": …, "adapter": …}`` of a transformers model; computed anew only when a weight changed."""
     named = dict(model.named_parameters())
     switched = sorted(
-        f"{name}:{getattr(m, 'active_adapters', '')}:{getattr(m, 'disable_adapters', False)}"
+        f"{name}:{m.active_adapters}:{m.disable_adapters}"
         for name, m in model.named_modules()
-        if hasattr(m, "active_adapters") and hasattr(m, "disable_adapters")
+        if _is_tuner(m)
     )
     key = (tuple((n, id(p), p._version, p.dtype) for n, p in named.items()), tuple(switched), voco_id)
     cached = getattr(model, "_voco_hashes", None)

@@ -45,6 +45,8 @@ def draw_losses(
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per answer token)")
     axes.set_yscale("log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(lambda value, _: f"{value:g}")
     axes.grid(True, which="both", alpha=0.25)
     axes.set_title(title or "training loss")
     axes.legend(frameon=False)

@@ -93,7 +93,7 @@ def caption(config: VoCoConfig) -> str:
 
 
 def mask_text(config: VoCoConfig, layout: SequenceLayout, row: int = 0) -> str:
-    """The mask of one row as text; a long row keeps the ends of each run of equal tokens, ``~`` marks a cut."""
+    """The mask of one row as text; a long row keeps only the ends of its runs, and ``~`` marks a cut."""
     if layout.num_tokens <= MAX_TEXT_TOKENS:
         return draw_mask(config, layout, row)
     mask, kind = dense_mask(config, layout)[row], layout.kind[row].tolist()

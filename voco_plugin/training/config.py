@@ -108,7 +108,7 @@ def as_voco_config(value: VoCoConfig | dict[str, Any] | str | None) -> VoCoConfi
 
 
 def _template_file(name: str) -> str:
-    """The path of a shipped chat template's bare name; anything else as it is (a file, a folder, a hub id)."""
+    """The path of a shipped template's bare name; anything else as it is (a file, a folder, a hub id)."""
     shipped = TEMPLATES / f"{name}.jinja"
     return str(shipped) if name and "/" not in name and shipped.is_file() else name
 
