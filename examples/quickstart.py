@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see docs/decisions.md: spinning threads on shared cores
 
 from PIL import Image
 

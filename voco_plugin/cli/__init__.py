@@ -62,6 +62,9 @@ def _module(command: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``voco ARGV``; returns the exit status: 0, 2 for what the user got wrong, 130 when interrupted."""
+    # before torch starts its threads: waiting threads that spin slow a small model down eight times where
+    # another process wants the cores (docs/decisions.md)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         output.error(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from voco_plugin.data.gridworld_scenes import COLORS, SHAPES, Scene
+from voco_plugin.data.gridworld_scenes import COLORS, DIGITS, SHAPES, Scene
 
 DESCRIBE = "describe"
 
@@ -64,11 +64,10 @@ def _exists(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> 
     if rng.random() < 0.5:
         return f"Is there a {example.name}?", "yes"
     if example.is_digit:
-        absent = [f"digit {d}" for d in range(10) if f"digit {d}" not in present]
-    else:  # close misses: the example's colour in another shape, or its shape in another colour
-        near = [f"{example.color} {shape}" for shape in SHAPES]
-        near += [f"{color} {example.shape}" for color in colors]
-        absent = [name for name in near if name not in present]
+        others = [f"digit {d}" for d in DIGITS]
+    else:
+        others = [f"{color} {shape}" for color in colors for shape in SHAPES]
+    absent = [name for name in others if name not in present]
     return (f"Is there a {_pick(rng, absent)}?", "no") if absent else None
 
 
