@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
 from test_templates import TALK
 from test_vocabulary import pictures
 from tiny.processors import processor
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-
 from voco_plugin import VoCoDataCollator
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from test_vocabulary import pictures
 from tiny import voco_id
 from tiny.processors import processor
-
 from voco_plugin import VoCoConfig, VoCoDataCollator, VoCoSFTConfig
 from voco_plugin.training.config import TEMPLATES
 
