@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -58,6 +59,31 @@ def run(args: argparse.Namespace, k: int, seed: int) -> dict:
     }  # fmt: skip
 
 
+def table(result: dict) -> str:
+    """Markdown: a row per way; accuracy per seed, raw ratio and retention (paper, Sec. 4.2), by type."""
+    bounds, runs = result["bounds"], result["runs"]
+    upper = bounds["base"]["accuracy"]
+    kinds = sorted(bounds["base"]["by_type"])
+    lines = [f"| | per seed % | mean % | raw ratio % | retention % | {' | '.join(kinds)} |"]
+    lines.append("|" + "---|" * (5 + len(kinds)))
+
+    def row(name: str, values: list[dict], lower: float | None) -> None:
+        mean = statistics.mean(v["accuracy"] for v in values)
+        kept = "–" if lower is None else f"{100 * (mean - lower) / (upper - lower):.1f}"
+        seeds = ", ".join(f"{100 * v['accuracy']:.1f}" for v in values)
+        types = " | ".join(f"{100 * statistics.mean(v['by_type'][k] for v in values):.0f}" for k in kinds)
+        lines.append(f"| {name} | {seeds} | {100 * mean:.1f} | {100 * mean / upper:.1f} | {kept} | {types} |")
+
+    row("base, all vision tokens", [bounds["base"]], None)
+    for k in sorted({r["num_tokens"] for r in runs}):
+        lower = bounds[f"lower_k{k}"]
+        of_k = sorted((r for r in runs if r["num_tokens"] == k), key=lambda r: r["seed"])
+        row(f"VoCo, K = {k}", of_k, lower["accuracy"])
+        row(f"lower bound, K = {k}", [lower], lower["accuracy"])
+    row("blind: base, no image", [bounds["blind"]], None)
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,7 +122,8 @@ def main() -> None:
         for made in pool.map(lambda pair: run(args, *pair), todo):
             result["runs"].append(made)
             save()
-            print(f"K={made['num_tokens']} seed={made['seed']}: {100 * made['accuracy']:.1f} %")
+            print(f"K={made['num_tokens']} seed={made['seed']}: {100 * made['accuracy']:.1f} %", flush=True)
+    print(table(result))
 
 
 if __name__ == "__main__":
