@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from voco_plugin.conversations import PLACEHOLDER, llava_to_messages
+from voco_plugin.conversations import split_placeholders as plain_parts
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features
-
-PLACEHOLDER = "<image>"
-ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-}  # fmt: skip
 
 
 def vision_features(with_id: bool = False, with_types: bool = False) -> Features:
@@ -30,15 +27,8 @@ def vision_features(with_id: bool = False, with_types: bool = False) -> Features
 
 
 def split_placeholders(text: str) -> list[dict[str, str | None]]:
-    """Cuts `text` at each `<image>` into typed parts, in order; empty texts are left out."""
-    parts: list[dict[str, str | None]] = []
-    pieces = re.split(rf"\n?{PLACEHOLDER}\n?", text)
-    for number, piece in enumerate(pieces):
-        if number:
-            parts.append({"type": "image", "text": None})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts or [{"type": "text", "text": ""}]
+    """`text` cut at each `<image>` into typed parts, each with every key, as Arrow wants them."""
+    return [{"text": None, **part} for part in plain_parts(text)]
 
 
 def llava_to_dataset(
@@ -89,18 +79,10 @@ def where_is(record: Any, index: int, source: object) -> str:
 
 
 def to_messages(record: Any, where: str) -> list[dict[str, Any]]:
-    """One record's conversation as messages whose content is typed parts."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f'{where} has no "conversations" list: give [{{"from": "human", "value": …}}, …]')
-    messages = []
-    for number, turn in enumerate(turns):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in ROLES:
-            raise ValueError(f'{where}, turn {number}: "from" is {speaker!r}, not one of {", ".join(ROLES)}')
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f'{where}, turn {number}: "value" is {turn.get("value")!r}, not a text')
-        messages.append({"role": ROLES[speaker], "content": split_placeholders(turn["value"])})
+    """One record as messages whose content is typed parts; Arrow wants every key in each part."""
+    messages = llava_to_messages(record if isinstance(record, dict) else {}, where)
+    for message in messages:
+        message["content"] = [{"text": None, **part} for part in message["content"]]
     return messages
 
 
