@@ -1,0 +1,43 @@
+"""The base VLM that ships with the package is the one its record speaks of, and answers as the record says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from voco_plugin.cli.gridworld import copy_base, shipped_base
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads((shipped_base() / "provenance.json").read_text())
+
+
+def test_its_hash_is_the_recorded_one(record):
+    weights = shipped_base() / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == record["sha256"]
+    assert weights.stat().st_size <= 8_000_000
+
+
+def test_it_answers_as_recorded(record, tmp_path):
+    """On a sample of fresh held-out images, within three standard errors of the recorded accuracy."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from voco_plugin.data.gridworld import write_gridworld
+    from voco_plugin.data.loaders import load_vision_dataset
+    from voco_plugin.metrics import evaluate, questions_of
+
+    write_gridworld(tmp_path / "data", num_train=1, num_test=60, seed=3)
+    copy_base(str(tmp_path / "base"))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "base")
+    dataset = load_vision_dataset(tmp_path / "data" / "test.json", image_folder=tmp_path / "data" / "images")
+    questions = questions_of(dataset.remove_columns("images"))
+    with torch.no_grad():
+        found = evaluate(model, processor, dataset, questions, mode="images", batch_size=96)
+    said = record["accuracy"]
+    error = (said * (1 - said) / len(questions)) ** 0.5
+    assert abs(found.accuracy - said) <= 3 * error + 0.02, (found.accuracy, said)
