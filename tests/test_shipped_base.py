@@ -1,4 +1,4 @@
-"""The base VLM that ships with the package is the one its record speaks of, and answers as the record says."""
+"""The base VLM that ships with the package is the one its record names, and answers as recorded."""
 
 from __future__ import annotations
 
