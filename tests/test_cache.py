@@ -281,3 +281,9 @@ def test_a_rope_that_cannot_be_undone_is_refused(monkeypatch):
     moved = model.stream_inputs(inputs("llava_llama", [["bos", "t9", "img", "c2", "t4"]]))
     with pytest.raises(ValueError, match="encodes positions in a way that cannot be undone"):
         model(**moved, voco_cache=cache)
+
+
+@torch.no_grad()
+def test_a_cache_without_fingerprint_is_refused(model, cache):
+    with pytest.raises(ValueError, match="has no fingerprint"):
+        model(**_stream(model), voco_cache=vp.VoCoCache(cache.blocks, cache.rows, 4))

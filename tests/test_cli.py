@@ -427,7 +427,7 @@ def test_answering_from_a_file_opens_no_image(here: Path, capsys, monkeypatch) -
         raise AssertionError("an image was opened")
 
     monkeypatch.setattr(Image, "open", refuse)
-    out_of(
+    answered = out_of(
         capsys,
         "generate",
         "runs/gridworld_voco",
@@ -435,7 +435,9 @@ def test_answering_from_a_file_opens_no_image(here: Path, capsys, monkeypatch) -
         "one.safetensors",
         "--question",
         "What is at a1?",
+        "--json",
     )
+    assert [entry["question"] for entry in json.loads(answered)] == ["What is at a1?"]
 
 
 def test_several_images_go_into_one_prompt_when_asked(here: Path, capsys) -> None:
@@ -482,7 +484,10 @@ def test_a_cache_of_another_model_is_refused(here: Path, capsys) -> None:
         "--out",
         "base.safetensors",
     )
-    error_of(capsys, "generate", "runs/gridworld_voco", "--cache", "base.safetensors", "--question", "x")
+    found = error_of(
+        capsys, "generate", "runs/gridworld_voco", "--cache", "base.safetensors", "--question", "x"
+    )
+    assert "not made by this model" in found and "adapter is" in found
 
 
 def test_images_that_are_none_are_errors_that_name_them(here: Path, capsys) -> None:

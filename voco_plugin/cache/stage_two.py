@@ -46,8 +46,13 @@ def _check(model, state, cache: VoCoCache) -> None:
         raise ValueError(
             "rule='causal' has no cached inference: text reads the vision tokens; use rule='isolated'."
         )
-    if not cache.fingerprint or not len(cache):
+    if not len(cache):
         return
+    if not cache.fingerprint:
+        raise ValueError(
+            "this cache has no fingerprint, so it cannot be told which model made it; make it with "
+            "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
+        )
     mine = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
     wrong = differences(mine, cache.fingerprint)
     if wrong:

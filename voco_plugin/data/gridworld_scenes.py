@@ -31,7 +31,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 SPLITS: tuple[str, ...] = ("train", "test")
 
-# 0 to 4: a tiny LLM learns to name and add them in minutes; with all ten its base needs three times as long
+# 0 to 4 keep the tiny LLM's task small (docs/decisions.md)
 DIGITS = (0, 1, 2, 3, 4)
 # One digit image, and one combination of things, in five belongs to the test split.
 _TEST_EVERY = 5
