@@ -72,16 +72,29 @@ def rule_mask(
     return shown
 
 
-def base_mask(row: str, *, window: int | None = None, groups: list[int] | None = None) -> torch.Tensor:
-    """The backbone's own mask: causal, windowed, bidirectional within ``groups``, no padding keys. ``(N,
-    N)``.
+def base_mask(
+    row: str,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    groups: list[int] | None = None,
+    groups_past_window: bool = False,
+) -> torch.Tensor:
+    """The backbone's own mask: causal, windowed or in chunks, bidirectional within ``groups``, no padding
+    keys. ``(N, N)``.
+
+    Gemma 3 and 4 window their image blocks too; PaliGemma 2 does not (``groups_past_window``). Chunks count
+    from the first real token.
     """
     n = len(row)
+    first = n - len(row.lstrip("."))
     shown = torch.zeros(n, n, dtype=torch.bool)
     for i in range(n):
         for j in range(n):
             both_ways = groups is not None and groups[i] >= 0 and groups[i] == groups[j]
-            near = window is None or i - j < window  # Gemma 3 windows its image blocks too
+            near = window is None or i - j < window
+            near = near and (chunk is None or (i - first) // chunk == (j - first) // chunk)
+            near = near or (both_ways and groups_past_window)
             shown[i, j] = (j <= i or both_ways) and near and row[j] != "."
     return shown
 

@@ -103,7 +103,7 @@ def rotated_backwards(patch):
 
 
 def not_rotated(patch):
-    patch.setattr(relocation.Relocator, "move", lambda self, keys, source, target: keys)
+    patch.setattr(relocation.Relocator, "move", lambda self, block, target: (block.keys, block.values))
 
 
 def slot_before(patch):

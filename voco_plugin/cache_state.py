@@ -26,6 +26,8 @@ class CacheState:
         planned: stage 2 only: the prompt's text tokens still to come, ``(B, T)``; images stand between them,
             so their numbers have gaps.
         planned_positions: ``(B, T)`` int64, their positions.
+        planned_prefix: ``(B, L + T)`` bool, slots and planned tokens that see each other both ways in a
+            prefix-LM, else ``None``.
     """
 
     table: TokenTable
@@ -34,6 +36,14 @@ class CacheState:
     num_blocks: torch.Tensor
     planned: TokenTable | None = None
     planned_positions: torch.Tensor | None = None
+    planned_prefix: torch.Tensor | None = None
+
+    @classmethod
+    def starting_at(cls, order: torch.Tensor) -> CacheState:
+        """The state of an empty cache whose rows go on from sequence index ``order`` ``(B,)``."""
+        none = order.new_zeros((len(order), 0))
+        zero = torch.zeros_like(order)
+        return cls(TokenTable(none, none, none), zero, order, zero)
 
     def put_on(self, cache: Cache) -> None:
         """Remember this state on ``cache``."""
@@ -80,6 +90,7 @@ class CacheState:
             *(v.repeat_interleave(times) for v in vectors),
             self.planned.repeat_rows(times) if self.planned is not None else None,
             planned.repeat_interleave(times, dim=0) if planned is not None else None,
+            None if self.planned_prefix is None else self.planned_prefix.repeat_interleave(times, dim=0),
         )
 
     def take_planned(self, tokens: int) -> tuple[torch.Tensor, CacheState]:
@@ -88,6 +99,11 @@ class CacheState:
         ahead = self.planned.length
         if tokens > ahead:
             raise ValueError(f"{tokens} tokens were given where the cached prompt has {ahead} still to come.")
+        if tokens < ahead and self.planned_prefix is not None:
+            raise ValueError(
+                f"{tokens} of a prompt's {ahead} tokens were given, and this model reads its prompt both ways: "
+                "give the whole prompt at once (leave prefill_chunk_size out)."
+            )
         rest = None
         if tokens < ahead:
             rest = TokenTable(*(getattr(self.planned, n)[:, tokens:] for n in ("kind", "block", "order")))

@@ -70,8 +70,8 @@ class VoCoGenerationMixin:
         return compress(self, state, inputs)
 
     def stream_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The compressed stream of ``inputs``: ``input_ids`` and ``attention_mask`` without the vision
-        tokens, left-padded.
+        """The compressed stream of ``inputs``: ``input_ids`` and ``attention_mask`` (and a prefix-LM's
+        ``token_type_ids``) without the vision tokens, left-padded.
         """
         state = self._voco_attachment
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -81,11 +81,16 @@ class VoCoGenerationMixin:
         pad = self.config.get_text_config().pad_token_id
         stream = ids.new_full((ids.shape[0], longest), pad if isinstance(pad, int) and pad >= 0 else 0)
         stream_mask = torch.zeros_like(stream)
+        types = inputs.get("token_type_ids") if state.family.prefix_lm else None
+        stream_types = None if types is None else torch.zeros_like(stream)
         for row in range(ids.shape[0]):
             kept = ids[row, keep[row]]
             stream[row, longest - len(kept) :] = kept
             stream_mask[row, longest - len(kept) :] = 1
-        return {"input_ids": stream, "attention_mask": stream_mask}
+            if types is not None:
+                stream_types[row, longest - len(kept) :] = types[row, keep[row]]
+        out = {"input_ids": stream, "attention_mask": stream_mask}
+        return out if types is None else {**out, "token_type_ids": stream_types}
 
     # -- stage 2
     # -------------------------------------------------------------------------------------------------
@@ -115,9 +120,15 @@ class VoCoGenerationMixin:
                 )
         labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
         return_dict = kwargs.pop("return_dict", None)
-        placed = place(self, self._voco_attachment, input_ids, attention_mask, cache)
-        with self._voco_attachment.positions("own"):
-            output = super().forward(
+        types = kwargs.pop("token_type_ids", None)
+        placed = place(self, self._voco_attachment, input_ids, attention_mask, cache, types)
+        if types is not None:
+            kwargs["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))
+        state = self._voco_attachment
+        hooked_here = state.family.backbone(self) is self
+        run = self.__call__ if hooked_here else super().forward
+        with state.positions("own"):
+            output = run(
                 input_ids=placed.input_ids,
                 attention_mask=placed.attention_mask,
                 past_key_values=placed.past_key_values,
@@ -191,7 +202,12 @@ class VoCoGenerationMixin:
         _refuse_static(kwargs, args)
         if len(cache):
             self._suppress(kwargs, args)
-        placed = place(self, self._voco_attachment, stream["input_ids"], stream["attention_mask"], cache)
+        types = stream.get("token_type_ids", kwargs.pop("token_type_ids", None))
+        placed = place(
+            self, self._voco_attachment, stream["input_ids"], stream["attention_mask"], cache, types
+        )
+        if types is not None:
+            kwargs["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))
         if kwargs.get("max_length") is not None:
             kwargs["max_length"] = kwargs["max_length"] - shown.shape[1] + placed.input_ids.shape[1]
         times = _expansion(self, args, kwargs)

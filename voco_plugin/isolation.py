@@ -102,7 +102,9 @@ class Attachment:
         if args:
             names = list(inspect.signature(module.forward).parameters)
             named = {**dict(zip(names, args, strict=False)), **kwargs}
-        prepared = self.prepare(module, named) if self.config.isolates else None
+        # where the whole model is its own backbone (Llama 4), stage 2 calls it again without the cache
+        staged = named.get("voco_cache") is not None
+        prepared = self.prepare(module, named) if self.config.isolates and not staged else None
         if prepared is None:
             self._stack().append((None, None, None, None))
             return None
@@ -169,11 +171,12 @@ class Attachment:
             )
         device = input_ids.device
         state = self._past_state(state, mask[:, :length], length, rows, device)
+        prefix = state.planned_prefix
         positions, state = self._extend(backbone, layout, mask[:, length:], input_ids, kwargs, state)
         kwargs = dict(kwargs)
         kwargs["attention_mask"] = mask
         kwargs["position_ids"] = self._agree(kwargs.get("position_ids"), positions, layout, backbone)
-        return kwargs, ActiveRule(self.config, state.table, state.table.in_slot_order), state
+        return kwargs, ActiveRule(self.config, state.table, state.table.in_slot_order, prefix), state
 
     @staticmethod
     def _mask(given: Any, rows: int, tokens: int, length: int, ids: torch.Tensor) -> torch.Tensor:

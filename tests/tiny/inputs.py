@@ -23,6 +23,7 @@ import torch
 
 from .models import config, voco_id
 from .vocab import BOS, DOUBLE_NEWLINE, IDS, NEWLINE, PAD, ROW_COL, TEXT
+from .wide import BACKBONES, IMAGE, VIDEO
 
 _LLAVA = ("llava_llama", "llava_mistral", "llava_qwen2", "llava_tied")
 _ANYRES = ("llava_next", "llava_onevision")
@@ -41,11 +42,13 @@ Rows = Sequence[Sequence[str | int]]
 def image_sizes(name: str) -> tuple[str, ...]:
     """The size suffixes that "img:<size>" takes ("" is the default size, plain "img")."""
     config(name)
-    return ("",) if name in (*_LLAVA, "gemma3") else ("", "small", "big")
+    return ("",) if name in (*_LLAVA, "gemma3", *BACKBONES) else ("", "small", "big")
 
 
 def vision_ids(name: str) -> set[int]:
     """Placeholder and marker ids: start and end, tile and row tags. Never ordinary text."""
+    if name in BACKBONES:
+        return {*BACKBONES[name].run, VIDEO}
     tokens: Sequence[str] = ("<image>",)
     if name in _QWEN:
         tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
@@ -69,6 +72,8 @@ def image_run(name: str, size: str = "", alone: bool = True) -> list[int]:
     """The ids of one whole image; `alone` is False where its row holds several (llava_onevision cares)."""
     if size not in image_sizes(name):
         raise ValueError(f"{name} has no image size {size!r}: choose from {image_sizes(name)}")
+    if name in BACKBONES:
+        return list(BACKBONES[name].run)
     if name in _LLAVA:
         return [IDS["<image>"]] * 9
     if name in _ANYRES:
@@ -142,7 +147,10 @@ def make_inputs(
                 ids.append(int(segment))
             elif kind == "img":
                 ids += image_run(name, size, alone)
-                row_images.append(_pixels(name, size, alone, generator))
+                if name in BACKBONES:
+                    row_images.append(BACKBONES[name].pixels(generator))
+                else:
+                    row_images.append(_pixels(name, size, alone, generator))
                 sizes.append(size)
             elif kind == "vid":
                 ids += _video_run(name)
@@ -184,6 +192,10 @@ _default_voco = voco_id
 
 
 def _type_ids(name: str, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    if name in BACKBONES:
+        kind = BACKBONES[name].types
+        types = (input_ids == IMAGE).long() + 2 * (input_ids == VIDEO).long()
+        return {} if kind is None else {kind: types if kind.startswith("mm") else torch.zeros_like(input_ids)}
     if name == "gemma3":
         return {"token_type_ids": (input_ids == IDS["<image_soft_token>"]).long()}
     if name in _QWEN:
@@ -225,6 +237,12 @@ def _pad_stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _vision_arguments(name: str, images: list[list[tuple[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     flat = [image for row in images for image in row]
+    if name in BACKBONES:
+        if BACKBONES[name].rows:
+            none = torch.zeros(0, 3, 12, 12)
+            stacked = [torch.cat([none, *(p["pixel_values"] for _, p in row)]) for row in images]
+            return {"pixel_values": _pad_stack(stacked)}
+        return {key: torch.cat([p[key] for _, p in flat]) for key in flat[0][1]}
     pixels = [p for _, p in flat]
     if name in _QWEN:
         grids = torch.tensor([_QWEN_GRIDS[size] for size, _ in flat])

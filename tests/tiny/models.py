@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from transformers import (
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3TextConfig,
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from .vocab import BOS, IDS, PAD, SPARE, TOKENS
+from .wide import BACKBONES, load_class
 
 STD = 0.2
 WINDOW = 8
@@ -210,11 +210,15 @@ _CONFIGS = {
     "idefics3": _idefics3,
     "smolvlm": _idefics3,
 }
-NAMES: tuple[str, ...] = tuple(_CONFIGS)
+FIRST: tuple[str, ...] = tuple(_CONFIGS)
+"""The families of this file, each with several image sizes."""
+NAMES: tuple[str, ...] = (*FIRST, *BACKBONES)
 
 
 def config(name: str) -> PreTrainedConfig:
     """The config `build(name)` uses, fresh."""
+    if name in BACKBONES:
+        return BACKBONES[name].config()
     if name not in _CONFIGS:
         raise ValueError(f"no tiny model named {name!r}: choose from {', '.join(NAMES)}")
     return _CONFIGS[name](name)
@@ -228,10 +232,14 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config(name), dtype=torch.float32)
+        # grouped matrix products, the default of mixture-of-experts layers, have no fp64
+        experts = {"experts_implementation": "eager"} if name in BACKBONES else {}
+        model = load_class(name).from_config(config(name), dtype=torch.float32, **experts)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.min() == parameter.max():
+                if not torch.isfinite(parameter).all():  # upstream leaves it unwritten
+                    parameter.normal_(0.0, STD)
+                elif parameter.min() == parameter.max():
                     parameter += torch.randn_like(parameter) * (0.1 if parameter.dim() < 2 else STD)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
+import torch
+
 from ..config import VoCoConfig
 from ..masks import TokenTable
 
@@ -19,12 +21,15 @@ class ActiveRule:
 
     Attributes:
         in_slot_order: whether slots stand in sequence order, so that indices need no mapping.
+        prefix: ``(B, L)`` bool, slots that see each other both ways (a prefix-LM's prompt in stage 2, where
+            the backbone itself no longer says so), or ``None``.
         masks_built: how many masks were made under it; none means that the backbone went around it.
     """
 
     config: VoCoConfig
     table: TokenTable
     in_slot_order: bool = True
+    prefix: torch.Tensor | None = None
     masks_built: int = 0
 
 

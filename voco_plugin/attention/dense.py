@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import and_masks, causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import and_masks, causal_mask_function, eager_mask, or_masks, sdpa_mask
 
 from ..masks import isolation_predicate
 from .context import active_rule
@@ -47,6 +47,13 @@ def _mapped(mask_function: Callable, order: torch.Tensor) -> Callable:
     return mapped
 
 
+def _both_ways(prefix: torch.Tensor) -> Callable:
+    def both(b, h, q, k):
+        return prefix[b, q] & prefix[b, k]
+
+    return both
+
+
 def _with_rule(stock: Callable) -> Callable:
     def mask(
         batch_size: int,
@@ -65,6 +72,8 @@ def _with_rule(stock: Callable) -> Callable:
             table = active.table.to(device).pad_to(kv_length + kv_offset)
             if not active.in_slot_order:
                 mask_function = _mapped(mask_function, table.order)
+            if active.prefix is not None:
+                mask_function = or_masks(mask_function, _both_ways(active.prefix.to(device)))
             mask_function = and_masks(mask_function, isolation_predicate(active.config, table))
             kwargs["allow_is_causal_skip"] = False
             kwargs["allow_is_bidirectional_skip"] = False

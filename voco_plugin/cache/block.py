@@ -23,6 +23,8 @@ class VoCoBlock:
         extent: how far the backbone's positions advance over its vision tokens.
         num_vision: how many vision tokens it compresses.
         relocatable: whether it depends on nothing before it (``block_context="self"``).
+        order: index of its first VoCo token in the whole sequence (vision tokens counted) it was compressed
+            in. Only a backbone that attends in chunks (Llama 4) asks where a block stood.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -31,6 +33,7 @@ class VoCoBlock:
     extent: int
     num_vision: int
     relocatable: bool = True
+    order: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +57,11 @@ class VoCoBlock:
     def nbytes(self) -> int:
         """Bytes of its keys and values."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def cuts(self, chunk: int, order: int) -> list[int]:
+        """Where chunks of ``chunk`` tokens would cut this block, were its first VoCo token at ``order``."""
+        start = order - self.num_vision
+        return [i for i in range(1, self.num_vision + self.num_tokens) if (start + i) % chunk == 0]
 
     def first(self, k: int) -> VoCoBlock:
         """The block of its first ``k`` VoCo tokens (paper, Table 4): under causal attention they are what a

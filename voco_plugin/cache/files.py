@@ -19,8 +19,8 @@ import torch
 from ..files import atomic_path
 from .block import VoCoBlock
 
-FORMAT_VERSION = 1
-_BLOCK_FIELDS = ("num_tokens", "position", "extent", "num_vision", "relocatable")
+FORMAT_VERSION = 2
+_BLOCK_FIELDS = ("num_tokens", "position", "extent", "num_vision", "relocatable", "order")
 
 
 class CacheFileError(ValueError):

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .block import VoCoBlock
+from .turns import Turn, turns
+
 _PROBE_TOKENS, _PROBE_SHIFT = 3, 5
 _NONLINEAR = {"dynamic": "dynamic NTK scaling", "longrope": "longrope"}
 
@@ -24,11 +27,15 @@ class RelocationError(ValueError):
 
 
 class Relocator:
-    """Rotates the keys of one text model."""
+    """Rotates the cached keys of one text model, wherever it keeps them.
+
+    Most backbones cache a rotated key and a value. One with latent attention (MLA) caches a latent and, where
+    the value would stand, the rotated part shared by all heads: which of the two tensors turns is probed too.
+    """
 
     def __init__(self, text_model: torch.nn.Module, multi_axis: bool) -> None:
         self.text, self.multi_axis = text_model, multi_axis
-        self._layers: list[str | None] | None = None
+        self._turns: list[tuple[Turn | None, Turn | None]] | None = None
 
     # -- what the backbone's rotary says
     # ---------------------------------------------------------------------------
@@ -50,8 +57,10 @@ class Relocator:
 
     def _cos_sin(
         self, layer: int, delta: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[torch.Tensor, ...]:
-        """Unscaled cos and sin of an angle of ``delta`` positions, ``(1, 1, R)`` each."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unscaled cos and sin of an angle of ``delta`` positions, ``(1, 1, R)`` each; ``(1, 1, R/2)`` where
+        the backbone rotates complex pairs.
+        """
         rotary = self._rotary(layer)
         position = torch.full((1, 1), delta, device=device, dtype=torch.long)
         if self.multi_axis:
@@ -59,36 +68,35 @@ class Relocator:
         kwargs = {}
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             kwargs["layer_type"] = self._layer_type(layer)
-        cos, sin = rotary(torch.empty(1, 1, 1, dtype=dtype, device=device), position, **kwargs)
+        found = rotary(torch.empty(1, 1, 1, dtype=dtype, device=device), position, **kwargs)
+        if isinstance(found, torch.Tensor):
+            found = (found.real.to(dtype), found.imag.to(dtype))
+        cos, sin = found
         if cos.dim() == 4:  # one set per axis; the axes agree where all three positions do
             cos, sin = cos[0], sin[0]
         scale = torch.sqrt(cos * cos + sin * sin)
         return cos / scale, sin / scale
 
-    def _rotate(self, layer: int, key: torch.Tensor, delta: int) -> torch.Tensor:
-        """``key`` ``(H, K, D)`` moved by ``delta`` positions."""
-        dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-        cos, sin = self._cos_sin(layer, delta, dtype, key.device)
-        apply = getattr(sys.modules[type(self.text).__module__], "apply_rotary_pos_emb", None)
-        wide = key.to(dtype)[None]
-        if apply is None:
-            half = wide.shape[-1] // 2
-            turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
-            moved = wide * cos[:, None] + turned * sin[:, None]
-        else:
-            moved = apply(wide, wide, cos, sin)[1]
-        return moved[0].to(key.dtype)
+    def _rotate(self, layer: int, turn: Turn, tensor: torch.Tensor, delta: int) -> torch.Tensor:
+        """``tensor`` ``(H, K, D)`` moved by ``delta`` positions."""
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        cos, sin = self._cos_sin(layer, delta, dtype, tensor.device)
+        return turn(tensor.to(dtype)[None], cos, sin)[0].to(tensor.dtype)
 
     # -- what each layer does
     # ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _probe(self) -> list[str | None]:
-        """Per layer ``"rotate"`` or ``"none"`` (no position encoding); raises where neither reproduces it."""
+    def _probe(self) -> list[tuple[Turn | None, Turn | None]]:
+        """Per layer, how its cached keys and its cached values turn (``None``: not at all).
+
+        Raises:
+            RelocationError: a layer's cache depends on positions in a way that no rotation reproduces.
+        """
         weight = next(self.text.parameters())
         generator = torch.Generator().manual_seed(0)
-        width = self.text.config.hidden_size
-        embeds = torch.randn(1, _PROBE_TOKENS, width, generator=generator).to(weight.device, weight.dtype)
+        rows = self.text.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(rows, (1, _PROBE_TOKENS), generator=generator).to(weight.device)
         found = []
         training = self.text.training
         self.text.eval()
@@ -98,65 +106,84 @@ class Relocator:
                 position = torch.arange(start, start + _PROBE_TOKENS, device=weight.device)[None]
                 if self.multi_axis:
                     position = position.expand(3, 1, _PROBE_TOKENS)
-                mask = torch.ones(1, _PROBE_TOKENS, dtype=torch.long, device=weight.device)
                 self.text(
-                    inputs_embeds=embeds,
-                    attention_mask=mask,
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
                     position_ids=position,
                     past_key_values=cache,
                     use_cache=True,
                 )
-                found.append([layer.keys[0] for layer in cache.layers])
+                found.append([(layer.keys[0], layer.values[0]) for layer in cache.layers])
         finally:
             self.text.train(training)
-        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-        kinds: list[str | None] = []
-        for index, (here, there) in enumerate(zip(*found, strict=True)):
-            size = there.abs().max().clamp_min(1e-6)
-            if (here - there).abs().max() <= tolerance * size * 0.1:
-                kinds.append("none")
-                continue
-            moved = self._rotate(index, here, _PROBE_SHIFT)
-            error = float((moved - there).abs().max() / size)
-            if not error <= tolerance:
-                raise RelocationError(
-                    f"layer {index} of {type(self.text).__name__} encodes positions in a way that cannot be "
-                    f"undone (relative error {error:.2g}); use its blocks where they were computed."
-                )
-            kinds.append("rotate")
-        return kinds
+        return [
+            tuple(self._turn_of(index, here, there) for here, there in zip(*pairs, strict=True))  # type: ignore
+            for index, pairs in enumerate(zip(*found, strict=True))
+        ]
 
-    def _check_range(self, position: int) -> None:
+    def _turn_of(self, layer: int, here: torch.Tensor, there: torch.Tensor) -> Turn | None:
+        # below the first layer, bf16 rounds what two places give differently
+        tolerance = 1e-3 if here.dtype in (torch.float32, torch.float64) else 5e-2
+        size = there.abs().max().clamp_min(1e-6)
+        if (here - there).abs().max() <= tolerance * size * 0.1:
+            return None
+        errors = []
+        for turn in turns(sys.modules[type(self.text).__module__]):
+            try:
+                moved = self._rotate(layer, turn, here, _PROBE_SHIFT)
+            except (RuntimeError, TypeError, ValueError, IndexError):  # a layout of another shape
+                continue
+            errors.append(float((moved - there).abs().max() / size))
+            if errors[-1] <= tolerance:
+                return turn
+        raise RelocationError(
+            f"layer {layer} of {type(self.text).__name__} encodes positions in a way that cannot be undone "
+            f"(relative error {min(errors, default=float('nan')):.2g}); use its blocks where they were computed."
+        )
+
+    def check_range(self, last: int) -> None:
+        """Refuse a stream that reaches position ``last`` where rotary frequencies depend on the length.
+
+        A block alone is computed with the frequencies of a short sequence. Past the limit, the whole sequence
+        would be computed with others, and no rotation turns the one into the other.
+
+        Raises:
+            RelocationError: dynamic NTK past its maximum, longrope past its original length.
+        """
         parameters = getattr(self.text.config, "rope_parameters", None) or {}
         sets = parameters.values() if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
         for values in sets:
             kind = (values or {}).get("rope_type") if isinstance(values, dict) else None
-            if kind in _NONLINEAR:
+            if kind not in _NONLINEAR:
+                continue
+            limit = self.text.config.max_position_embeddings
+            if kind == "longrope":
                 limit = values.get("original_max_position_embeddings") or getattr(
-                    self.text.config, "original_max_position_embeddings", None
+                    self.text.config, "original_max_position_embeddings", limit
                 )
-                limit = limit or self.text.config.max_position_embeddings
-                if position >= limit:
-                    raise RelocationError(
-                        f"{_NONLINEAR[kind]} changes its frequencies past {limit} positions, so a block "
-                        f"cannot be moved to {position}; keep the stream below {limit}."
-                    )
+            if last >= limit:
+                raise RelocationError(
+                    f"{_NONLINEAR[kind]} changes its frequencies past {limit} positions, so a cached block "
+                    f"cannot stand in a stream that reaches position {last}; keep the stream below {limit}."
+                )
 
-    def move(self, keys: tuple[torch.Tensor, ...], source: int, target: int) -> tuple[torch.Tensor, ...]:
-        """Keys rotated for ``source`` → the same keys rotated for ``target``. Per layer ``(H, K, D)``.
+    def move(self, block: VoCoBlock, target: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """A block's keys and values as they would be at position ``target``, per layer ``(H, K, D)``.
 
         Raises:
             RelocationError: the backbone's rope type does not allow it.
         """
-        if source == target:
-            return keys
-        if self._layers is None:
-            self._layers = self._probe()
-        self._check_range(target + (keys[0].shape[1] - 1))
-        return tuple(
-            self._rotate(i, key, target - source) if self._layers[i] == "rotate" else key
-            for i, key in enumerate(keys)
-        )
+        if block.position == target:
+            return block.keys, block.values
+        self.check_range(max(block.position, target) + block.num_tokens - 1)
+        if self._turns is None:
+            self._turns = self._probe()
+        delta = target - block.position
+        moved: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for index, pair in enumerate(zip(block.keys, block.values, strict=True)):
+            for tensors, turn, tensor in zip(moved, self._turns[index], pair, strict=True):
+                tensors.append(tensor if turn is None else self._rotate(index, turn, tensor, delta))
+        return tuple(moved[0]), tuple(moved[1])
 
 
 def relocator_for(state: Any, text_model: torch.nn.Module, backbone: torch.nn.Module) -> Relocator:

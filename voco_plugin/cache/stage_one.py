@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ..cache_state import CacheState
 from ..layout import BlockSpan, SequenceLayout, compact_positions
 from .block import VoCoBlock
 from .cache import VoCoCache
@@ -82,12 +83,15 @@ def compress(model: torch.nn.Module, state: Any, inputs: dict[str, Any]) -> VoCo
     mask = torch.ones_like(ids) if mask is None else mask
     layout = SequenceLayout.from_ids(ids, mask, state.vocab)
     made_by = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+    if state.family.prefix_lm:
+        made_by["attention"] = "causal" if inputs.get("token_type_ids") is None else "prefix"
     if not layout.spans:
         return VoCoCache([], [], ids.shape[0], made_by)
     backbone = state.family.backbone(model)
     sequential = state.family.sequential(backbone, ids, mask, inputs).to(ids.device)
     compact = state.config.positions == "compact"
     positions = compact_positions(layout, sequential) if compact else sequential
+    first_real = mask.long().argmax(dim=1)  # left padding is no part of the sequence
     cache = DynamicCache()  # a config-built cache would crop windowed layers to their window
     whole = state.config.block_context == "prefix"
     if whole:
@@ -99,6 +103,9 @@ def compress(model: torch.nn.Module, state: Any, inputs: dict[str, Any]) -> VoCo
         run["position_ids"] = positions[..., :stop]
     else:
         run = _blocks_as_rows(inputs, layout.spans, positions, _pad_id(model, state.vocab))
+        if state.family.chunk_size(model) is not None:  # chunks are cut where the block stands in its prompt
+            orders = [s.start - int(first_real[s.row]) for s in layout.spans]
+            CacheState.starting_at(torch.tensor(orders, device=ids.device)).put_on(cache)
     run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
     with state.positions("trust"):
         backbone(**run, past_key_values=cache, use_cache=True)
@@ -117,6 +124,7 @@ def compress(model: torch.nn.Module, state: Any, inputs: dict[str, Any]) -> VoCo
                 extent=extent,
                 num_vision=span.num_vision,
                 relocatable=not whole,
+                order=span.voco - int(first_real[span.row]),
             )
         )
     return VoCoCache(blocks, [s.row for s in layout.spans], ids.shape[0], made_by)

@@ -8,6 +8,7 @@ blocks before it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -54,6 +55,8 @@ def _check(model, state, cache: VoCoCache) -> None:
             "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
         )
     mine = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+    if state.family.prefix_lm and "attention" in cache.fingerprint:
+        mine["attention"] = cache.fingerprint["attention"]  # told by the inputs of stage 1, not by the model
     wrong = differences(mine, cache.fingerprint)
     if wrong:
         raise ValueError(
@@ -115,9 +118,18 @@ def _walk(row: int, kinds: list[int], blocks: list[VoCoBlock], compact: bool) ->
 
 
 def place(
-    model, state, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: VoCoCache
+    model,
+    state,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: VoCoCache,
+    token_types: torch.Tensor | None = None,
 ) -> Placed:
     """Put ``cache`` under the stream ``input_ids`` ``(B, S)``.
+
+    Args:
+        token_types: ``(B, S)``, a prefix-LM's ``token_type_ids`` of the stream; ``None`` takes all of it for
+            the prefix where stage 1 was given token types, as the processor does for a prompt.
 
     Raises:
         ValueError: another model's cache, another K, blocks and VoCo tokens that do not match, vision tokens
@@ -175,7 +187,10 @@ def place(
             order_of[row, slot:end] = torch.arange(order, order + block.num_tokens)
             slot = end
         starts[row] = text[-1][1] + 1
-    past = _key_values(model, state, per_row, [placed for _, placed in walked], slots)
+    # a chunked backbone counts its chunks from the mask's first real slot, and the slots before it as order
+    leading = (full_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True).cpu()
+    orders, order_of = orders + leading, order_of + leading
+    past = _key_values(model, state, per_row, [placed for _, placed in walked], slots, int(position_ids.max()))
     table = TokenTable(kind, block_of, order_of).to(device)
     text_kind = torch.where(source >= 0, TokenKind.TEXT, TokenKind.PAD)
     planned = TokenTable(text_kind, torch.full_like(text_kind, -1), orders.to(device))
@@ -186,8 +201,21 @@ def place(
         num_blocks=torch.tensor([len(b) for b in per_row], device=device),
         planned=planned,
         planned_positions=position_ids,
+        planned_prefix=_prefix(state, cache, table, source, token_types),
     ).put_on(past)
     return Placed(ids, full_mask, position_ids, past, source)
+
+
+def _prefix(state, cache: VoCoCache, table: TokenTable, source: torch.Tensor, token_types) -> Any:
+    """``(B, P + T)`` bool, what sees each other both ways; ``None`` outside a prefix-LM's bidirectional
+    prompt.
+    """
+    if cache.fingerprint.get("attention") != "prefix" or not table.length:
+        return None
+    text = source >= 0
+    if token_types is not None:
+        text = text & state.family.prefix(token_types.to(source.device).gather(1, source.clamp_min(0)))
+    return torch.cat([table.kind == TokenKind.VOCO, text], dim=1)
 
 
 def _any_text_id(input_ids: torch.Tensor, kinds: torch.Tensor) -> int:
@@ -195,9 +223,9 @@ def _any_text_id(input_ids: torch.Tensor, kinds: torch.Tensor) -> int:
     return int(input_ids[kinds == TokenKind.TEXT][0])
 
 
-def _key_values(model, state, per_row, placed, slots: int) -> DynamicCache:
+def _key_values(model, state, per_row, placed, slots: int, last: int) -> DynamicCache:
     """The relocated blocks of every row, left-padded to ``slots``; fresh tensors, the given cache stays as it
-    is.
+    is. ``last`` is the largest position of the prompt.
     """
     past = DynamicCache()
     example = next((b for blocks in per_row for b in blocks), None)
@@ -206,11 +234,13 @@ def _key_values(model, state, per_row, placed, slots: int) -> DynamicCache:
     backbone, text = state.family.backbone(model), state.family.text_model(model)
     weight = model.get_input_embeddings().weight
     relocator = relocator_for(state, text, backbone)
+    chunk = state.family.chunk_size(model)
+    relocator.check_range(last)
     rows = []
     for row, (blocks, places) in enumerate(zip(per_row, placed, strict=True)):
         keys: list[list[torch.Tensor]] = [[] for _ in range(example.num_layers)]
         values: list[list[torch.Tensor]] = [[] for _ in range(example.num_layers)]
-        for number, (block, (position, _)) in enumerate(zip(blocks, places, strict=True)):
+        for number, (block, (position, order)) in enumerate(zip(blocks, places, strict=True)):
             if block.num_layers != example.num_layers or block.dtype != weight.dtype:
                 raise ValueError(
                     f"sample {row}, block {number}: {block.num_layers} layers in {block.dtype}, the model "
@@ -223,10 +253,16 @@ def _key_values(model, state, per_row, placed, slots: int) -> DynamicCache:
                     f"{block.position}, so it cannot stand at {position}; use the same prompt up to it, or "
                     "block_context='self'."
                 )
+            if chunk is not None and block.cuts(chunk, order) != block.cuts(chunk, block.order):
+                raise ValueError(
+                    f"sample {row}, block {number}: this backbone attends in chunks of {chunk} tokens, which "
+                    f"cut the image differently at token {order} than at token {block.order}, where it was "
+                    "compressed; compress it in this prompt."
+                )
             block = block.to(weight.device)
-            for layer, key in enumerate(relocator.move(block.keys, block.position, position)):
+            for layer, (key, value) in enumerate(zip(*relocator.move(block, position), strict=True)):
                 keys[layer].append(key)
-                values[layer].append(block.values[layer])
+                values[layer].append(value)
         rows.append((keys, values))
     for layer in range(example.num_layers):
         parts = []

@@ -34,10 +34,11 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--base", metavar="FOLDER", help="also copy the shipped base VLM, tuned on this set, to FOLDER"
     )
     parser.add_argument(
-        "--model", metavar="FOLDER", help="also write the tiny VLM, its tower pre-trained (seconds)"
+        "--model", metavar="FOLDER", help="also write the tiny VLM, tower pre-trained, projector aligned"
     )
     parser.add_argument("--model-seed", type=int, default=0, help="seed of its weights (default: 0)")
     parser.add_argument("--tower-steps", type=int, help="steps of the tower's pre-training")
+    parser.add_argument("--align-steps", type=int, help="steps of the projector's alignment")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         copy_base(args.base)
     if args.model:
         result["model"] = args.model
-        result["tower"] = _write_model(args)
+        result["pre-trained"] = _write_model(args)
     if args.json:
         output.emit_json(result)
         return 0
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.base:
         output.emit(f"{args.base}: the shipped base VLM")
     if args.model:
-        output.emit(f"{args.model}: tiny VLM, {result['tower']}")
+        output.emit(f"{args.model}: tiny VLM, {result['pre-trained']}")
     return 0
 
 
@@ -110,11 +111,9 @@ def copy_base(folder: str) -> None:
 
 
 def _write_model(args: argparse.Namespace) -> Any:
-    from ..data.tiny_vlm import build_tiny_vlm, pretrain_tower
+    from ..data.tiny_vlm import write_tiny_vlm
 
-    model, processor = build_tiny_vlm(image_size=args.grid * args.cell_pixels, seed=args.model_seed)
-    more = {} if args.tower_steps is None else {"steps": args.tower_steps}
-    facts = pretrain_tower(model, processor, seed=args.model_seed, grid=args.grid, **more)
-    model.save_pretrained(args.model)
-    processor.save_pretrained(args.model)
-    return facts
+    given = {"tower_steps": args.tower_steps, "align_steps": args.align_steps}
+    steps = {name: number for name, number in given.items() if number is not None}
+    world = {"grid": args.grid, "cell_pixels": args.cell_pixels}
+    return write_tiny_vlm(args.model, seed=args.model_seed, **world, **steps)

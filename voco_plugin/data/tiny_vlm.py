@@ -3,7 +3,7 @@
 `build_tiny_vlm` gives a `LlavaForConditionalGeneration` (CLIP tower, two-layer GELU projector, Llama LLM) and
 its `LlavaProcessor`: a tokenizer trained with `tokenizers`, a CLIP image processor at the tiny resolution,
 and a chat template in LLaVA-1.5's form. `pretrain_tower` then teaches the tower what CLIP already knows when
-LLaVA starts. What `save_pretrained` writes is an ordinary transformers checkpoint.
+LLaVA starts, and `tiny_align` the projector. What `save_pretrained` writes is an ordinary transformers checkpoint.
 
 What may surprise:
 
@@ -129,24 +129,31 @@ def write_tiny_vlm(
     num_colors: int = 4,
     cell_pixels: int = 32,
     tower_steps: int = 2000,
+    align_steps: int = 600,
     seed: int = 0,
     **sizes: int,
 ) -> dict[str, float]:
-    """Builds the model for one gridworld, pre-trains its tower, and saves model and processor into `out_dir`.
+    """Builds the model for one gridworld, pre-trains its tower, aligns its projector, and saves model and
+    processor into `out_dir`.
 
     Args:
         out_dir: the checkpoint folder.
         grid, num_colors, cell_pixels: the gridworld, as for `write_gridworld`; image_size follows.
         tower_steps: of `pretrain_tower`; 0 leaves the tower random.
+        align_steps: of `align_projector`; 0 leaves the projector random.
         seed: of weights, images and batches.
         sizes: the other arguments of `build_tiny_vlm`.
 
     Returns:
-        What `pretrain_tower` returns.
+        What `pretrain_tower` and `align_projector` return.
     """
+    from voco_plugin.data.tiny_align import align_projector
+
     model, processor = build_tiny_vlm(image_size=grid * cell_pixels, seed=seed, **sizes)
     world = {"grid": grid, "num_colors": num_colors, "cell_pixels": cell_pixels}
     figures = pretrain_tower(model, processor, steps=tower_steps, seed=seed, **world) if tower_steps else {}
+    if align_steps:
+        figures |= align_projector(model, processor, steps=align_steps, seed=seed, **world)
     model.save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
     return figures
@@ -203,7 +210,7 @@ def pretrain_tower(
     for _ in range(steps):
         rows = torch.randint(len(images), (batch_size,), generator=generator)
         loss = torch.zeros(())
-        for level, features in enumerate(_features(model, images[rows])):
+        for level, features in enumerate(tower_features(model, images[rows])):
             what, where = heads[level](features), heads[2 + level](features)
             loss = loss + torch.nn.functional.cross_entropy(what.flatten(0, 1), cells[rows].flatten())
             target = positions.expand(batch_size, -1).flatten()
@@ -218,26 +225,33 @@ def pretrain_tower(
         parameter.requires_grad_(flag)
         parameter.grad = None
     with torch.no_grad():
-        features = _features(model, held_images)[0]
+        features = tower_features(model, held_images)[0]
         right = (heads[0](features).argmax(-1) == held_cells).float().mean().item()
         placed = (heads[2](features).argmax(-1) == positions).float().mean().item()
     return {"cell_accuracy": right, "position_accuracy": placed, "loss": loss.item()}
 
 
-def _features(model: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
+def tower_features(model: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
     """Patch features `[B, N, D]` of the layer the projector reads, then of the last layer."""
     hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     return [hidden[model.config.vision_feature_layer][:, 1:], hidden[-1][:, 1:]]
+
+
+def draw_patches(
+    processor: Any, grid: int, num_colors: int, cell_pixels: int, num_images: int, split: str, seed: int
+) -> tuple[list[Scene], torch.Tensor]:
+    """Scenes of a split and their pixels `[B, 3, S, S]`."""
+    rng = np.random.default_rng([seed, 2 + SPLITS.index(split)])
+    scenes = [sample_scene(rng, grid, num_colors, split) for _ in range(num_images)]
+    drawn = [draw_scene(scene, rng, cell_pixels) for scene in scenes]
+    return scenes, processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
 
 
 def _patch_data(
     processor: Any, grid: int, num_colors: int, cell_pixels: int, num_images: int, split: str, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels `[B, 3, S, S]` and, per patch, the class of the cell its centre lies in `[B, N]`."""
-    rng = np.random.default_rng([seed, 2 + SPLITS.index(split)])
-    scenes = [sample_scene(rng, grid, num_colors, split) for _ in range(num_images)]
-    drawn = [draw_scene(scene, rng, cell_pixels) for scene in scenes]
-    pixels = processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
+    scenes, pixels = draw_patches(processor, grid, num_colors, cell_pixels, num_images, split, seed)
     side = pixels.shape[-1] // processor.patch_size
     cells = torch.tensor([_patch_classes(scene, side) for scene in scenes])
     return pixels, cells

@@ -10,6 +10,7 @@ from .base import Family, VocabularyError
 for _key, _path in {
     "idefics3": "voco_plugin.families.idefics3:Idefics3",
     "smolvlm": "voco_plugin.families.idefics3:Idefics3",
+    "paligemma": "voco_plugin.families.paligemma:PaliGemma",
 }.items():
     if _key not in families:
         families.register(_key, _path)

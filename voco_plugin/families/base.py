@@ -43,7 +43,17 @@ def _ids(source: Any, names: tuple[str, ...]) -> set[int]:
 
 
 class Family:
-    """Accessors and rules of a vision-language family; subclasses override what differs."""
+    """Accessors and rules of a vision-language family; subclasses override what differs.
+
+    Attributes:
+        prefix_lm: whether the backbone reads its prompt both ways where it is given ``token_type_ids``.
+    """
+
+    prefix_lm = False
+
+    def prefix(self, token_types: torch.Tensor) -> torch.Tensor:
+        """Which tokens a prefix-LM reads both ways, of its ``token_type_ids`` ``(B, N)``."""
+        raise NotImplementedError("only a prefix-LM has a prefix")
 
     def backbone(self, model: torch.nn.Module) -> torch.nn.Module:
         """The module below the LM head that takes ``input_ids`` and pixels."""
@@ -51,7 +61,15 @@ class Family:
 
     def text_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """The decoder stack that runs over merged embeddings."""
-        return model.get_decoder()
+        text = model.get_decoder()
+        inner = getattr(text, "model", None)
+        return text if inner is None or hasattr(text, "layers") else inner  # Llama 4's decoder has its LM head on
+
+    def chunk_size(self, model: torch.nn.Module) -> int | None:
+        """How many tokens a chunk of chunked attention holds, or ``None`` where no layer has it."""
+        config = self.text_model(model).config
+        chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+        return getattr(config, "attention_chunk_size", None) if chunked else None
 
     def refusal(self, model: torch.nn.Module) -> str | None:
         """Why the isolation rule cannot hold in this model, or ``None``.
@@ -74,9 +92,15 @@ class Family:
         text = self.text_model(model)
         if getattr(model, "_is_stateful", False) or getattr(text, "_is_stateful", False):
             return f"{name} keeps a recurrent state, which carries the vision tokens past any mask"
-        conv = next((n for n, m in text.named_modules() if isinstance(m, torch.nn.Conv1d)), None)
-        if conv is not None:
-            return f"{name} has a convolution over the sequence ({conv}), which mixes past any mask"
+        layers = getattr(text, "layers", text)  # beside its layers, a text model may hold image or audio encoders
+        for path, module in layers.named_modules():
+            kind = type(module).__name__.lower()
+            if isinstance(module, torch.nn.Conv1d):
+                return f"{name} has a convolution over the sequence ({path}), which mixes past any mask"
+            if "crossattention" in kind or "crossattn" in path.replace("_", ""):
+                return (
+                    f"{name} reads images by cross-attention ({path}): its sequence holds no vision token to hide"
+                )
         return None
 
     def placeholders(self, config: Any, processor: Any) -> set[int]:
