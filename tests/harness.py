@@ -9,6 +9,7 @@ import torch
 
 import voco_plugin as vp
 from tiny import build, glue_ids, make_inputs, vision_ids, voco_id
+from tiny.wide import EAGER_ONLY
 from voco_plugin.families import family_of
 from voco_plugin.layout import SequenceLayout, TokenKind
 
@@ -60,7 +61,7 @@ def vocabulary(name: str, model, config: vp.VoCoConfig) -> vp.TokenVocabulary:
 
 def plain(name: str, dtype=torch.float32, attn: str = "sdpa", seed: int = 0):
     model = build(name, dtype=dtype, seed=seed)
-    model.get_decoder().config._attn_implementation_internal = attn
+    model.get_decoder().config._attn_implementation_internal = "eager" if name in EAGER_ONLY else attn
     return model
 
 

@@ -156,7 +156,7 @@ def test_another_file_or_version_is_refused(cache, tmp_path):
 
     with safe_open(str(tmp_path / "x.safetensors"), "pt") as stream:
         metadata, tensors = stream.metadata(), {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
-    metadata["voco"] = metadata["voco"].replace('"format_version": 1', '"format_version": 8')
+    metadata["voco"] = metadata["voco"].replace('"format_version": 2', '"format_version": 8')
     save_file(tensors, tmp_path / "v.safetensors", metadata=metadata)
     with pytest.raises(CacheFileError, match="format version 8"):
         vp.VoCoCache.load(tmp_path / "v.safetensors")

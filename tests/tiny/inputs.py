@@ -107,7 +107,8 @@ def _video_run(name: str) -> list[int]:
 
 def num_features(name: str, size: str = "", alone: bool = True) -> int:
     """How many placeholders, so image features, one image has."""
-    return image_run(name, size, alone).count(config(name).image_token_id)
+    image = IMAGE if name in BACKBONES else config(name).image_token_id
+    return image_run(name, size, alone).count(image)
 
 
 def make_inputs(

@@ -31,6 +31,7 @@ IMAGE, VIDEO = IDS["<image>"], IDS["<video>"]
 START, END, BREAK = IDS["<img>"], IDS["</img>"], IDS["<unused1>"]
 _VIDEO_START, _VIDEO_END = IDS["<start_of_image>"], IDS["<end_of_image>"]
 _INDICATORS = [IDS[f"<row_1_col_{c}>"] for c in (1, 2, 3)] + [IDS[f"<row_2_col_{c}>"] for c in (1, 2)]
+_FAKE = IDS["<fake_token_around_image>"]
 VOCAB = 211
 
 Pixels = Callable[[torch.Generator], dict[str, torch.Tensor]]
@@ -48,6 +49,7 @@ class Backbone:
         rows: whether images are laid out per row of the batch, not listed.
         loose_fp64: upstream computes a part in fp32 whatever the dtype (Gemma's norms, routers), so that fp64
             is good to about 1e-6 only.
+        eager_only: whether it caps its attention logits, which sdpa cannot.
     """
 
     config: Callable[[], hf.PreTrainedConfig]
@@ -56,6 +58,7 @@ class Backbone:
     types: str | None = None
     rows: bool = False
     loose_fp64: bool = False
+    eager_only: bool = False
 
 
 def _text(**more) -> dict:
@@ -368,7 +371,7 @@ _PIXTRAL_RUN = [*[IMAGE] * 4, BREAK, *[IMAGE] * 4, END]
 
 BACKBONES: dict[str, Backbone] = {
     "llava_qwen3": Backbone(_llava(lambda: hf.Qwen3Config(**_text(head_dim=16))), _image(12), _NINE),
-    "llava_gemma2": Backbone(_llava(_gemma2), _image(12), _NINE, loose_fp64=True),
+    "llava_gemma2": Backbone(_llava(_gemma2), _image(12), _NINE, loose_fp64=True, eager_only=True),
     "llava_phi": Backbone(_llava(lambda: hf.PhiConfig(**_text())), _image(12), _NINE),
     "llava_deepseek": Backbone(_llava(_deepseek), _image(12), _NINE, loose_fp64=True),
     "llava_pixtral": Backbone(
@@ -387,8 +390,10 @@ BACKBONES: dict[str, Backbone] = {
     "paligemma": Backbone(
         _paligemma(lambda: hf.GemmaConfig(**_text(head_dim=16))), _image(12), _NINE, "token_type_ids"
     ),
-    "paligemma2": Backbone(_paligemma(_gemma2), _image(12), _NINE, "token_type_ids", loose_fp64=True),
-    "llama4": Backbone(_llama4, _image(16), _MARKED),
+    "paligemma2": Backbone(
+        _paligemma(_gemma2), _image(12), _NINE, "token_type_ids", loose_fp64=True, eager_only=True
+    ),
+    "llama4": Backbone(_llama4, _image(16), _MARKED, loose_fp64=True),
     "phi4_multimodal": Backbone(_phi4, _phi4_image, [IMAGE] * 13),
     "glm4v": Backbone(_glm(hf.Glm4vConfig), _GRID, _GRID_RUN, "mm_token_type_ids"),
     "glm46v": Backbone(_glm(hf.Glm46VConfig), _GRID, _GRID_RUN, "mm_token_type_ids"),
@@ -431,7 +436,7 @@ BACKBONES: dict[str, Backbone] = {
     "got_ocr2": Backbone(_got_ocr2, _image(32), _MARKED),
     "idefics2": Backbone(
         _idefics2, lambda g: {"pixel_values": torch.randn(1, 3, 12, 12, generator=g)},
-        [START, *[IMAGE] * 3, START], rows=True,
+        [_FAKE, *[IMAGE] * 3, _FAKE], rows=True,
     ),
     "gemma4": Backbone(_gemma4(), _gemma4_image, _GRID_RUN, "mm_token_type_ids"),
     "gemma4_both_ways": Backbone(
@@ -439,6 +444,7 @@ BACKBONES: dict[str, Backbone] = {
     ),
 }  # fmt: skip
 NAMES: tuple[str, ...] = tuple(BACKBONES)
+EAGER_ONLY: frozenset[str] = frozenset(n for n, b in BACKBONES.items() if b.eager_only)
 
 
 def load_class(name: str) -> type:

@@ -94,6 +94,11 @@ def compress(model: torch.nn.Module, state: Any, inputs: dict[str, Any]) -> VoCo
     first_real = mask.long().argmax(dim=1)  # left padding is no part of the sequence
     cache = DynamicCache()  # a config-built cache would crop windowed layers to their window
     whole = state.config.block_context == "prefix"
+    if whole and made_by.get("attention") == "prefix":
+        raise ValueError(
+            "block_context='prefix' cannot be cached for a backbone that reads its prompt both ways: what a "
+            "block sees before it has read the text after it; use block_context='self'."
+        )
     if whole:
         stop = max(s.stop for s in layout)
         shape = tuple(ids.shape)

@@ -8,6 +8,7 @@ from ..registry import families
 from .base import Family, VocabularyError
 
 for _key, _path in {
+    "idefics2": "voco_plugin.families.idefics3:Idefics2",
     "idefics3": "voco_plugin.families.idefics3:Idefics3",
     "smolvlm": "voco_plugin.families.idefics3:Idefics3",
     "paligemma": "voco_plugin.families.paligemma:PaliGemma",

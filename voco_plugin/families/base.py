@@ -11,6 +11,7 @@ import torch
 
 from ..config import VoCoConfig
 from ..layout import TokenVocabulary, sequential_positions
+from .observe import observed_markers
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _STARTS = (
@@ -175,6 +176,10 @@ class Family:
                     "block_sink='bos' needs a BOS token, and this tokenizer has none; use 'none'."
                 )
         starts, others = self.markers(config, processor)
+        if processor is not None:
+            seen_starts, seen_others = observed_markers(processor, placeholders)
+            others = others | (seen_others - starts)
+            starts = starts | (seen_starts - others)
         return TokenVocabulary(
             voco_id=int(voco_id),
             placeholders=frozenset(placeholders),

@@ -43,3 +43,10 @@ class Idefics3(Family):
             edge = tokenizer(fake, add_special_tokens=False)["input_ids"]
             found |= set(inner) - set(edge)
         return found
+
+
+class Idefics2(Idefics3):
+    """Idefics 2 does not tile with newlines: a newline between two images is the user's."""
+
+    def glue(self, config: Any, processor: Any) -> set[int]:
+        return set()
