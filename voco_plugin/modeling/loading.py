@@ -34,6 +34,19 @@ def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
     return TokenVocabulary(**{k: frozenset(v) if k in sets else v for k, v in values.items()})
 
 
+def auto_class(source: str, **options: Any) -> Any:
+    """The auto class that loads the checkpoint: a few vision-language models (Phi-4) are registered as causal
+    language models only.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source, **options)
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    if not known and hasattr(config, "vision_config") and type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
 def load(
     source: str | os.PathLike,
     voco: VoCoConfig | dict | None = None,
@@ -62,7 +75,7 @@ def load(
         FileNotFoundError: the path does not exist, or an adapter's base model is gone.
         ValueError: the model cannot take the rule.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
     source = os.fspath(source)
     if not os.path.isdir(source) and (os.sep in source and source.count("/") != 1 or source.startswith(".")):
@@ -93,7 +106,8 @@ def load(
             )
         common.pop("revision", None)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    model = AutoModelForImageTextToText.from_pretrained(base, **common, **model_kwargs)
+    remote = {k: v for k, v in common.items() if k != "dtype"}
+    model = auto_class(base, **remote).from_pretrained(base, **common, **model_kwargs)
     config = voco or saved or VoCoConfig()
     if saved is not None and voco is not None:
         config = VoCoConfig.from_dict({**voco.to_dict(), "token": saved.token, "token_id": saved.token_id})
