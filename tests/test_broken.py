@@ -15,10 +15,12 @@ import test_cache
 import test_exactness
 import test_generation
 import test_layout
+import test_rope
 from harness import inputs, shared
 from voco_plugin import isolation, layout
 from voco_plugin.attention import dense
 from voco_plugin.cache import files, relocation, stage_one, stage_two
+from voco_plugin.cache_state import CacheState
 from voco_plugin.layout import TokenKind
 from voco_plugin.masks import TokenTable, isolation_predicate
 
@@ -147,8 +149,8 @@ def cache_written_in_place(patch):
     """Stage 2 that works on the caller's blocks."""
     real = stage_two._key_values
 
-    def broken(model, state, per_row, placed, slots):
-        made = real(model, state, per_row, placed, slots)
+    def broken(model, state, per_row, *rest):
+        made = real(model, state, per_row, *rest)
         for blocks in per_row:
             for block in blocks:
                 block.keys[0].add_(1e-3)
@@ -159,6 +161,26 @@ def cache_written_in_place(patch):
 
 def rows_not_restored(patch):
     patch.setattr(sys.modules["voco_plugin.modeling.attach"], "restore_rows", lambda model, record: None)
+
+
+def latent_not_turned(patch):
+    """Latent attention keeps the rotated part where other caches have the value."""
+    real = relocation.Relocator._probe
+    patch.setattr(relocation.Relocator, "_probe", lambda self: [(keys, None) for keys, _ in real(self)])
+
+
+def prefix_forgotten(patch):
+    patch.setattr(stage_two, "_prefix", lambda *args: None)
+
+
+def chunks_from_zero(patch):
+    """A block alone is cut into chunks from its own first token."""
+    real = CacheState.starting_at
+    patch.setattr(CacheState, "starting_at", lambda order: real(torch.zeros_like(order)))
+
+
+def limit_forgotten(patch):
+    patch.setattr(relocation.Relocator, "check_range", lambda self, last: None)
 
 
 def hook_does_nothing(patch):
@@ -214,6 +236,23 @@ CASES = {
     "not rotated: relocated": (
         not_rotated,
         run(test_exactness.test_relocated_equals_recomputed, "qwen2_5_vl"),
+    ),
+    "latent not turned: relocated": (
+        latent_not_turned,
+        run(test_exactness.test_relocated_equals_recomputed, "kimi_k25"),
+    ),
+    "prefix forgotten: two-stage": (
+        prefix_forgotten,
+        run(two_stage, "paligemma", "isolated", "sdpa", fp32),
+    ),
+    "chunks from zero: two-stage": (chunks_from_zero, run(two_stage, "llama4", "isolated", "sdpa", fp32)),
+    "limit forgotten: dynamic": (
+        limit_forgotten,
+        run(test_rope.test_past_its_limit_it_is_refused, "dynamic"),
+    ),
+    "limit forgotten: longrope": (
+        limit_forgotten,
+        run(test_rope.test_past_its_limit_it_is_refused, "longrope"),
     ),
     "slot before: two-stage": (slot_before, run(two_stage, *LLAVA, fp32)),
     "padding ignored: two-stage": (padding_ignored, run(two_stage, *LLAVA, fp32)),

@@ -7,16 +7,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-import voco_plugin as vp
 from harness import CORE, ROWS, RULES, TOLERANCE, inputs, largest_difference, rows_for, shared, text_columns
+from measure import checkpointed, expected_masks, lora_two_stage, relocated
 from reference import base_mask, letters, rule_mask
-from tiny import BOS, NAMES, glue_ids, image_run, vision_ids, voco_id
-from tiny.models import WINDOW
+from tiny import NAMES, vision_ids, voco_id
 from tiny.wide import BACKBONES, EAGER_ONLY
 from voco_plugin.attention import dense
 
 CASES = [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
-ATTENTION_CASES = [(n, r, a) for n, r in CASES for a in ("sdpa", "eager") if a == "eager" or n not in EAGER_ONLY]
+ATTENTION_CASES = [
+    (n, r, a) for n, r in CASES for a in ("sdpa", "eager") if a == "eager" or n not in EAGER_ONLY
+]
 SIDES = ("right", "left")
 
 
@@ -36,50 +37,6 @@ def test_two_stage_equals_single_pass(name, rule, attn, dtype):
         loose = attn == "eager" or (name in BACKBONES and BACKBONES[name].loose_fp64)
         tolerance = 1e-5 if loose and dtype == torch.float64 else TOLERANCE[dtype]
         assert largest_difference(model, batch, logits, stream, cached) <= tolerance
-
-
-def _groups(name: str, batch, row: int) -> list[int] | None:
-    """Tokens that the backbone lets see each other both ways, by group; -1 outside."""
-    if name in ("paligemma", "paligemma2"):  # its prompt, which here is everything
-        return [0] * batch["input_ids"].shape[1]
-    if name not in ("gemma3", "gemma4_both_ways"):
-        return None
-    types = batch["token_type_ids" if name == "gemma3" else "mm_token_type_ids"][row].tolist()
-    groups, current = [], -1
-    for i, kind in enumerate(types):  # soft tokens of one image
-        current += kind == 1 and (i == 0 or types[i - 1] != 1)
-        groups.append(current if kind == 1 else -1)
-    return groups
-
-
-def _expected_masks(name: str, rule: str, batch) -> dict[str, torch.Tensor]:
-    """``(B, N, N)`` per layer type, by brute force."""
-    options = {k: v for k, v in RULES[rule].items() if k in ("rule", "block_context", "hide_prefix")}
-    sink = rule == "bos-sink"
-    kinds = {
-        "full_attention": {},
-        "sliding_attention": {"window": WINDOW},
-        "chunked_attention": {"chunk": WINDOW},
-    }
-    masks: dict[str, list] = {kind: [] for kind in kinds}
-    for row in range(batch["input_ids"].shape[0]):
-        ids = batch["input_ids"][row].tolist()
-        text = letters(
-            ids,
-            batch["attention_mask"][row].tolist(),
-            vision=vision_ids(name),
-            voco=voco_id(name),
-            glue=glue_ids(name),
-            bos=BOS if sink else None,
-        )
-        shown = rule_mask(text, sink=sink, **options)
-        for kind, limits in kinds.items():
-            both = _groups(name, batch, row)
-            if name == "gemma4_both_ways" and kind == "full_attention":
-                both = None  # Gemma 4 reads images both ways in its windowed layers only
-            own = base_mask(text, groups=both, groups_past_window=name == "paligemma2", **limits)
-            masks[kind].append(own & shown)
-    return {k: torch.stack(v) for k, v in masks.items()}
 
 
 @pytest.mark.parametrize(("name", "rule", "attn"), ATTENTION_CASES)
@@ -105,7 +62,7 @@ def test_the_mask_of_every_layer_is_the_table(name, rule, attn, monkeypatch):
         batch = inputs(name, rows_for(rule), side)
         seen.clear()
         model(**batch)
-        expected = _expected_masks(name, rule, batch)
+        expected = expected_masks(name, rule, batch)
         assert len(seen) == model.get_decoder().config.num_hidden_layers
         real = batch["attention_mask"].bool()
         for layer, mask in seen:
@@ -142,36 +99,24 @@ def test_batched_equals_one_by_one(name, rule):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@torch.no_grad()
 def test_relocated_equals_recomputed(name):
     """Blocks of two prompts, reordered in a third at other positions, against a fresh pass over the third."""
-    model = shared(name)
-    one = inputs(name, [["bos", "t3", "img", "c2", "t4"]], first_row=0)
-    two = inputs(name, [["img", "c1", "t3"]], first_row=1)
-    cache = vp.VoCoCache.cat([model.compress(**two), model.compress(**one)])
-    far = 40
-    between = 2
-    if name == "llama4":  # attends in chunks: a block moves by whole chunks only
-        while (far + len(image_run(name)) + 1 + between - 4) % WINDOW:
-            between += 1
-    segments = [f"t{far}", "img", "c1", f"t{between}", "img", "c2", "t3"]
-    fresh = inputs(name, [segments], first_row=2)
-    # the same two images, in the other order
-    joined = dict(fresh)
-    for key, value in one.items():
-        if key not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
-            dim = 1 if name in ("idefics2", "idefics3", "smolvlm") else 0  # tiles of one row side by side
-            joined[key] = torch.cat([two[key], value], dim=dim)
-    if "batch_num_images" in joined:
-        pytest.skip(
-            "llava_onevision tiles an image differently when it is not alone: not the same vision tokens"
-        )
-    logits = model(**joined).logits
-    stream = model.stream_inputs(joined)
-    cached = model(**stream, voco_cache=cache).logits
-    assert (
-        cache.blocks[0].position != far and largest_difference(model, joined, logits, stream, cached) <= 1e-4
-    )
+    found = relocated(name)
+    if found is None:
+        assert name == "llava_onevision"  # tiles an image differently when it is not alone
+    else:
+        assert found <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_stage_equals_single_pass_under_lora(name):
+    found, moved = lora_two_stage(name)
+    assert found <= 1e-4 and moved > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_no_gradient(name):
+    assert checkpointed(name) <= 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

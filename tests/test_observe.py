@@ -27,7 +27,9 @@ BREAK, END, FAKE = IDS["<unused1>"], IDS["</img>"], IDS["<fake_token_around_imag
 
 def pixtral():
     return PixtralProcessor(
-        image_processor=PixtralImageProcessor(size={"longest_edge": 16}, patch_size={"height": 4, "width": 4}),
+        image_processor=PixtralImageProcessor(
+            size={"longest_edge": 16}, patch_size={"height": 4, "width": 4}
+        ),
         tokenizer=tokenizer(image_token="<image>"),
         patch_size=4,
         spatial_merge_size=2,

@@ -101,7 +101,8 @@ class CacheState:
             raise ValueError(f"{tokens} tokens were given where the cached prompt has {ahead} still to come.")
         if tokens < ahead and self.planned_prefix is not None:
             raise ValueError(
-                f"{tokens} of a prompt's {ahead} tokens were given, and this model reads its prompt both ways: "
+                f"{tokens} of a prompt's {ahead} tokens were given, and this model reads its prompt both "
+                "ways: "
                 "give the whole prompt at once (leave prefill_chunk_size out)."
             )
         rest = None

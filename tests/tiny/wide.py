@@ -1,5 +1,5 @@
-"""More families, one image size each: `BACKBONES` beside the families of `models.py`, in the same classes users
-load.
+"""More families, one image size each: `BACKBONES` beside the families of `models.py`, in the same classes
+users load.
 
 Each entry builds its config, says what one image's tokens are, and makes one image's forward arguments, which
 are joined along dim 0 for a batch. What transformers 5.23 wants, where it surprises:
@@ -11,7 +11,8 @@ are joined along dim 0 for a batch. What transformers 5.23 wants, where it surpr
   processor does.
 - Llama 4 attends in chunks on three layers of four, and not at all by position on the fourth.
 - Phi-4 has its image token in `vision_config`, and is an `AutoModelForCausalLM`.
-- Kimi K2.5 (and any Llava with a DeepSeek V3 text model) has latent attention: the rotated part of a key stands
+- Kimi K2.5 (and any Llava with a DeepSeek V3 text model) has latent attention: the rotated part of a key
+stands
   where other caches have the value.
 """
 
@@ -123,8 +124,8 @@ def _gemma2() -> hf.Gemma2Config:
 def _deepseek() -> hf.DeepseekV3Config:
     return hf.DeepseekV3Config(
         **_text(num_key_value_heads=4), q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-        qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
-        moe_intermediate_size=32, first_k_dense_replace=1,
+        qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_group=1, topk_group=1,
+        num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1,
     )  # fmt: skip
 
 
@@ -160,7 +161,8 @@ def _llama4() -> hf.PreTrainedConfig:
 
 def _phi4() -> hf.PreTrainedConfig:
     vision = {
-        **_vision(16, 4), "num_hidden_layers": 3, "crop_size": 16, "image_token_id": IMAGE, "feature_layer": -2,
+        **_vision(16, 4), "num_hidden_layers": 3, "crop_size": 16, "image_token_id": IMAGE,
+        "feature_layer": -2,
     }  # fmt: skip
     vision.pop("initializer_range")
     audio = {
@@ -245,9 +247,7 @@ def _ovis2() -> hf.PreTrainedConfig:
 
 def _cohere() -> hf.Cohere2Config:
     layers = ["sliding_attention", "full_attention"]
-    return hf.Cohere2Config(
-        **_text(sliding_window=WINDOW, layer_types=layers, head_dim=16, logit_scale=0.5)
-    )
+    return hf.Cohere2Config(**_text(sliding_window=WINDOW, layer_types=layers, head_dim=16, logit_scale=0.5))
 
 
 def _aria() -> hf.PreTrainedConfig:
@@ -285,7 +285,8 @@ def _perception_lm() -> hf.PreTrainedConfig:
         "num_classes": 32, "global_pool": "map", "model_args": arguments,
     }  # fmt: skip
     return hf.PerceptionLMConfig(
-        text_config=hf.LlamaConfig(**_text()), vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+        text_config=hf.LlamaConfig(**_text()), vision_config=vision, image_token_id=IMAGE,
+        video_token_id=VIDEO,
         projector_pooling_ratio=2, vision_use_cls_token=True,
     )  # fmt: skip
 
@@ -375,7 +376,9 @@ BACKBONES: dict[str, Backbone] = {
     "llava_phi": Backbone(_llava(lambda: hf.PhiConfig(**_text())), _image(12), _NINE),
     "llava_deepseek": Backbone(_llava(_deepseek), _image(12), _NINE, loose_fp64=True),
     "llava_pixtral": Backbone(
-        _llava(_mistral, vision_config=_pixtral, vision_feature_layer=-1, vision_feature_select_strategy="full"),
+        _llava(
+            _mistral, vision_config=_pixtral, vision_feature_layer=-1, vision_feature_select_strategy="full"
+        ),
         _image(16, image_sizes=[[8, 16]]), _PIXTRAL_RUN,
     ),
     "llava_next_video": Backbone(

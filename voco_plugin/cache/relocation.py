@@ -138,7 +138,8 @@ class Relocator:
                 return turn
         raise RelocationError(
             f"layer {layer} of {type(self.text).__name__} encodes positions in a way that cannot be undone "
-            f"(relative error {min(errors, default=float('nan')):.2g}); use its blocks where they were computed."
+            f"(relative error {min(errors, default=float('nan')):.2g}); use its blocks where they were "
+            "computed."
         )
 
     def check_range(self, last: int) -> None:
@@ -167,7 +168,9 @@ class Relocator:
                     f"cannot stand in a stream that reaches position {last}; keep the stream below {limit}."
                 )
 
-    def move(self, block: VoCoBlock, target: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def move(
+        self, block: VoCoBlock, target: int
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """A block's keys and values as they would be at position ``target``, per layer ``(H, K, D)``.
 
         Raises:

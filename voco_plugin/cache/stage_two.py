@@ -190,7 +190,9 @@ def place(
     # a chunked backbone counts its chunks from the mask's first real slot, and the slots before it as order
     leading = (full_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True).cpu()
     orders, order_of = orders + leading, order_of + leading
-    past = _key_values(model, state, per_row, [placed for _, placed in walked], slots, int(position_ids.max()))
+    past = _key_values(
+        model, state, per_row, [placed for _, placed in walked], slots, int(position_ids.max())
+    )
     table = TokenTable(kind, block_of, order_of).to(device)
     text_kind = torch.where(source >= 0, TokenKind.TEXT, TokenKind.PAD)
     planned = TokenTable(text_kind, torch.full_like(text_kind, -1), orders.to(device))

@@ -34,7 +34,9 @@ def halves(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def pairs(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Channel ``2i`` pairs with ``2i + 1`` (GPT-J); cos and sin of ``R/2`` angles, each followed by its copy."""
+    """Channel ``2i`` pairs with ``2i + 1`` (GPT-J); cos and sin of ``R/2`` angles, each followed by its
+    copy.
+    """
     half = cos.shape[-1] // 2
     return complex_pairs(key, cos[..., :half], sin[..., :half])
 

@@ -1,10 +1,11 @@
 """Alignment of the tiny VLM: its projector learns to say in the LLM's words what each patch shows.
 
-LLaVA aligns on captions with the LLM frozen, which takes an LLM that can already write. The tiny LLM starts from
-random weights, so there is nothing to write with: the projector is fitted to the words' embeddings themselves. A
-patch of cell b2 that holds a red circle is to come out as the sum of the embeddings of "red", "circle" and
-"b2". Colour, shape, digit and place then reach the LLM equally loud; without this step the colours drown the
-shapes, and thousands of steps of instruction tuning stay on that plateau (docs/decisions.md).
+LLaVA aligns on captions with the LLM frozen, which takes an LLM that can already write. The tiny LLM starts
+from random weights, so there is nothing to write with: the projector is fitted to the words' embeddings
+themselves. A patch of cell b2 that holds a red circle is to come out as the sum of the embeddings of "red",
+"circle" and "b2". Colour, shape, digit and place then reach the LLM equally loud; without this step the
+colours drown the shapes, and thousands of steps of instruction tuning stay on that plateau
+(docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def align_projector(
         seed: of images and batches.
 
     Returns:
-        `alignment_error`: mean squared distance to the words' sum on held-out scenes and digits, as a share of
+        `alignment_error`: mean squared distance to the words' sum on held-out scenes and digits, as a share
+            of
         the sum's own variance.
     """
     world = (grid, num_colors, cell_pixels)
@@ -87,7 +89,9 @@ def _patch_words(scene: Scene, side: int, tokenizer) -> list[list[int]]:
         for column in range(side):
             cell = int((row + 0.5) * scene.grid / side) * scene.grid
             cell += int((column + 0.5) * scene.grid / side)
-            words.append([_id(word, tokenizer) for word in (*scene.names[cell].split(), scene.cell_name(cell))])
+            words.append(
+                [_id(word, tokenizer) for word in (*scene.names[cell].split(), scene.cell_name(cell))]
+            )
     return words
 
 

@@ -3,7 +3,8 @@
 `build_tiny_vlm` gives a `LlavaForConditionalGeneration` (CLIP tower, two-layer GELU projector, Llama LLM) and
 its `LlavaProcessor`: a tokenizer trained with `tokenizers`, a CLIP image processor at the tiny resolution,
 and a chat template in LLaVA-1.5's form. `pretrain_tower` then teaches the tower what CLIP already knows when
-LLaVA starts, and `tiny_align` the projector. What `save_pretrained` writes is an ordinary transformers checkpoint.
+LLaVA starts, and `tiny_align` the projector. What `save_pretrained` writes is an ordinary transformers
+checkpoint.
 
 What may surprise:
 

@@ -64,7 +64,9 @@ class Family:
         """The decoder stack that runs over merged embeddings."""
         text = model.get_decoder()
         inner = getattr(text, "model", None)
-        return text if inner is None or hasattr(text, "layers") else inner  # Llama 4's decoder has its LM head on
+        return (
+            text if inner is None or hasattr(text, "layers") else inner
+        )  # Llama 4's decoder has its LM head on
 
     def chunk_size(self, model: torch.nn.Module) -> int | None:
         """How many tokens a chunk of chunked attention holds, or ``None`` where no layer has it."""
@@ -93,16 +95,19 @@ class Family:
         text = self.text_model(model)
         if getattr(model, "_is_stateful", False) or getattr(text, "_is_stateful", False):
             return f"{name} keeps a recurrent state, which carries the vision tokens past any mask"
-        layers = getattr(text, "layers", text)  # beside its layers, a text model may hold image or audio encoders
+        layers = getattr(text, "layers", text)  # what stands beside them may be image or audio encoders
         for path, module in layers.named_modules():
             kind = type(module).__name__.lower()
             if isinstance(module, torch.nn.Conv1d):
                 return f"{name} has a convolution over the sequence ({path}), which mixes past any mask"
             if "crossattention" in kind or "crossattn" in path.replace("_", ""):
-                return (
-                    f"{name} reads images by cross-attention ({path}): its sequence holds no vision token to hide"
-                )
-        return None
+                return self._crosses(name, f"layer {path}")
+        beside = next((n for n, _ in text.named_children() if "crossattn" in n.replace("_", "")), None)
+        return None if beside is None else self._crosses(name, beside)
+
+    @staticmethod
+    def _crosses(name: str, where: str) -> str:
+        return f"{name} reads images by cross-attention ({where}): its text holds no vision token to hide"
 
     def placeholders(self, config: Any, processor: Any) -> set[int]:
         """Ids that are replaced by image or video features."""

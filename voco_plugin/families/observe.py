@@ -1,8 +1,8 @@
 """Which tokens a processor puts around and between an image's placeholders, seen by running it once.
 
-Processors name such tokens in many ways (row breaks, tile tags, column tags, end markers), or not at all; what
-they write says it without a list of names. Only special or added tokens are taken: ordinary text next to an image
-stays text.
+Processors name such tokens in many ways (row breaks, tile tags, column tags, end markers), or not at all;
+what they write says it without a list of names. Only special or added tokens are taken: ordinary text next to
+an image stays text.
 """
 
 from __future__ import annotations
