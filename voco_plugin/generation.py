@@ -36,7 +36,7 @@ class VoCoGenerationMixin:
         state = self._voco_attachment
         mask = inputs.get("attention_mask")
         left = mask is not None and bool((mask[:, 0] == 0).any())
-        pad = self.config.get_text_config().pad_token_id
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
         return insert_voco_tokens(
             dict(inputs),
             state.vocab,
@@ -78,7 +78,7 @@ class VoCoGenerationMixin:
         layout = SequenceLayout.from_ids(ids, mask, state.vocab)
         keep = layout.in_stream.to(ids.device)
         longest = int(keep.sum(dim=1).max())
-        pad = self.config.get_text_config().pad_token_id
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
         stream = ids.new_full((ids.shape[0], longest), pad if isinstance(pad, int) and pad >= 0 else 0)
         stream_mask = torch.zeros_like(stream)
         types = inputs.get("token_type_ids") if state.family.prefix_lm else None

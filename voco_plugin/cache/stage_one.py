@@ -37,7 +37,7 @@ def _per_token(value: Any, shape: tuple[int, int]) -> bool:
 def _pad_id(model: torch.nn.Module, vocab: Any) -> int:
     """An id for padding that no image feature is scattered to."""
     special = vocab.placeholders | vocab.markers
-    for token in (model.config.get_text_config().pad_token_id, 0, 1, 2):
+    for token in (getattr(model.config.get_text_config(), "pad_token_id", None), 0, 1, 2):
         if isinstance(token, int) and token >= 0 and token not in special:
             return token
     return vocab.voco_id
