@@ -119,3 +119,18 @@ def test_a_stream_that_grows_past_the_limit_is_refused_where_no_block_moves(kind
     cache = model.compress(**batch)
     with pytest.raises(RelocationError, match="changes its frequencies"):
         model(**model.stream_inputs(batch), voco_cache=cache)
+
+
+@torch.no_grad()
+def test_queries_scaled_by_their_slot_are_refused_where_slots_differ():
+    from harness import attached
+
+    model = attached("llama4")
+    batch = inputs("llama4", [["bos", "t3", "img", "c2", "t4"]])
+    cache, stream = model.compress(**batch), model.stream_inputs(batch)
+    text = vp.attachment(model).family.text_model(model)
+    text.config.floor_scale = 17  # the prompt has 16 tokens
+    model(**stream, voco_cache=cache)
+    text.config.floor_scale = 16
+    with pytest.raises(RelocationError, match="scales queries by their slot from token 16 on"):
+        model(**stream, voco_cache=cache)

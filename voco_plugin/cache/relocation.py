@@ -168,6 +168,27 @@ class Relocator:
                     f"cannot stand in a stream that reaches position {last}; keep the stream below {limit}."
                 )
 
+    def check_length(self, tokens: int) -> None:
+        """Refuse a prompt of ``tokens`` (vision tokens counted) where layers scale queries by their cache
+        slot.
+
+        Raises:
+            RelocationError: temperature tuning by slot (Llama 4) would differ between one pass and two
+                stages.
+        """
+        config = self.text.config
+        scale = (
+            getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", 0) else None
+        )
+        if scale and tokens >= scale:
+            raise RelocationError(
+                f"{type(self.text).__name__} scales queries by their slot from token {int(scale)} on, and "
+                "the "
+                f"prompt has {tokens} with its vision tokens: slots differ in stage 2; shorten the prompt, "
+                "or "
+                "use generate(…, two_stage=False)."
+            )
+
     def move(
         self, block: VoCoBlock, target: int
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:

@@ -191,7 +191,13 @@ def place(
     leading = (full_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True).cpu()
     orders, order_of = orders + leading, order_of + leading
     past = _key_values(
-        model, state, per_row, [placed for _, placed in walked], slots, int(position_ids.max())
+        model,
+        state,
+        per_row,
+        [placed for _, placed in walked],
+        slots,
+        int(position_ids.max()),
+        int(orders.max()) + 1,
     )
     table = TokenTable(kind, block_of, order_of).to(device)
     text_kind = torch.where(source >= 0, TokenKind.TEXT, TokenKind.PAD)
@@ -225,9 +231,9 @@ def _any_text_id(input_ids: torch.Tensor, kinds: torch.Tensor) -> int:
     return int(input_ids[kinds == TokenKind.TEXT][0])
 
 
-def _key_values(model, state, per_row, placed, slots: int, last: int) -> DynamicCache:
+def _key_values(model, state, per_row, placed, slots: int, last: int, tokens: int) -> DynamicCache:
     """The relocated blocks of every row, left-padded to ``slots``; fresh tensors, the given cache stays as it
-    is. ``last`` is the largest position of the prompt.
+    is. ``last`` is the largest position of the prompt, ``tokens`` its length with vision tokens.
     """
     past = DynamicCache()
     example = next((b for blocks in per_row for b in blocks), None)
@@ -238,6 +244,7 @@ def _key_values(model, state, per_row, placed, slots: int, last: int) -> Dynamic
     relocator = relocator_for(state, text, backbone)
     chunk = state.family.chunk_size(model)
     relocator.check_range(last)
+    relocator.check_length(tokens)
     rows = []
     for row, (blocks, places) in enumerate(zip(per_row, placed, strict=True)):
         keys: list[list[torch.Tensor]] = [[] for _ in range(example.num_layers)]

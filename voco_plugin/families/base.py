@@ -89,8 +89,8 @@ class Family:
         odd = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS)
         if odd:
             return (
-                f"{name} has layers of type {', '.join(odd)}, not plain attention: a recurrent or convolutional "
-                "state (or keys chosen by an index) carries the vision tokens past any mask"
+                f"{name} has layers of type {', '.join(odd)}, not plain attention: a recurrent or "
+                "convolutional state (or keys chosen by an index) carries the vision tokens past any mask"
             )
         text = self.text_model(model)
         if getattr(model, "_is_stateful", False) or getattr(text, "_is_stateful", False):
