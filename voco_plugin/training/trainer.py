@@ -15,11 +15,12 @@ from transformers import AutoProcessor, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .._compat import introduce_deepspeed_to_the_process_group, mend_tied_head, token_rows_on_any_device
 from ..collator import VoCoDataCollator
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import SequenceLayout, TokenKind
 from ..modeling import attach, attachment, is_attached, load, save_voco_config
-from .adapters import mend_tied_head, prepare_peft_config, small_checkpoints
+from .adapters import prepare_peft_config, small_checkpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
 from .parts import describe_trainable, freeze
@@ -70,6 +71,7 @@ class VoCoSFTTrainer(SFTTrainer):
             raise TypeError("give the arguments after processing_class by name.")
         args = _as_voco_args(args, model)
         init_kwargs = args.model_init_kwargs
+        introduce_deepspeed_to_the_process_group()
         if isinstance(model, str):
             model, found = _load_model(model, args, quantization_config)
             processing_class = processing_class or found
@@ -92,17 +94,18 @@ class VoCoSFTTrainer(SFTTrainer):
             )
         elif not wrapped:
             freeze(model, projector=args.train_projector, vision_tower=args.train_vision_tower)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        with token_rows_on_any_device():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                **kwargs,
+            )
         args.model_init_kwargs = init_kwargs
         mend_tied_head(self.accelerator.unwrap_model(self.model))
         self._set_collators(data_collator)
