@@ -111,3 +111,31 @@ def mend_tied_head(model: nn.Module) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper) and "bias" not in head.__dict__:
         head.__dict__["bias"] = getattr(head.original_module, "bias", None)
+
+
+@contextlib.contextmanager
+def loss_of_merged_heads() -> Iterator[None]:
+    """Inside the block, TRL's fused loss takes an LM head whose weight is computed, under ZeRO-3 too.
+
+    With tied embeddings and trainable token rows, the head's weight is the embedding with the rows written
+    in: a plain tensor, whole already. TRL 1.16 reads ``ds_status`` of it ("'Tensor' object has no attribute
+    'ds_status'"). Remove when ``maybe_gather_lm_head_ctx`` skips tensors that ZeRO-3 has not split.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from trl.trainer import utils
+
+    name = "maybe_gather_lm_head_ctx"
+    stock = getattr(utils, name, None)
+    if stock is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+
+    @functools.wraps(stock)
+    def gather(*parameters: torch.Tensor | None) -> Any:
+        return stock(*(p for p in parameters if p is not None and is_partitioned(p)))
+
+    setattr(utils, name, gather)
+    try:
+        yield
+    finally:
+        setattr(utils, name, stock)

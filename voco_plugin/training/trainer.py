@@ -15,7 +15,12 @@ from transformers import AutoProcessor, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from .._compat import introduce_deepspeed_to_the_process_group, mend_tied_head, token_rows_on_any_device
+from .._compat import (
+    introduce_deepspeed_to_the_process_group,
+    loss_of_merged_heads,
+    mend_tied_head,
+    token_rows_on_any_device,
+)
 from ..collator import VoCoDataCollator
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import SequenceLayout, TokenKind
@@ -185,6 +190,14 @@ class VoCoSFTTrainer(SFTTrainer):
         if self.voco is not None:
             self._count(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with loss_of_merged_heads():  # the backward pass takes the head's weight too
+            return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with loss_of_merged_heads():
+            return super().prediction_step(*args, **kwargs)
 
     def _count(self, inputs: dict[str, Any]) -> None:
         """Log what the batch holds; counts are summed over all processes."""
