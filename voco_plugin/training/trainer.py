@@ -28,6 +28,7 @@ from ..modeling import attach, attachment, is_attached, load, save_voco_config
 from .adapters import prepare_peft_config, small_checkpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
+from .launch import check_launch
 from .parts import describe_trainable, freeze
 from .weights import load_whole_weights
 
@@ -75,6 +76,7 @@ class VoCoSFTTrainer(SFTTrainer):
         if more:
             raise TypeError("give the arguments after processing_class by name.")
         args = _as_voco_args(args, model)
+        check_launch(args)
         init_kwargs = args.model_init_kwargs
         introduce_deepspeed_to_the_process_group()
         if isinstance(model, str):
