@@ -95,6 +95,23 @@ def token_rows_on_any_device() -> Iterator[None]:
         setattr(TrainableTokensLayer, name, stock)
 
 
+# -- accelerate
+# ---------------------------------------------------------------------------------------------------------
+
+
+def name_present_layers(model: nn.Module) -> None:
+    """Take from ``model._no_split_modules`` the classes that the model has no module of.
+
+    accelerate 1.15 wraps these for FSDP and raises where one is missing ("Could not find the transformer
+    layer class CLIPTextEmbeddings in the model": every LLaVA with a CLIP tower). Set on this one object.
+    Remove when accelerate skips missing classes.
+    """
+    named = getattr(model, "_no_split_modules", None)
+    if named:
+        present = {type(module).__name__ for module in model.modules()}
+        model._no_split_modules = type(named)(name for name in named if name in present)
+
+
 # -- TRL
 # ---------------------------------------------------------------------------------------------------------
 

@@ -57,8 +57,8 @@ def _check_processes(world: int, use_cpu: bool, environment: Mapping[str, str]) 
         raise LaunchError(
             "accelerate launch was asked for several processes and started one (it set MASTER_ADDR and no "
             "WORLD_SIZE): so it does with --cpu and with distributed_type NO or MULTI_CPU, without mpirun. "
-            "Use torchrun --nproc_per_node N, or `voco train RECIPE --accelerate_config ddp --num_processes N "
-            "--use_cpu true`. If one process is what you want, unset MASTER_ADDR."
+            "Use torchrun --nproc_per_node N, or `voco train RECIPE --accelerate_config ddp --num_processes "
+            "N --use_cpu true`. If one process is what you want, unset MASTER_ADDR."
         )
 
 
@@ -67,8 +67,31 @@ def _check_zero3(plugin: Any) -> None:
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise LaunchError(
-            "ZeRO-3 without stage3_gather_16bit_weights_on_model_save saves checkpoints that hold no weights: "
+            "ZeRO-3 without stage3_gather_16bit_weights_on_model_save saves checkpoints without weights: "
             'set it to true under "zero_optimization" (zero3_save_16bit_model: true in an accelerate config).'
+        )
+
+
+def check_sharded_head(model: Any, fsdp_version: int | None) -> None:
+    """Refuse FSDP2 where the LM head trains: its gradient would be wrong, and the losses with it.
+
+    accelerate 1.15 makes the head an FSDP unit of its own, and TRL 1.16 reads its weight without calling it,
+    so that its gradient is not averaged over the processes (docs/decisions.md has the losses).
+
+    Args:
+        model: the transformers model, outside PEFT and other wrappers.
+        fsdp_version: 1 or 2; ``None`` where FSDP is not in use.
+
+    Raises:
+        LaunchError: the head trains under FSDP2.
+    """
+    head = model.get_output_embeddings()
+    own = next((p for n, p in head.named_parameters() if n == "weight"), None) if head is not None else None
+    if fsdp_version == 2 and own is not None and own.requires_grad:
+        raise LaunchError(
+            "FSDP2 with a trainable LM head trains wrongly: TRL's fused loss does not average the head's "
+            "gradient over the processes. Use DeepSpeed ZeRO-3 (accelerate_config: zero3) for full "
+            "fine-tuning, or LoRA, which leaves the head frozen."
         )
 
 

@@ -19,16 +19,17 @@ from .._compat import (
     introduce_deepspeed_to_the_process_group,
     loss_of_merged_heads,
     mend_tied_head,
+    name_present_layers,
     token_rows_on_any_device,
 )
 from ..collator import VoCoDataCollator
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import SequenceLayout, TokenKind
-from ..modeling import attach, attachment, is_attached, load, save_voco_config
+from ..modeling import attach, attachment, is_attached, load, save_voco_config, unwrap
 from .adapters import prepare_peft_config, small_checkpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
-from .launch import check_launch
+from .launch import check_launch, check_sharded_head
 from .parts import describe_trainable, freeze
 from .weights import load_whole_weights
 
@@ -115,6 +116,9 @@ class VoCoSFTTrainer(SFTTrainer):
             )
         args.model_init_kwargs = init_kwargs
         mend_tied_head(self.accelerator.unwrap_model(self.model))
+        if self.is_fsdp_enabled:
+            check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
+            name_present_layers(unwrap(self.model))
         self._set_collators(data_collator)
         self.trainable_report = self._report()
 
