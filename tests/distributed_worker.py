@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/distributed_worker.py SPEC.json
 
-SPEC: model, data (folders), out (prefix of what it writes), args (of VoCoSFTConfig), lora, resume.
+SPEC: model, data (folders), out (prefix of what it writes), args (of VoCoSFTConfig), lora, resume, fsdp (tell
+accelerate that the processes have GPUs, without which it drops FSDP).
 Rank R writes OUT.R.json (log, world, engine), OUT.R.pt (logits of the trained model on three rows), and all
 of them OUT.saved (the model).
 """
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import load_from_disk
 from peft import LoraConfig
 
@@ -33,6 +36,8 @@ def main(spec: dict) -> None:
     args = vp.VoCoSFTConfig(
         f"{spec['out']}.run", voco=vp.VoCoConfig(num_tokens=2), **{**ARGS, **spec.get("args", {})}
     )
+    if spec.get("fsdp"):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     data = load_from_disk(spec["data"])
     peft = LoraConfig(**LORA) if spec.get("lora") else None
     trainer = vp.VoCoSFTTrainer(spec["model"], args=args, train_dataset=data, peft_config=peft)
