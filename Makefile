@@ -1,6 +1,6 @@
 # make quickstart   .venv, the package, and the main job: train, compress, answer from the cache (CPU, minutes)
 # make test         the same .venv with the test extra: ruff, mypy, the suite without its slow tests
-# make test-slow    the slow tests (wheel build, longer training)
+# make test-slow    the slow tests (wheel build, longer training, two processes), and DeepSpeed for them
 # A stamp per extra, older than pyproject.toml or missing, is the only reason to install.
 
 PYTHON ?= python3
@@ -31,7 +31,11 @@ quickstart: $(VENV)/.quickstart
 test: lint
 	$(BIN)/python -m pytest -q
 
-test-slow: $(VENV)/.test
+$(VENV)/.deepspeed: pyproject.toml | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,deepspeed]'
+	@touch $@
+
+test-slow: $(VENV)/.deepspeed
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.test

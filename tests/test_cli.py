@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from voco_plugin.cli import COMMANDS, main
-from voco_plugin.cli.train import launch_arguments, profiles
+from voco_plugin.cli.launch import launch_arguments, profiles
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -320,6 +320,7 @@ def test_accelerate_profiles_are_trls_and_the_child_does_not_launch_again(tmp_pa
 
     assert {"single_gpu", "multi_gpu", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"} <= set(profiles())
     overrides = ["--accelerate_config", "multi_gpu", "--num_processes", "2", "--max_steps", "3"]
+    overrides += ["--use_cpu", "true"]  # the suite runs where there is no GPU, too
     recipe = load("gridworld_voco", overrides)
     found = launch_arguments(recipe, recipe.arguments(RecipeArguments), overrides)
     assert found[:2] == ["--config_file", str(profiles()["multi_gpu"])] and found[2:4] == [

@@ -139,6 +139,9 @@ def test_the_wheel_holds_recipes_integrations_and_assets_inside_the_package(whee
     assert {t for t in tops if not t.endswith(".dist-info")} == {"voco_plugin"}
     for file in sorted(p.relative_to(ROOT) for p in (ROOT / "recipes").glob("*.yaml")):
         assert f"voco_plugin/{file.as_posix()}" in names
+    for file in sorted(p.relative_to(ROOT) for p in (ROOT / "integrations").glob("*/*.*")):
+        if file.suffix in (".yaml", ".json"):
+            assert f"voco_plugin/{file.as_posix()}" in names
     assert "voco_plugin/integrations/__init__.py" in names and "voco_plugin/py.typed" in names
     assets = ROOT / "voco_plugin" / "data" / "assets"
     for file in sorted(p.relative_to(ROOT) for p in assets.rglob("*") if p.is_file()):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.resources
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from . import output
+from .launch import launch
 from .recipe import Recipe, RecipeArguments, RecipeError, load
 
 OWN_FLAGS = ("--debug", "--check", "--json")
@@ -58,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     ):  # the trainer prints its log
         result = train(recipe)
+    if not result.pop("main_process"):
+        return 0
     if args.json:
         output.emit_json(result)
     else:
@@ -95,6 +96,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     model_config = recipe.arguments(ModelConfig)
     config = recipe.arguments(VoCoSFTConfig)
+    _check_num_processes(arguments.num_processes, config.world_size)
     source, revision = model_config.model_name_or_path, model_config.model_revision
     check_model_path(source)
 
@@ -140,7 +142,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "steps": outcome.global_step,
         "seconds": outcome.metrics.get("train_runtime", 0.0),
         "metrics": outcome.metrics,
+        "main_process": trainer.is_world_process_zero(),
     }
+
+
+def _check_num_processes(asked: int | None, found: int) -> None:
+    """Refuse a run that is not as many processes as the recipe asks for."""
+    if asked is not None and asked != found:
+        what = "one process" if found == 1 else f"{found} processes"
+        raise RecipeError(
+            f"num_processes={asked}, and this is {what}: launch it with --accelerate_config ddp (or zero2, "
+            "zero3, fsdp2), or leave num_processes out."
+        )
 
 
 def check_model_path(source: str) -> None:
@@ -151,49 +164,3 @@ def check_model_path(source: str) -> None:
             f"model {source} does not exist: give a folder that holds a config.json (or "
             f"adapter_config.json), or a hub id."
         )
-
-
-# -- several processes
-# -------------------------------------------------------------------------------------------------
-
-
-def profiles() -> dict[str, Path]:
-    """The accelerate profiles that TRL ships, by name."""
-    folder = importlib.resources.files("trl.accelerate_configs")
-    return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if f.name.endswith(".yaml")}
-
-
-def launch_arguments(recipe: Recipe, config: RecipeArguments, overrides: list[str]) -> list[str]:
-    """The arguments of ``accelerate launch`` that run this recipe in every process."""
-    from ..config import nearest
-
-    name = str(config.accelerate_config)
-    path = Path(name).expanduser()
-    if not path.is_file():
-        known = profiles()
-        if name not in known:
-            raise RecipeError(
-                f"accelerate_config={name!r} is neither a file nor a profile{nearest(name, known)}; "
-                f"profiles: {', '.join(sorted(known))}."
-            )
-        path = known[name]
-    text = path.read_text(encoding="utf-8")
-    if "DEEPSPEED" in text and importlib.util.find_spec("deepspeed") is None:
-        raise ImportError(
-            f"accelerate_config={name!r} needs DeepSpeed: pip install 'voco_plugin[deepspeed]'."
-        )
-    processes = [] if config.num_processes is None else ["--num_processes", str(config.num_processes)]
-    # the child must not launch again: the last --accelerate_config wins
-    child = ["train", str(recipe.path), *overrides, "--accelerate_config", "null"]
-    return ["--config_file", str(path), *processes, "--module", "voco_plugin", *child]
-
-
-def launch(recipe: Recipe, config: RecipeArguments, overrides: list[str]) -> int:
-    """Run this command again under ``accelerate launch``."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    arguments = launch_arguments(recipe, config, overrides)
-    output.note(f"accelerate launch {' '.join(arguments)}")
-    sys.stdout.flush()
-    launch_command(launch_command_parser().parse_args(arguments))
-    return 0

@@ -18,7 +18,7 @@ from ..families import family_of
 from ..generation import VoCoGenerationMixin
 from ..isolation import Attachment
 from ..layout import TokenVocabulary
-from .tokens import add_token, make_rows, remove_token, restore_rows
+from .tokens import add_token, embedding_rows, make_rows, remove_token, restore_rows
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def attach(
     try:
         vocab = vocabulary or family.vocabulary(config=inner.config, processor=processor, voco=config)
         config.token_id = vocab.voco_id
-        rows = inner.get_input_embeddings().weight.shape[0]
+        rows = embedding_rows(inner)
         if vocab.voco_id >= rows and processor is None:
             raise ValueError(
                 f"VoCoConfig.token_id={vocab.voco_id} is outside the model's {rows} embedding rows; give an "

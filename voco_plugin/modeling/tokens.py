@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .._compat import full_shape, gathered
 from ..config import VoCoConfig
 
 
@@ -30,8 +31,9 @@ def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:
     return token_id, new
 
 
-def _rows(model: torch.nn.Module) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+def embedding_rows(model: torch.nn.Module) -> int:
+    """How many rows the input embeddings have, also where ZeRO-3 has split them."""
+    return full_shape(model.get_input_embeddings().weight)[0]
 
 
 def make_rows(model: torch.nn.Module, config: VoCoConfig, token_id: int, known: int) -> dict[str, Any]:
@@ -44,20 +46,18 @@ def make_rows(model: torch.nn.Module, config: VoCoConfig, token_id: int, known: 
     Returns:
         what :func:`restore_rows` needs to give the original weights back, bit for bit.
     """
-    before = _rows(model)
-    record: dict[str, Any] = {"rows": before}
-    if token_id >= before:
+    before = embedding_rows(model)
+    record: dict[str, Any] = {"rows": before, "token_id": token_id, "resized": token_id >= before}
+    if record["resized"]:
         multiple = 64 if before % 64 == 0 else None
         model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=multiple, mean_resizing=False)
-        record["resized"] = True
-    else:
-        record["resized"] = False
-        record["old"] = [w[token_id].detach().clone() for w in _weights(model)]
-    record["token_id"] = token_id
     known = min(known, before, token_id) or before
     generator = torch.Generator().manual_seed(config.token_seed)
-    with torch.no_grad():
-        for weight in _weights(model):
+    weights = _weights(model)
+    with torch.no_grad(), gathered(weights, write=True):
+        if not record["resized"]:
+            record["old"] = [weight[token_id].detach().clone() for weight in weights]
+        for weight in weights:
             rows = weight[:known].detach().float()
             std = rows.std(dim=0, unbiased=False).cpu()
             noise = torch.randn(weight.shape[1], generator=generator) * std * 0.01
@@ -83,8 +83,9 @@ def restore_rows(model: torch.nn.Module, record: dict[str, Any]) -> None:
     if record["resized"]:
         model.resize_token_embeddings(record["rows"], mean_resizing=False)
         return
-    with torch.no_grad():
-        for weight, old in zip(_weights(model), record["old"], strict=True):
+    weights = _weights(model)
+    with torch.no_grad(), gathered(weights, write=True):
+        for weight, old in zip(weights, record["old"], strict=True):
             weight[record["token_id"]] = old.to(weight.device)
 
 

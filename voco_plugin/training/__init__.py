@@ -2,7 +2,7 @@
 
 Reading order: ``config`` (the arguments), ``parts`` (which part of a model a parameter belongs to),
 ``adapters`` (PEFT for a token row and the language model alone), ``datasets`` (columns), ``weights``
-(resume), ``trainer`` (puts them together).
+(resume), ``launch`` (which launches are refused), ``trainer`` (puts them together).
 """
 
 from __future__ import annotations

@@ -110,20 +110,6 @@ def anchored(
     return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
-def mend_tied_head(model: nn.Module) -> None:
-    """Give an LM head that PEFT wrapped (tied embeddings with trainable rows) the ``bias`` that TRL's loss
-    reads.
-
-    The wrapper forwards ``weight`` only. The attribute is set on this one object; a state dict does not see
-    it.
-    """
-    from peft.utils.other import TrainableTokensWrapper
-
-    head = model.get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper) and "bias" not in head.__dict__:
-        head.__dict__["bias"] = getattr(head.original_module, "bias", None)
-
-
 @contextlib.contextmanager
 def small_checkpoints(model: nn.Module) -> Iterator[None]:
     """Inside the block, ``model.save_pretrained`` writes token rows, not embeddings.

@@ -15,13 +15,21 @@ from transformers import AutoProcessor, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .._compat import (
+    introduce_deepspeed_to_the_process_group,
+    loss_of_merged_heads,
+    mend_tied_head,
+    name_present_layers,
+    token_rows_on_any_device,
+)
 from ..collator import VoCoDataCollator
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import SequenceLayout, TokenKind
-from ..modeling import attach, attachment, is_attached, load, save_voco_config
-from .adapters import mend_tied_head, prepare_peft_config, small_checkpoints
+from ..modeling import attach, attachment, is_attached, load, save_voco_config, unwrap
+from .adapters import prepare_peft_config, small_checkpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
+from .launch import check_launch, check_sharded_head
 from .parts import describe_trainable, freeze
 from .weights import load_whole_weights
 
@@ -69,7 +77,9 @@ class VoCoSFTTrainer(SFTTrainer):
         if more:
             raise TypeError("give the arguments after processing_class by name.")
         args = _as_voco_args(args, model)
+        check_launch(args)
         init_kwargs = args.model_init_kwargs
+        introduce_deepspeed_to_the_process_group()
         if isinstance(model, str):
             model, found = _load_model(model, args, quantization_config)
             processing_class = processing_class or found
@@ -92,19 +102,23 @@ class VoCoSFTTrainer(SFTTrainer):
             )
         elif not wrapped:
             freeze(model, projector=args.train_projector, vision_tower=args.train_vision_tower)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        with token_rows_on_any_device():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                **kwargs,
+            )
         args.model_init_kwargs = init_kwargs
         mend_tied_head(self.accelerator.unwrap_model(self.model))
+        if self.is_fsdp_enabled:
+            check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
+            name_present_layers(unwrap(self.model))
         self._set_collators(data_collator)
         self.trainable_report = self._report()
 
@@ -182,6 +196,14 @@ class VoCoSFTTrainer(SFTTrainer):
         if self.voco is not None:
             self._count(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with loss_of_merged_heads():  # the backward pass takes the head's weight too
+            return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with loss_of_merged_heads():
+            return super().prediction_step(*args, **kwargs)
 
     def _count(self, inputs: dict[str, Any]) -> None:
         """Log what the batch holds; counts are summed over all processes."""

@@ -1,0 +1,158 @@
+"""What upstream versions need from us, each piece with its "remove when"; any layer may import this file.
+
+Nothing here changes upstream at import: a piece is a context manager that puts back what it changed, or a
+call that does nothing where the trouble is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# -- DeepSpeed ZeRO-3
+# ---------------------------------------------------------------------------------------------------------
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has split ``parameter`` over the processes (its own tensor is then empty)."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of ``parameter``, also where ZeRO-3 has split it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[torch.Tensor], *, write: bool = False) -> Iterator[None]:
+    """Inside the block, ``parameters`` are whole in every process.
+
+    Every process must enter it. With ``write`` what is written to them stays (rank 0's values are kept);
+    without it, DeepSpeed raises where they were changed. Tensors that ZeRO-3 has not split are left alone.
+    """
+    split = [p for p in parameters if is_partitioned(p)]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
+        yield
+
+
+def introduce_deepspeed_to_the_process_group() -> None:
+    """Tell DeepSpeed of the process group that is there, before a model is built under ZeRO-3.
+
+    On a CPU accelerate makes the (gloo) group itself, and DeepSpeed, asked to split a model while it loads,
+    takes the world for one process: "Check batch related parameters … 4 != 2 * 1 * 1" (accelerate 1.15,
+    deepspeed 0.19). On other devices accelerate makes the group through DeepSpeed, and this does nothing.
+    Remove when accelerate calls ``deepspeed.comm.init_distributed`` on a CPU too.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not (is_deepspeed_zero3_enabled() and torch.distributed.is_initialized()):
+        return
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.comm.init_distributed(torch.distributed.get_backend(), verbose=False)
+
+
+# -- PEFT
+# ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def token_rows_on_any_device() -> Iterator[None]:
+    """Inside the block, PEFT can add ``trainable_token_indices`` under ZeRO-3 without CUDA.
+
+    PEFT 0.21 collects the rows into a tensor on ``torch.cuda.current_device()``. Where CUDA is there, or the
+    method is gone, nothing is changed. Remove when ``TrainableTokensLayer._collect_token_weights`` takes the
+    weight's device.
+    """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    name = "_collect_token_weights"
+    stock = TrainableTokensLayer.__dict__.get(name)
+    if stock is None or torch.cuda.is_available():
+        yield
+        return
+
+    @functools.wraps(stock)
+    def collect(self: Any, weight: torch.Tensor, rows: Any, embed_dim: int) -> torch.Tensor:
+        with gathered([weight]), torch.no_grad():
+            return weight[rows].detach().clone()
+
+    setattr(TrainableTokensLayer, name, collect)
+    try:
+        yield
+    finally:
+        setattr(TrainableTokensLayer, name, stock)
+
+
+# -- accelerate
+# ---------------------------------------------------------------------------------------------------------
+
+
+def name_present_layers(model: nn.Module) -> None:
+    """Take from ``model._no_split_modules`` the classes that the model has no module of.
+
+    accelerate 1.15 wraps these for FSDP and raises where one is missing ("Could not find the transformer
+    layer class CLIPTextEmbeddings in the model": every LLaVA with a CLIP tower). Set on this one object.
+    Remove when accelerate skips missing classes.
+    """
+    named = getattr(model, "_no_split_modules", None)
+    if named:
+        present = {type(module).__name__ for module in model.modules()}
+        model._no_split_modules = type(named)(name for name in named if name in present)
+
+
+# -- TRL
+# ---------------------------------------------------------------------------------------------------------
+
+
+def mend_tied_head(model: nn.Module) -> None:
+    """Give an LM head that PEFT wrapped (tied embeddings with trainable rows) the ``bias`` that TRL's loss
+    reads.
+
+    The wrapper forwards ``weight`` only (peft 0.21, trl 1.16). The attribute is set on this one object; a
+    state dict does not see it. Remove when PEFT's wrapper forwards ``bias``.
+    """
+    from peft.utils.other import TrainableTokensWrapper
+
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and "bias" not in head.__dict__:
+        head.__dict__["bias"] = getattr(head.original_module, "bias", None)
+
+
+@contextlib.contextmanager
+def loss_of_merged_heads() -> Iterator[None]:
+    """Inside the block, TRL's fused loss takes an LM head whose weight is computed, under ZeRO-3 too.
+
+    With tied embeddings and trainable token rows, the head's weight is the embedding with the rows written
+    in: a plain tensor, whole already. TRL 1.16 reads ``ds_status`` of it ("'Tensor' object has no attribute
+    'ds_status'"). Remove when ``maybe_gather_lm_head_ctx`` skips tensors that ZeRO-3 has not split.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from trl.trainer import utils
+
+    name = "maybe_gather_lm_head_ctx"
+    stock = getattr(utils, name, None)
+    if stock is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+
+    @functools.wraps(stock)
+    def gather(*parameters: torch.Tensor | None) -> Any:
+        return stock(*(p for p in parameters if p is not None and is_partitioned(p)))
+
+    setattr(utils, name, gather)
+    try:
+        yield
+    finally:
+        setattr(utils, name, stock)
