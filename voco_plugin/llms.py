@@ -195,7 +195,9 @@ def refusal_of(source: str) -> str | None:
     return None
 
 
-def load_llm(name: str, dtype: Any = None) -> tuple[Any, Any, LLMSpec]:
+def load_llm(
+    name: str, dtype: Any = None, attn_implementation: str | None = None
+) -> tuple[Any, Any, LLMSpec]:
     """``(causal language model, tokenizer, spec)`` of an LLM by name; the tokenizer knows ``<image>``,
     ``<video>`` and padding.
 
@@ -214,11 +216,10 @@ def load_llm(name: str, dtype: Any = None) -> tuple[Any, Any, LLMSpec]:
     tokenizer = AutoTokenizer.from_pretrained(spec.source, extra_special_tokens=named)
     if tokenizer.pad_token is None:
         known = tokenizer.get_vocab()
-        tokenizer.add_special_tokens(
-            {"pad_token": spec.pad_token if spec.pad_token in known else "<pad>"}
-        )
+        tokenizer.add_special_tokens({"pad_token": spec.pad_token if spec.pad_token in known else "<pad>"})
     tokenizer.padding_side = "left"
-    model = AutoModelForCausalLM.from_pretrained(spec.source, dtype=dtype or "float32")
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = AutoModelForCausalLM.from_pretrained(spec.source, dtype=dtype or "float32", **options)
     return model.eval(), tokenizer, spec
 
 

@@ -182,8 +182,10 @@ def pretrain_tower(
         `cell_accuracy` and `position_accuracy` per patch, 0…1, on held-out scenes and digits; `loss`, the
         last.
     """
-    images, cells = _patch_data(processor, grid, num_colors, cell_pixels, num_images, "train", seed)
-    held_images, held_cells = _patch_data(processor, grid, num_colors, cell_pixels, 512, "test", seed)
+    side = model.config.vision_config.image_size // processor.patch_size
+    world = (grid, num_colors, cell_pixels)
+    images, cells = patch_data(processor.image_processor, side, *world, num_images, "train", seed)
+    held_images, held_cells = patch_data(processor.image_processor, side, *world, 512, "test", seed)
     tower = model.model.vision_tower
     width, patches = tower.config.hidden_size, cells.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -230,15 +232,22 @@ def _features(model: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
     return [hidden[model.config.vision_feature_layer][:, 1:], hidden[-1][:, 1:]]
 
 
-def _patch_data(
-    processor: Any, grid: int, num_colors: int, cell_pixels: int, num_images: int, split: str, seed: int
+def patch_data(
+    image_processor: Any,
+    side: int,
+    grid: int,
+    num_colors: int,
+    cell_pixels: int,
+    num_images: int,
+    split: str,
+    seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels `[B, 3, S, S]` and, per patch, the class of the cell its centre lies in `[B, N]`."""
+    """Pixels `[B, 3, S, S]` and, per patch of `side * side`, the class of the cell its centre lies in
+    `[B, N]`."""
     rng = np.random.default_rng([seed, 2 + SPLITS.index(split)])
     scenes = [sample_scene(rng, grid, num_colors, split) for _ in range(num_images)]
     drawn = [draw_scene(scene, rng, cell_pixels) for scene in scenes]
-    pixels = processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
-    side = pixels.shape[-1] // processor.patch_size
+    pixels = image_processor(drawn, return_tensors="pt")["pixel_values"].flatten(0, -4)  # no tile dimension
     cells = torch.tensor([_patch_classes(scene, side) for scene in scenes])
     return pixels, cells
 

@@ -20,6 +20,7 @@ LIBRARIES: dict[str, str] = {
 }
 """Where each library's loader is; it is imported when an encoder of that library is asked for."""
 
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """An entry of ``registry.encoders``: everything that can be said of an encoder before it is loaded.

@@ -24,9 +24,7 @@ from .base import Encoder, pixels_of
 logger = logging.getLogger(__name__)
 
 
-def load(
-    source: str, *, image_size: int | None, feature_layer: int | None, class_token: bool
-) -> Encoder:
+def load(source: str, *, image_size: int | None, feature_layer: int | None, class_token: bool) -> Encoder:
     """The :class:`Encoder` at ``source``; see :func:`~voco_plugin.encoders.base.load_encoder`."""
     from transformers import AutoConfig, AutoModel
 
@@ -56,9 +54,7 @@ def load(
             states = tower(pixels, output_hidden_states=True).hidden_states
             found = states[layer]
         except IndexError:
-            raise ValueError(
-                f"feature_layer={layer}: {source} has {len(states)} hidden states."
-            ) from None
+            raise ValueError(f"feature_layer={layer}: {source} has {len(states)} hidden states.") from None
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"encoder {source} ({config.model_type}) does not take pixel_values of (1, 3, {size}, "
@@ -130,11 +126,12 @@ def _image_processor(source: str, size: int, trained: int) -> Any:
         processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         logger.warning(
-            "%s has no image processor (%s): taking CLIP's mean and spread, at %d pixels.", source, error, size
+            "%s has no image processor (%s): taking CLIP's mean and spread, at %d pixels.",
+            source,
+            error,
+            size,
         )
-        return CLIPImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        )
+        return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     edge = dict(processor.size or {})
     cropped = bool(getattr(processor, "do_center_crop", False)) and getattr(processor, "crop_size", None)
     if cropped:

@@ -15,47 +15,12 @@ from typing import Any
 
 import torch
 
+from ..composition import check_names
 from ..encoders.base import Encoder, load_encoder
-from ..encoders.spec import resolve
-from ..llms import IMAGE_TOKEN, VIDEO_TOKEN, fitting_template, load_llm, resolve_llm, template_text
-from ..projectors import Projector, check_projector, get_projector
+from ..llms import IMAGE_TOKEN, VIDEO_TOKEN, fitting_template, load_llm, template_text
+from ..projectors import Projector, get_projector
 
 logger = logging.getLogger(__name__)
-
-KEYS = (
-    "encoder",
-    "llm",
-    "projector",
-    "image_size",
-    "feature_layer",
-    "class_token",
-    "chat_template",
-    "pretrained",
-    "seed",
-)
-"""The keys of a recipe's ``model`` section: the arguments of :func:`compose` but its dtype."""
-
-
-def check_names(encoder: str, llm: str, projector: str = "mlp2x_gelu", **options: Any) -> None:
-    """Check what can be checked before anything loads: every name, and the template.
-
-    Raises:
-        ValueError: a name is unknown (the nearest one is given), or a value has the wrong type.
-    """
-    resolve(encoder)
-    resolve_llm(llm)
-    check_projector(projector)
-    if options.get("chat_template") is not None:
-        template_text(options["chat_template"])
-    for key, kind in (("image_size", int), ("feature_layer", int), ("seed", int)):
-        value = options.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise ValueError(f"{key}={value!r} must be an integer.")
-    if (options.get("image_size") or 1) < 1:
-        raise ValueError(f"image_size={options['image_size']} must be at least 1 pixel.")
-    for key in ("class_token", "pretrained"):
-        if not isinstance(options.get(key, False), bool):
-            raise ValueError(f"{key}={options[key]!r} must be true or false.")
 
 
 def compose(
@@ -68,6 +33,7 @@ def compose(
     class_token: bool = False,
     chat_template: str | None = None,
     dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
     pretrained: bool = True,
     seed: int = 0,
 ) -> tuple[Any, Any]:
@@ -81,9 +47,10 @@ def compose(
         image_size: pixels a side; ``None`` keeps the encoder's, others interpolate its position embeddings.
         feature_layer: which layer's features are projected; ``None``: -2 for ViTs, -1 for ConvNets.
         class_token: keep the class token among the features.
-        chat_template: a shipped name, a file or a text; ``None`` takes the one that writes the LLM's own
-            conversation.
-        dtype: of all weights; ``None``: float32.
+        chat_template: a shipped name, a file or a text; ``None`` takes the tokenizer's own if it places
+            images, else the shipped one that writes the LLM's own conversation.
+        dtype: of all weights; ``None``: float32; ``auto``: the LLM's.
+        attn_implementation: of the LLM; ``None``: its default.
         pretrained: false gives timm and open_clip encoders random weights.
         seed: of the projector's weights.
 
@@ -95,8 +62,8 @@ def compose(
     """
     options = {"image_size": image_size, "feature_layer": feature_layer, "class_token": class_token}
     check_names(encoder, llm, projector, chat_template=chat_template, seed=seed, **options)
-    tower = load_encoder(encoder, dtype=dtype, pretrained=pretrained, **options)
-    language, tokenizer, spec = load_llm(llm, dtype)
+    language, tokenizer, spec = load_llm(llm, dtype, attn_implementation)
+    tower = load_encoder(encoder, dtype=language.dtype, pretrained=pretrained, **options)
     width = language.get_input_embeddings().weight.shape[1]
     chosen = get_projector(projector, tower.hidden_size, width, tower.host)
     _grow_rows(language, tokenizer)
@@ -116,7 +83,9 @@ def compose(
         after = model(input_ids=ids.to(language.device), attention_mask=torch.ones_like(ids)).logits.float()
     _compare_heads(llm, language.config, before, after)
 
-    template = chat_template or spec.chat_template or fitting_template(tokenizer)
+    own = tokenizer.chat_template
+    knows_images = isinstance(own, str) and IMAGE_TOKEN in own
+    template = chat_template or spec.chat_template or (own if knows_images else fitting_template(tokenizer))
     processor = _processor(tower, tokenizer, template_text(template))
     _set_generation(model, language, tokenizer, spec.end_token)
     return model.eval(), processor
@@ -124,7 +93,7 @@ def compose(
 
 def _shown(name: str) -> str:
     """A name as it may be published: of a local folder its last part only."""
-    return Path(name).name if os.path.isdir(Path(name).expanduser()) else name
+    return Path(name).name if name and os.path.isdir(Path(name).expanduser()) else name
 
 
 def _grow_rows(language: Any, tokenizer: Any) -> None:
@@ -146,6 +115,8 @@ def _config(tower: Encoder, language: Any, tokenizer: Any, projector: Projector)
     from transformers import FastVlmConfig, LlavaConfig, PerceptionLMConfig
 
     vision, text = tower.tower.config, language.config
+    for part in (vision, text):  # a local path is nobody else's business
+        part._name_or_path = _shown(getattr(part, "_name_or_path", "") or "")
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     tied = bool(getattr(text, "tie_word_embeddings", False))
     if tower.host == "perception_lm":
@@ -220,9 +191,9 @@ def _compare_heads(name: str, text: Any, before: torch.Tensor, after: torch.Tens
     """Text alone must get the LLM's own logits; a soft cap on them is the one thing that may be lost."""
     cap = getattr(text, "final_logit_softcapping", None)
     close = {"atol": 1e-3, "rtol": 1e-2}
-    if torch.allclose(before, after, **close):
+    if cap is None and torch.allclose(before, after, **close):
         return
-    if cap and torch.allclose(before, cap * torch.tanh(after / cap), **close):
+    if cap is not None and torch.allclose(before, cap * torch.tanh(after / cap), **close):
         logger.warning(
             "llm %s caps its logits softly at %s, and transformers' LLaVA classes do not: greedy answers are "
             "the same, probabilities (the loss, sampling) are sharper.",
