@@ -58,7 +58,7 @@ def made(parts, encoder: str, llm: str, projector: str = "mlp2x_gelu", **options
 def batch_of(processor, first: int = 0):
     texts = ["<s>one <image> is what it?", "<s><image>and <image> is the color red blue"]
     images = [[picture(first)], [picture(1), picture(2)]]
-    return processor(images=images, text=texts, return_tensors="pt", processor_kwargs={"padding": True})
+    return processor(images=images, text=texts, return_tensors="pt", padding=True)
 
 
 @pytest.mark.parametrize("llm", ["llama", "qwen3", "gemma3", "mistral"])
@@ -84,65 +84,74 @@ import sys, torch
 {extra}
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from PIL import Image
-folder = sys.argv[1]
-model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-processor = AutoProcessor.from_pretrained(folder)
-inputs = processor(images=Image.open(folder + "/picture.png"), text="<s><image>is what", return_tensors="pt")
-with torch.no_grad():
-    torch.save(model(**inputs).logits, folder + "/logits.pt")
-print("voco_plugin" in sys.modules, type(model).__name__)
+for folder in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    image = Image.open(folder + "/picture.png")
+    inputs = processor(images=image, text="<s><image>is what", return_tensors="pt")
+    with torch.no_grad():
+        torch.save(model(**inputs).logits, folder + "/logits.pt")
+    print("voco_plugin" in sys.modules, type(model).__name__)
 """
 
 
-def plain_process(folder: Path, extra: str = "", path: str = "") -> subprocess.CompletedProcess[str]:
+def save_composed(parts, folder: Path, *names: str) -> torch.Tensor:
+    """Write a composed model, and return the logits that it gives here."""
+    model, processor = made(parts, *names)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    picture().save(folder / "picture.png")
+    inputs = processor(images=picture(), text="<s><image>is what", return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def process(folders: list[Path], extra: str = "", path: str = "") -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ({"PYTHONPATH": path} if path else {})
-    code = _PLAIN.format(extra=extra)
-    return subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=folder, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", _PLAIN.format(extra=extra), *map(str, folders)]
+    return subprocess.run(command, cwd=folders[0], env=env, capture_output=True, text=True)
+
+
+CASES = [
+    ("clip", "llama", "linear"),
+    ("timm_eva", "qwen3", "mlp2x_gelu"),
+    ("timm_convnext", "gemma3", "linear"),
+    ("siglip", "mistral", "mlp2x_gelu"),
+    ("dinov2", "gemma2", "linear"),
+    ("dinov3", "llama", "mlp2x_gelu"),
+    ("timm_siglip", "llama", "mlp2x_gelu"),
+]
+
+
+def test_plain_transformers_gives_the_same_logits(parts, tmp_path):
+    """In a process that never imports this package; a tower of open_clip is refused there by name."""
+    folders = [tmp_path / "-".join(names) for names in (*CASES, ("open_clip", "llama", "linear"))]
+    wanted = []
+    for folder, names in zip(folders, [*CASES, ("open_clip", "llama", "linear")], strict=True):
+        folder.mkdir()
+        wanted.append(save_composed(parts, folder, *names))
+        published = json.dumps(json.loads((folder / "config.json").read_text())["composed_of"])
+        assert "/" not in published  # no local path
+    done = process(folders)
+    classes = [f"{HOSTS.get(names[0], 'Llava')}ForConditionalGeneration" for names in CASES]
+    assert done.stdout.split() == [word for name in classes for word in ("False", name)], done.stderr[-2000:]
+    for folder, logits in zip(folders[:-1], wanted[:-1], strict=True):
+        assert torch.equal(logits, torch.load(folder / "logits.pt")), folder.name
+    assert done.returncode != 0 and "open_clip_vision" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("encoder", "llm", "projector"),
+    "extra",
     [
-        ("clip", "llama", "linear"),
-        ("timm_eva", "qwen3", "mlp2x_gelu"),
-        ("timm_convnext", "gemma3", "linear"),
-        pytest.param("siglip", "mistral", "mlp2x_gelu", marks=pytest.mark.slow),
-        pytest.param("dinov2", "gemma2", "linear", marks=pytest.mark.slow),
-        pytest.param("dinov3", "llama", "mlp2x_gelu", marks=pytest.mark.slow),
-        pytest.param("timm_siglip", "llama", "mlp2x_gelu", marks=pytest.mark.slow),
+        "import voco_plugin",
+        pytest.param("import transformers.models.auto.modeling_auto, voco_plugin", marks=pytest.mark.slow),
     ],
 )
-@torch.no_grad()
-def test_plain_transformers_gives_the_same_logits(parts, encoder, llm, projector, tmp_path):
-    model, processor = made(parts, encoder, llm, projector)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    picture().save(tmp_path / "picture.png")
-    done = plain_process(tmp_path)
+def test_an_open_clip_tower_loads_once_the_package_is_imported(parts, tmp_path, extra):
+    wanted = save_composed(parts, tmp_path, "open_clip", "llama")
+    done = process([tmp_path], extra, str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["False", type(model).__name__]
-    inputs = processor(images=picture(), text="<s><image>is what", return_tensors="pt")
-    assert torch.equal(model(**inputs).logits, torch.load(tmp_path / "logits.pt"))
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert "/" not in json.dumps(config["composed_of"])  # no local path is published
-
-
-@torch.no_grad()
-def test_an_open_clip_tower_loads_once_the_package_is_imported(parts, tmp_path):
-    model, processor = made(parts, "open_clip", "llama")
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    picture().save(tmp_path / "picture.png")
-    inputs = processor(images=picture(), text="<s><image>is what", return_tensors="pt")
-    expected = model(**inputs).logits
-    for extra in ("import voco_plugin", "import transformers.models.auto.modeling_auto, voco_plugin"):
-        done = plain_process(tmp_path, extra, str(ROOT))
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert torch.equal(expected, torch.load(tmp_path / "logits.pt"))
-    done = plain_process(tmp_path)
-    assert done.returncode != 0 and "open_clip_vision" in done.stderr
+    assert torch.equal(wanted, torch.load(tmp_path / "logits.pt"))
 
 
 # -- features ------------------------------------------------------------------------------------------------

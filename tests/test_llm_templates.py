@@ -54,8 +54,8 @@ ANSWERS = {
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a character: offsets say which characters are marked."""
     characters = sorted({c for text in EXPECTED.values() for c in text})
-    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="s"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     made = PreTrainedTokenizerFast(tokenizer_object=backend)
     made.bos_token, made.eos_token = "<s>", "</s>"
     return made

@@ -220,6 +220,8 @@ def _check_model(given: dict[str, Any], where: Mapping[str, str]) -> None:
             raise RecipeError(f"{place}model has no {key}: add it, or give --model.{key} NAME.")
     try:
         check_names(**section)
+    except FileNotFoundError:
+        pass  # a folder may still be made; `train` refuses it before anything loads
     except (ValueError, OSError, ImportError) as error:
         raise RecipeError(f"{place}model: {error}") from None
 

@@ -125,9 +125,9 @@ def _token_tower(
             f"feature_layer={layer} of timm/{arch}: give a number from -1 to "
             f"{-len(blocks) if blocks is not None else -1}."
         )
-    args = {**args, "embed_dim": width, "global_pool": ""}
-    if layer != -1:
-        args["depth"] = len(blocks) + layer + 1
+    args = {**args, "embed_dim": width}
+    if layer != -1:  # the last layer is left as timm ends it: whether it has a norm hangs on its pooling
+        args |= {"global_pool": "", "depth": len(blocks) + layer + 1}
         args["use_post_transformer_norm" if type(whole).__name__ == "Eva" else "final_norm"] = False
     tower = _wrapped(arch, args, width, whole)
     _compare(whole, tower, arch, layer, size)
