@@ -201,8 +201,10 @@ def test_a_copied_recipe_trains_like_the_shipped_one(capsys, tmp_path, monkeypat
 def test_registry_lists_what_the_registries_hold(capsys) -> None:
     from voco_plugin.registry import families
 
-    assert json.loads(out_of(capsys, "registry", "families", "--json")) == {"families": families.list()}
-    assert "families: " in out_of(capsys, "registry")
+    assert json.loads(out_of(capsys, "registry", "families", "--json")) == {
+        "families": [{"name": name} for name in families.list()]
+    }
+    assert "families:" in out_of(capsys, "registry")
 
 
 # -- inspect -------------------------------------------------------------------------------------------------

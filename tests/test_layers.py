@@ -16,7 +16,7 @@ PACKAGE = ROOT / "voco_plugin"
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("layout", "masks", "registry", "config", "files", "injection", "conversations"),
     1: ("attention",),
-    2: ("families", "encoders", "llms", "projectors", "compressors"),
+    2: ("families", "encoders", "llms", "projectors", "compressors", "composition", "registration"),
     3: ("isolation", "cache_state"),
     4: ("cache", "generation"),
     5: ("modeling",),

@@ -31,9 +31,8 @@ def test_recipes_are_shipped() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_is_valid_and_names_model_and_data(name: str) -> None:
     recipe = load(name)
-    assert (
-        recipe.values["model_name_or_path"] and recipe.values["dataset_name"] and recipe.values["output_dir"]
-    )
+    assert bool(recipe.values.get("model_name_or_path")) != bool(recipe.values.get("model"))
+    assert recipe.values["dataset_name"] and recipe.values["output_dir"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -49,7 +48,7 @@ def test_a_shipped_recipe_opens_with_its_launch_and_override_commands(name: str)
 def test_a_shipped_recipe_comments_every_key(name: str) -> None:
     lines = recipes.shipped()[name].read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
-        if re.match(r"\s*[a-z_]+:", line) and line.strip() != "voco:":
+        if re.match(r"\s*[a-z_]+:", line) and line.strip() not in ("voco:", "model:"):
             assert lines[number - 1].lstrip().startswith("#"), (
                 f"{name}, line {number + 1}: {line!r} has no comment"
             )
@@ -102,6 +101,45 @@ def test_the_override_commands_of_a_shipped_recipe_are_accepted(name: str) -> No
 def test_a_wrong_key_or_value_is_an_error_that_names_it(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load(write(tmp_path, text))
+
+
+_PARTS = "model:\n  encoder: clip_vit_l_14\n  llm: vicuna_7b_v1_5\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (_PARTS, ["--model.encoder", "clip_vit_l14"], r"'clip_vit_l14' .*did you mean 'clip_vit_l_14"),
+        (_PARTS, ["--model.llm", "vicuna_7b"], r"llm 'vicuna_7b' .*did you mean 'vicuna_7b_v1_5'"),
+        (_PARTS + "  projector: liner\n", [], r"line 1: model: projector 'liner' .*did you mean 'linear'"),
+        (_PARTS + "  encodr: x\n", [], r"line 1: model has no key 'encodr' \(did you mean 'encoder'"),
+        (_PARTS + "  image_size: big\n", [], r"image_size='big' must be an integer"),
+        (_PARTS + "  class_token: 1\n", [], r"class_token=1 must be true or false"),
+        (_PARTS + "  chat_template: vicuna\n", [], r"chat_template 'vicuna' .*did you mean 'vicuna_v1'"),
+        (_PARTS + "model_name_or_path: a/b\n", [], r"both a model section and model_name_or_path='a/b'"),
+        ("model:\n  encoder: clip_vit_l_14\n", [], r"model has no llm: add it, or give --model.llm NAME"),
+        ("model: a/b", [], r"model='a/b' must be a section .*write model_name_or_path"),
+        ("plugin: gone.py", [], r"line 1: plugin gone.py does not exist"),
+    ],
+)  # fmt: skip
+def test_a_wrong_model_section_is_an_error_before_anything_loads(
+    tmp_path: Path, text: str, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(write(tmp_path, text), arguments)
+
+
+def test_a_model_section_takes_the_place_of_a_model(tmp_path: Path) -> None:
+    found = load(write(tmp_path, _PARTS + "model_name_or_path: null\n"), ["--model.projector", "linear"])
+    assert found.values["model"] == {
+        "encoder": "clip_vit_l_14",
+        "llm": "vicuna_7b_v1_5",
+        "projector": "linear",
+    }
+    assert load(write(tmp_path, _PARTS), ["--model", "null", "--model_name_or_path", "a/b"]).values == {
+        "model": None,
+        "model_name_or_path": "a/b",
+    }
 
 
 @pytest.mark.parametrize(

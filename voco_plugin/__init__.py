@@ -1,7 +1,7 @@
 """Vision compression inside the language model: VoCo tokens for any Hugging Face vision-language model.
 
-The names below load when first used: importing this package loads neither trl, timm nor open_clip, and
-changes nothing anywhere.
+The names below load when first used: importing this package loads neither torch, trl, timm nor open_clip. It
+changes nothing anywhere, but for one name that transformers' auto classes learn (``registration.py``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _NAMES = {
     "is_attached": "modeling",
     "attachment": "modeling",
     "load": "modeling",
+    "compose": "modeling",
     "save_voco_config": "modeling",
     "VoCoCache": "cache",
     "VoCoBlock": "cache",
@@ -49,11 +50,19 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def _announce() -> None:
+    from .registration import register_when_loaded
+
+    register_when_loaded()
+
+
+_announce()
+
 if TYPE_CHECKING:
     from .cache import CacheFileError, VoCoBlock, VoCoCache
     from .collator import VoCoDataCollator
     from .config import VoCoConfig
     from .generation import VoCoGenerationMixin
     from .layout import LayoutError, SequenceLayout, TokenVocabulary
-    from .modeling import attach, attachment, detach, is_attached, load, save_voco_config
+    from .modeling import attach, attachment, compose, detach, is_attached, load, save_voco_config
     from .training import VoCoSFTConfig, VoCoSFTTrainer

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
+import importlib.util
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from .config import nearest
@@ -25,6 +31,7 @@ class Registry:
         self.name = name
         self._entries: dict[str, Any] = {}
         self._scanned = False
+        self._built_in = False
 
     def register(self, key: str, component: Any = None) -> Any:
         """Register ``component`` (an object, or ``"module:attribute"``); without one, a decorator."""
@@ -35,12 +42,24 @@ class Registry:
                 return value
 
             return decorate
+        self._load_built_in()
         if key in self._entries and self._entries[key] != component:
             raise ValueError(f"{self.name} already has {key!r}; choose another name.")
         self._entries[key] = component
         return component
 
+    def _load_built_in(self) -> None:
+        """Import the package of the same name, whose files register what is built in: before anything of a
+        third party, so that the blame for a duplicate falls on the newcomer."""
+        if self._built_in:
+            return
+        self._built_in = True
+        module = f"voco_plugin.{self.name}"
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
+
     def _scan(self) -> None:
+        self._load_built_in()
         if self._scanned:
             return
         self._scanned = True
@@ -62,7 +81,7 @@ class Registry:
             self._entries[key] = entry
         return entry
 
-    def list(self) -> list[str]:
+    def list(self) -> builtins.list[str]:
         """Every known name, sorted."""
         self._scan()
         return sorted(self._entries)
@@ -80,6 +99,37 @@ class Registry:
             return value
 
         return decorate
+
+
+_plugins: set[Path] = set()
+
+
+def load_plugin(path: str | os.PathLike) -> None:
+    """Run a Python file that registers components, once: ``--plugin my_file.py``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a Python file, or it fails; the message names the line.
+    """
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"plugin {os.fspath(path)} does not exist; give a Python file.")
+    if file in _plugins:
+        return
+    spec = importlib.util.spec_from_file_location(f"voco_plugin_{file.stem}", file)
+    if file.suffix != ".py" or spec is None or spec.loader is None:
+        raise ValueError(f"plugin {os.fspath(path)} is not a Python file (.py).")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename) == file]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"plugin {os.fspath(path)}{where}: {type(error).__name__}: {error}") from error
+    _plugins.add(file)
 
 
 families = Registry("families")

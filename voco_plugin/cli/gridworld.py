@@ -36,6 +36,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="FOLDER", help="also write the tiny VLM, tower pre-trained, projector aligned"
     )
+    parser.add_argument(
+        "--parts", metavar="FOLDER", help="also write tiny encoders and LLMs to compose from (minutes)"
+    )
     parser.add_argument("--model-seed", type=int, default=0, help="seed of its weights (default: 0)")
     parser.add_argument("--tower-steps", type=int, help="steps of the tower's pre-training")
     parser.add_argument("--align-steps", type=int, help="steps of the projector's alignment")
@@ -64,6 +67,12 @@ def run(args: argparse.Namespace) -> int:
     if args.model:
         result["model"] = args.model
         result["pre-trained"] = _write_model(args)
+    if args.parts:
+        from ..data.tiny_parts import write_tiny_parts
+
+        more = {} if args.tower_steps is None else {"tower_steps": args.tower_steps}
+        world = {"grid": args.grid, "cell_pixels": args.cell_pixels}
+        result["parts"] = {args.parts: write_tiny_parts(args.parts, seed=args.model_seed, **world, **more)}
     if args.json:
         output.emit_json(result)
         return 0
@@ -74,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.base:
         output.emit(f"{args.base}: the shipped base VLM")
+    if args.parts:
+        output.emit(f"{args.parts}: tiny encoders and LLMs, {result['parts'][args.parts]}")
     if args.model:
         output.emit(f"{args.model}: tiny VLM, {result['pre-trained']}")
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..registry import load_plugin
 from .train import check_model_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -20,11 +21,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: the checkpoint's"
     )
+    parser.add_argument(
+        "--plugin", action="append", metavar="FILE", help="a Python file that registers components"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
 
 
 def load_model(args: argparse.Namespace, voco: Any = None) -> tuple[Any, Any]:
     """``(model, processor)`` of ``args.model``, VoCo attached."""
+    for file in getattr(args, "plugin", None) or []:
+        load_plugin(file)
     check_model_path(args.model)
     import torch
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from . import output
 from .launch import launch
-from .recipe import Recipe, RecipeArguments, RecipeError, load
+from .recipe import Recipe, RecipeArguments, load
+from .recipe_values import RecipeError
 
 OWN_FLAGS = ("--debug", "--check", "--json")
 
@@ -34,6 +35,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="check the recipe and print its keys; train nothing"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--plugin", action="append", metavar="FILE", help="a Python file that registers components"
+    )
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="override a key")
 
 
@@ -46,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         if flag in overrides:
             overrides.remove(flag)
             setattr(args, flag[2:], True)
+    if args.plugin:
+        overrides += ["--plugin", *args.plugin]
     recipe = load(args.recipe, overrides)
     config = recipe.arguments(RecipeArguments)
     if args.check:
@@ -82,9 +88,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
         ValueError: the data or the model do not suit it.
     """
     arguments = recipe.arguments(RecipeArguments)
-    for key in ("model_name_or_path", "dataset_name"):
-        if not recipe.values.get(key):
-            raise RecipeError(f"{recipe.path.name} has no {key}: add it, or give --{key} VALUE.")
+    if not recipe.values.get("model_name_or_path") and not arguments.model:
+        raise RecipeError(
+            f"{recipe.path.name} has no model_name_or_path: add it, or give --model_name_or_path VALUE (or a "
+            "section model: {encoder:, llm:, projector:})."
+        )
+    if not recipe.values.get("dataset_name"):
+        raise RecipeError(f"{recipe.path.name} has no dataset_name: add it, or give --dataset_name VALUE.")
     for key, value in (arguments.env or {}).items():
         os.environ[key] = str(value)
 
@@ -98,7 +108,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     config = recipe.arguments(VoCoSFTConfig)
     _check_num_processes(arguments.num_processes, config.world_size)
     source, revision = model_config.model_name_or_path, model_config.model_revision
-    check_model_path(source)
+    if source is not None:
+        check_model_path(source)
 
     dataset = load_vision_dataset(
         arguments.dataset_name, arguments.dataset_train_split, arguments.image_folder
@@ -122,9 +133,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
         ),
         **(config.model_init_kwargs or {}),
     }
+    processor = None
+    if arguments.model:
+        config.model_init_kwargs = None
+        source, processor = _compose(arguments.model, model_config, config)
     trainer = VoCoSFTTrainer(
         model=source,
         args=config,
+        processing_class=processor,
         train_dataset=dataset,
         eval_dataset=evaluation,
         quantization_config=get_quantization_config(model_config),
@@ -154,6 +170,40 @@ def _check_num_processes(asked: int | None, found: int) -> None:
             f"num_processes={asked}, and this is {what}: launch it with --accelerate_config ddp (or zero2, "
             "zero3, fsdp2), or leave num_processes out."
         )
+
+
+def _compose(section: dict[str, Any], model_config: Any, config: Any) -> tuple[Any, Any]:
+    """The model of a recipe's ``model`` section and its processor; for LoRA its folder, which the adapter
+    names as its base."""
+    from accelerate import PartialState
+
+    from ..modeling import compose
+
+    if model_config.load_in_4bit or model_config.load_in_8bit:
+        raise RecipeError(
+            "a model section and quantization exclude each other: save the composed model first "
+            "(vp.compose(…), save_pretrained), and name its folder as model_name_or_path."
+        )
+    if not config.train_projector:
+        output.note(
+            "warning: the composed projector starts from random weights and train_projector is false: it "
+            "stays as it is."
+        )
+
+    def build() -> tuple[Any, Any]:
+        attention = model_config.attn_implementation
+        return compose(**section, dtype=model_config.dtype, attn_implementation=attention)
+
+    if not model_config.use_peft:
+        return build()
+    folder = Path(config.output_dir) / "composed"
+    if PartialState().is_main_process:
+        model, processor = build()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        output.note(f"composed {folder}: the base that the adapter is trained on")
+    PartialState().wait_for_everyone()
+    return str(folder.resolve()), None
 
 
 def check_model_path(source: str) -> None:

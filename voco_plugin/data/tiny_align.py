@@ -73,7 +73,9 @@ def align_projector(
 @torch.no_grad()
 def _pairs(model, processor, grid, num_colors, cell_pixels, num_images, split, seed):
     """Tower features `[B, N, D]` and, for each, the sum of its words' embeddings `[B, N, H]`."""
-    scenes, pixels = draw_patches(processor, grid, num_colors, cell_pixels, num_images, split, seed)
+    scenes, pixels = draw_patches(
+        processor.image_processor, grid, num_colors, cell_pixels, num_images, split, seed
+    )
     side = pixels.shape[-1] // processor.patch_size
     embeddings = model.get_input_embeddings().weight
     ids = torch.tensor([_patch_words(scene, side, processor.tokenizer) for scene in scenes])

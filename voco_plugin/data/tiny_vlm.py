@@ -190,8 +190,10 @@ def pretrain_tower(
         `cell_accuracy` and `position_accuracy` per patch, 0…1, on held-out scenes and digits; `loss`, the
         last.
     """
-    images, cells = _patch_data(processor, grid, num_colors, cell_pixels, num_images, "train", seed)
-    held_images, held_cells = _patch_data(processor, grid, num_colors, cell_pixels, 512, "test", seed)
+    side = model.config.vision_config.image_size // processor.patch_size
+    world = (grid, num_colors, cell_pixels)
+    images, cells = patch_data(processor.image_processor, side, *world, num_images, "train", seed)
+    held_images, held_cells = patch_data(processor.image_processor, side, *world, 512, "test", seed)
     tower = model.model.vision_tower
     width, patches = tower.config.hidden_size, cells.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -239,21 +241,30 @@ def tower_features(model: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def draw_patches(
-    processor: Any, grid: int, num_colors: int, cell_pixels: int, num_images: int, split: str, seed: int
+    image_processor: Any, grid: int, num_colors: int, cell_pixels: int, num_images: int, split: str, seed: int
 ) -> tuple[list[Scene], torch.Tensor]:
     """Scenes of a split and their pixels `[B, 3, S, S]`."""
     rng = np.random.default_rng([seed, 2 + SPLITS.index(split)])
     scenes = [sample_scene(rng, grid, num_colors, split) for _ in range(num_images)]
     drawn = [draw_scene(scene, rng, cell_pixels) for scene in scenes]
-    return scenes, processor.image_processor(drawn, return_tensors="pt")["pixel_values"]
+    pixels = image_processor(drawn, return_tensors="pt")["pixel_values"]
+    return scenes, pixels.flatten(0, -4)  # no tile dimension
 
 
-def _patch_data(
-    processor: Any, grid: int, num_colors: int, cell_pixels: int, num_images: int, split: str, seed: int
+def patch_data(
+    image_processor: Any,
+    side: int,
+    grid: int,
+    num_colors: int,
+    cell_pixels: int,
+    num_images: int,
+    split: str,
+    seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels `[B, 3, S, S]` and, per patch, the class of the cell its centre lies in `[B, N]`."""
-    scenes, pixels = draw_patches(processor, grid, num_colors, cell_pixels, num_images, split, seed)
-    side = pixels.shape[-1] // processor.patch_size
+    """Pixels `[B, 3, S, S]` and, per patch of `side * side`, the class of the cell its centre lies in
+    `[B, N]`."""
+    world = (grid, num_colors, cell_pixels)
+    scenes, pixels = draw_patches(image_processor, *world, num_images, split, seed)
     cells = torch.tensor([_patch_classes(scene, side) for scene in scenes])
     return pixels, cells
 

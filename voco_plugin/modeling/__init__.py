@@ -1,13 +1,15 @@
-"""Attach the isolation rule to a model, take it off, load and save."""
+"""Attach the isolation rule to a model, take it off, load and save; compose a model from parts."""
 
 from ..isolation import Attachment
 from .attach import attach, attachment, detach, is_attached, unwrap
+from .compose import compose
 from .loading import load, save_voco_config
 
 __all__ = [
     "Attachment",
     "attach",
     "attachment",
+    "compose",
     "detach",
     "is_attached",
     "load",

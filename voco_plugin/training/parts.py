@@ -9,6 +9,7 @@ from torch import nn
 
 LANGUAGE, PROJECTOR, VISION = "language model", "projector", "vision tower"
 TOKEN_ROW, ADAPTERS = "VoCo token row", "adapters"
+FIXED = "fixed layers"
 
 _PROJECTOR = re.compile(
     r"projector|projection$|connector|merger|aligner|resampler|q_?former|multi_?modal|embed_vision|newline|^mlp1$"
@@ -25,12 +26,15 @@ class ModelParts:
     Attributes:
         decoder: name of the module that holds the input embeddings.
         layers: name of its list of layers.
+        fixed: names of the layers that a composed model keeps as they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
         names = {id(module): name for name, module in model.named_modules()}
         self.decoder = names[id(model.get_input_embeddings())].rpartition(".")[0]
         self.head = names.get(id(model.get_output_embeddings()))
+        composed = getattr(getattr(model, "config", None), "composed_of", None) or {}
+        self.fixed = tuple(composed.get("fixed_layers") or ())
         lists = [
             name
             for name, module in model.named_modules()
@@ -40,6 +44,8 @@ class ModelParts:
 
     def of(self, name: str) -> str:
         """The part of the parameter or module called ``name``."""
+        if any(f".{layer}." in f".{name}." for layer in self.fixed):
+            return FIXED
         if self.head is not None and _within(name, self.head):
             return LANGUAGE
         if _within(name, self.decoder):
@@ -68,7 +74,9 @@ def freeze(model: nn.Module, *, projector: bool, vision_tower: bool) -> None:
     parts = ModelParts(model)
     for name, parameter in model.named_parameters():
         part = parts.of(name)
-        if part != LANGUAGE and parameter.is_floating_point():
+        if part == FIXED:  # the identity matrices of a composed model's `linear` projector
+            parameter.requires_grad_(False)
+        elif part != LANGUAGE and parameter.is_floating_point():
             parameter.requires_grad_(projector if part == PROJECTOR else vision_tower)
 
 
