@@ -239,6 +239,16 @@ def test_the_licence_is_the_base_models_own(tmp_path, monkeypatch) -> None:
     assert license_of("a/b") == {"license": "llama2"}
 
 
+def test_a_card_that_cannot_be_read_costs_no_checkpoint(bases, data, tmp_path, caplog) -> None:
+    base = tmp_path / "broken-base"
+    shutil.copytree(bases("llava_llama"), base)
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    out = tmp_path / "out"
+    trainer(str(base), out, data, max_steps=1).save_model(str(out))
+    assert check_metadata(out)["license"] == "other"
+    assert "broken-base/README.md cannot be read" in caplog.text
+
+
 def test_a_base_from_the_hub_is_named_and_linked(tmp_path) -> None:
     options = {
         "name": "n", "repository": "me/n", "voco": vp.VoCoConfig(num_tokens=2), "data": {}, "arguments": {},

@@ -130,6 +130,17 @@ def test_plain_llava_has_the_logits_of_a_causal_run(tmp_path, projector) -> None
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_linear_projector_is_the_original_one_bit_for_bit(tmp_path, dtype) -> None:
+    state = official.write_checkpoint(tmp_path / "ckpt", projector="linear", voco=False)
+    out = converted(tmp_path, "--dtype", dtype)
+    made = LlavaForConditionalGeneration.from_pretrained(out).model.multi_modal_projector
+    weight, bias = (state[f"model.mm_projector.{n}"].to(getattr(torch, dtype)) for n in ("weight", "bias"))
+    features = torch.randn(3, 9, weight.shape[1]).to(weight.dtype)
+    with torch.no_grad():
+        assert torch.equal(made(features), torch.nn.functional.linear(features, weight, bias))
+
+
 def test_class_token_and_last_layer_are_read_from_the_config(tmp_path) -> None:
     more = {"mm_vision_select_feature": "cls_patch", "mm_vision_select_layer": -1}
     state = official.write_checkpoint(tmp_path / "ckpt", **more)
@@ -151,13 +162,17 @@ def test_a_projector_alone_joins_its_language_model(tmp_path) -> None:
         (llm / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     official.write_config(stage, rows)
     projector = {"model." + n: t for n, t in official.projector_state("mlp2x_gelu", seed=8).items()}
-    torch.save(projector, stage / "mm_projector.bin")
+    # with start and end markers that code trains and saves the embeddings too: they replace the LLM's
+    embeddings = {
+        "model.embed_tokens.weight": official.llama_state(rows, seed=7)["model.embed_tokens.weight"]
+    }
+    torch.save({**projector, **embeddings}, stage / "mm_projector.bin")
     out = converted(tmp_path, "--language-model", str(llm))
     tower = {"model.vision_tower.vision_tower." + n: t for n, t in official.clip_state().items()}
     from transformers import AutoProcessor
 
     model = LlavaForConditionalGeneration.from_pretrained(out).eval()
-    state = {**language, **projector, **tower}
+    state = {**language, **embeddings, **projector, **tower}
     assert largest_difference(model, AutoProcessor.from_pretrained(out), state, None) < 1e-5
 
 
@@ -206,9 +221,9 @@ def test_the_conversation_is_the_original_one(tmp_path) -> None:
     inputs, ids = prompt(processor)
     assert ids[0] == processor.tokenizer.bos_token_id and ids[1] == -200
     # what stands between image and VoCo tokens is part of the block, as the original mask has it
-    runs = vp.TokenVocabulary, vp.attachment(model).vocab
-    voco_at = ids.index(runs[1].voco_id)
-    assert voco_at > 2 and set(ids[2:voco_at]) <= runs[1].markers
+    vocab = vp.attachment(model).vocab
+    voco_at = ids.index(vocab.voco_id)
+    assert voco_at > 2 and set(ids[2:voco_at]) <= vocab.markers
     # and the collator finds the VoCo tokens there already
     same = model.insert_voco_tokens(inputs)
     assert torch.equal(same["input_ids"], inputs["input_ids"])
@@ -269,6 +284,22 @@ def test_start_and_end_markers_stand_around_the_image(tmp_path) -> None:
     processor = AutoProcessor.from_pretrained(converted(tmp_path))
     text = processor.apply_chat_template(ASK, add_generation_prompt=True)
     assert "USER: <im_start><image><im_end>\nwhat is" in text
+
+
+def test_hub_ids_are_fetched_as_snapshots(tmp_path, monkeypatch) -> None:
+    state = official.write_checkpoint(tmp_path / "ckpt", mm_vision_tower="openai/clip")
+    places = {"someone/voco": tmp_path / "ckpt", "openai/clip": tmp_path / "tower"}
+    fetched = []
+
+    def fetch(name, allow_patterns):
+        fetched.append(name)
+        return str(places[name])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert main(["convert", "someone/voco", str(tmp_path / "out"), "--num-tokens", "2"]) == 0
+    assert fetched == ["someone/voco", "openai/clip"]
+    model, processor = vp.load(tmp_path / "out")
+    assert largest_difference(model, processor, state, vp.attachment(model).config.token_id) < 1e-5
 
 
 # -- errors

@@ -7,6 +7,7 @@ model; :func:`extend_card` keeps their tags and replaces the rest. No network is
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import re
 import shlex
@@ -18,6 +19,8 @@ from typing import Any
 
 from ..config import VoCoConfig
 from ..files import atomic_write_text
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 _TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -77,7 +80,7 @@ def hub_id(name: Any) -> str | None:
 
 def license_of(base: str | None) -> dict[str, str]:
     """The licence fields of a base model's own card, where that is at hand; else what says to look there."""
-    from huggingface_hub import ModelCard, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     card = None
     if base and os.path.isdir(base):
@@ -85,7 +88,7 @@ def license_of(base: str | None) -> dict[str, str]:
     elif hub_id(base):
         card = try_to_load_from_cache(base, CARD)
     if isinstance(card, str) and os.path.isfile(card):
-        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        data = _metadata(card)
         found = {
             k: data[k] for k in ("license", "license_name", "license_link") if isinstance(data.get(k), str)
         }
@@ -177,9 +180,12 @@ def extend_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     path = Path(folder) / CARD
-    before = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+    before = _metadata(path)
     base_id, dataset = hub_id(base), hub_id(data.get("name"))
-    kept = {t for t in before.get("tags") or [] if not t.startswith("base_model:")}  # PEFT's may be a folder
+    tags_before = before.get("tags") or []
+    kept = {
+        t for t in tags_before if isinstance(tags_before, list) and not t.startswith("base_model:")
+    }  # PEFT's may be a folder
     kept |= {"voco_plugin", *tags, *(["voco"] if voco else [])}
     metadata = ModelCardData(
         base_model=base_id,
@@ -223,6 +229,19 @@ def extend_card(
     text = re.sub(r"\n{3,}", "\n\n", str(card))
     atomic_write_text(path, text.rstrip() + "\n")
     return path
+
+
+def _metadata(card: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of a card; none where there is no card, or where it cannot be read."""
+    from huggingface_hub import ModelCard
+
+    if not os.path.isfile(card):
+        return {}
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # a card someone wrote by hand must not cost a checkpoint
+        logger.warning("the metadata of %s cannot be read (%s); it is not used.", card, error)
+        return {}
 
 
 def _number(value: Any) -> str:
