@@ -189,7 +189,7 @@ def test_what_is_pushed_loads_at_the_end_and_during_training(
 
 def test_the_command_is_told_without_secrets(monkeypatch) -> None:
     home = str(Path.home())
-    line = ["/opt/bin/voco", "train", "x y.yaml", "--hub_token", "hf_abcdefghij", "--push_to_hub", "true"]
+    line = ["/opt/bin/voco", "train", "x y.yaml", "--hub_token", "hush", "--push_to_hub", "true"]
     assert launch_command(line) == "voco train 'x y.yaml' --hub_token … --push_to_hub true"
     assert launch_command(["train.py", "--hub_token=abc", "--voco.num_tokens", "2"]) == (
         "python train.py --hub_token=… --voco.num_tokens 2"
@@ -221,10 +221,14 @@ def test_the_command_of_voco_train_is_in_the_card(bases, tmp_path, monkeypatch) 
     assert "| data | `w.json`, 4 rows |" in text and "datasets" not in metadata_load("o/README.md")
 
 
-def test_only_hub_ids_get_into_the_metadata(tmp_path) -> None:
+def test_only_hub_ids_get_into_the_metadata(tmp_path, monkeypatch) -> None:
     assert hub_id("llava-hf/llava-1.5-7b-hf") and hub_id("gpt2")
     for local in (None, "", "/data/x", "./x", "a/b/c", str(tmp_path), "data/x.json/"):
         assert hub_id(local) is None, local
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("someone/model") == "someone/model"
+    Path("someone/model").mkdir(parents=True)
+    assert hub_id("someone/model") is None, "a folder of that name is here"
 
 
 def test_the_licence_is_the_base_models_own(tmp_path, monkeypatch) -> None:
