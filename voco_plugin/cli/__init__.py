@@ -17,7 +17,7 @@ from ..config import nearest
 from . import output
 
 COMMANDS: tuple[str, ...] = (
-    "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld",
+    "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "convert",
 )  # fmt: skip
 _MODULE = {"eval": "evaluate"}
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     with (
         contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     ):  # the trainer prints its log
-        result = train(recipe)
+        result = train(recipe, [args.recipe, *overrides])
     if not result.pop("main_process"):
         return 0
     if args.json:
@@ -80,8 +80,11 @@ def _print_check(recipe: Recipe, as_json: bool) -> None:
         output.emit(f"{key}: {value}")
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     """Train as ``recipe`` says and save; returns where, the steps, the seconds and the last metrics.
+
+    Args:
+        typed: the arguments of ``voco train``, for the model card.
 
     Raises:
         RecipeError: the recipe names no model or no data set.
@@ -101,6 +104,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     from trl import ModelConfig, get_peft_config, get_quantization_config
 
     from ..data.loaders import load_vision_dataset
+    from ..training.card import launch_command
     from ..training.config import VoCoSFTConfig
     from ..training.trainer import VoCoSFTTrainer
 
@@ -146,6 +150,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
     )
+    trainer.dataset_name = arguments.dataset_name
+    if typed is not None:
+        trainer.command = launch_command(["voco", "train", *typed])
     resume = config.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume) if resume is not None else None
     outcome = trainer.train(resume_from_checkpoint=resume)

@@ -27,6 +27,7 @@ from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import SequenceLayout, TokenKind
 from ..modeling import attach, attachment, is_attached, load, save_voco_config, unwrap
 from .adapters import prepare_peft_config, small_checkpoints
+from .card import write_card
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
 from .launch import check_launch, check_sharded_head
@@ -58,8 +59,13 @@ class VoCoSFTTrainer(SFTTrainer):
         ValueError: model, config and data do not fit together; the message says how.
     """
 
-    _tag_names = ["trl", "sft", "voco"]
+    _tag_names = ["trl", "sft"]
     _name = "VoCo-SFT"
+
+    dataset_name: str | None = None
+    """What the model card calls the training data: a hub id or a path."""
+    command: str | None = None
+    """How the run was started, for the model card; ``None`` reads it off the process."""
 
     def __init__(
         self,
@@ -241,8 +247,27 @@ class VoCoSFTTrainer(SFTTrainer):
         with small_checkpoints(self.model):
             super()._save(output_dir, state_dict)
         folder = output_dir if output_dir is not None else self.args.output_dir
+        if self.args.should_save:
+            if self.voco is not None:
+                save_voco_config(self.model, folder)
+            self._write_card(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the files it knows of into the folder it pushes
         if self.voco is not None and self.args.should_save:
-            save_voco_config(self.model, folder)
+            save_voco_config(self.model, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """TRL's card in the output folder, with the metadata and the text that :mod:`.card` makes of it."""
+        super().create_model_card(model_name=model_name, dataset_name=None, tags=tags)
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir, model_name, dataset_name)
+
+    def _write_card(self, folder: str, name: str | None = None, dataset_name: str | None = None) -> None:
+        write_card(self, folder, name=name, dataset_name=dataset_name or self.dataset_name)
 
 
 class _TellEpoch(TrainerCallback):
