@@ -91,12 +91,16 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     from ..data.loaders import load_vision_dataset
     from ..training.config import VoCoSFTConfig
+    from ..training.quantization import check_quantization
     from ..training.trainer import VoCoSFTTrainer
 
     model_config = recipe.arguments(ModelConfig)
     config = recipe.arguments(VoCoSFTConfig)
     source, revision = model_config.model_name_or_path, model_config.model_revision
     check_model_path(source)
+    # before anything loads: without bitsandbytes its config alone raises
+    adapted = model_config.use_peft or (Path(source) / "adapter_config.json").is_file()
+    check_quantization(model_config, adapted)
 
     dataset = load_vision_dataset(
         arguments.dataset_name, arguments.dataset_train_split, arguments.image_folder

@@ -11,7 +11,7 @@ LANGUAGE, PROJECTOR, VISION = "language model", "projector", "vision tower"
 TOKEN_ROW, ADAPTERS = "VoCo token row", "adapters"
 
 _PROJECTOR = re.compile(
-    r"projector|projection$|connector|merger|aligner|resampler|q_?former|multi_?modal|embed_vision|newline|^mlp1$"
+    r"projector|_projection$|connector|merger|aligner|resampler|q_?former|multi_?modal|embed_vision|newline|^mlp1$"
 )
 _OTHER_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
 

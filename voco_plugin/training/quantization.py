@@ -18,7 +18,8 @@ def check_quantization(quantization_config: Any, adapted: bool) -> None:
     """Refuse ``bitsandbytes`` quantization where it cannot train.
 
     Args:
-        quantization_config: ``None`` and other methods' configs pass.
+        quantization_config: a ``BitsAndBytesConfig``, or TRL's ``ModelConfig``, which asks for one by the
+            same keys; ``None`` and other methods' configs pass.
         adapted: whether adapters train on top of it.
 
     Raises:

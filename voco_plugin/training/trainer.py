@@ -318,7 +318,7 @@ def _freeze(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | None) -> H
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "nothing trains: train_language, train_projector, train_vision_tower and train_voco are all "
-            "false, or train_voco alone is true and there are no VoCo tokens (voco: null); let one part train."
+            "false, or train_voco alone is true and there are no VoCo tokens (voco: null); let a part train."
         )
     return hold
 
