@@ -1,4 +1,4 @@
-"""Freezing by part: what is asked to train moves, nothing else moves by one bit, and a checkpoint holds it."""
+"""Freezing by part: what is asked to train moves, the rest not by one bit, and a checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -214,7 +214,8 @@ def test_training_goes_on_from_an_adapter_and_keeps_to_its_parts(bases, data, tm
 
 def test_alignment_then_instruction_tuning_from_its_checkpoint(bases, data, tmp_path) -> None:
     first = trainer(
-        bases("llava_llama"), tmp_path / "align", data, ("projector",), voco=False, gradient_checkpointing=True,
+        bases("llava_llama"), tmp_path / "align", data, ("projector",), voco=False,
+        gradient_checkpointing=True,
         chat_template_path="llava_plain", assistant_only_loss=True,
     )  # fmt: skip
     before = weights(first.model)
