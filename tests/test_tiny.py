@@ -25,11 +25,13 @@ needs_num2words = pytest.mark.skipif(
 PROCESSORS = [pytest.param(n, marks=needs_num2words if n == "smolvlm" else ()) for n in processors.NAMES]
 # what an image must measure (h, w), and how it must be processed, to come out as image_run(name, size)
 PIXELS = {
+    "llava_onevision": {"": (12, 24), "small": (12, 24), "big": (24, 24)},
     "qwen2_5_vl": {"": (16, 24), "small": (16, 16), "big": (24, 32)},
     "internvl": {"": (16, 16), "small": (16, 16), "big": (16, 32)},
     "idefics3": {"": (32, 16), "small": (16, 16), "big": (32, 32)},
 }
 PIXELS["smolvlm"] = PIXELS["idefics3"]
+PIXELS["qwen3_vl"] = PIXELS["qwen2_5_vl"]
 
 
 def vision_arguments(inputs: dict) -> dict:
@@ -159,7 +161,10 @@ def test_make_inputs_writes_the_run_its_processor_writes(name):
         run = tiny.image_run(name, size)
         if name == "gemma3":
             run = [DOUBLE_NEWLINE, *run, DOUBLE_NEWLINE]
-        elif name == "qwen2_5_vl":  # the chat template writes the markers, the processor what is between
+        elif name in (
+            "qwen2_5_vl",
+            "qwen3_vl",
+        ):  # the chat template writes the markers, the processor what is between
             run = run[1:-1]
         before, after = processor.tokenizer.encode("is"), processor.tokenizer.encode("red")
         assert out["input_ids"][0].tolist() == before + run + after

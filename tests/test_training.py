@@ -314,6 +314,12 @@ def test_targets_are_anchored_by_the_module_tree() -> None:
         for targets in ("all-linear", None):
             config = prepare_peft_config(model, LoraConfig(target_modules=targets), 4)
             assert matched(config) == language and config.trainable_token_indices == [4]
+        if not any(n.endswith(".q_proj") for n in language):  # latent attention, or one fused projection
+            vision = any(n.endswith(".q_proj") for n in linear)
+            if vision:
+                with pytest.raises(ValueError, match="'q_proj' is a layer of the vision tower only"):
+                    prepare_peft_config(model, LoraConfig(target_modules=["q_proj"]), 4)
+            continue
         config = prepare_peft_config(model, LoraConfig(target_modules=["q_proj", "v_proj"]), 4)
         assert matched(config) == {n for n in language if n.endswith(("q_proj", "v_proj"))}
         given = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])

@@ -21,7 +21,9 @@ NAMES: tuple[str, ...] = (
     "llava_mistral",
     "llava_qwen2",
     "llava_tied",
+    "llava_onevision",
     "qwen2_5_vl",
+    "qwen3_vl",
     "internvl",
     "gemma3",
     "idefics3",
@@ -96,8 +98,34 @@ def _llava() -> ProcessorMixin:
     )
 
 
-def _qwen2_5_vl() -> ProcessorMixin:
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+def _llava_onevision() -> ProcessorMixin:
+    from transformers import (
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+    )
+
+    size = {"height": 12, "width": 12}
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(
+            size=size, image_grid_pinpoints=[[12, 12], [12, 24], [24, 12], [24, 24]]
+        ),
+        tokenizer=tokenizer(image_token="<image>", video_token="<video>"),
+        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=_chat_template("<image>", "vicuna"),
+    )
+
+
+def _qwen2_5_vl(three: bool = False) -> ProcessorMixin:
+    from transformers import (
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
 
     size = {"shortest_edge": 16 * 16, "longest_edge": 32 * 32}
     shape = {"size": size, "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -107,12 +135,19 @@ def _qwen2_5_vl() -> ProcessorMixin:
         "vision_bos_token": "<|vision_start|>",
         "vision_eos_token": "<|vision_end|>",
     }
-    return Qwen2_5_VLProcessor(
+    cls, video = (
+        (Qwen3VLProcessor, Qwen3VLVideoProcessor) if three else (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
+    )
+    return cls(
         image_processor=Qwen2VLImageProcessor(**shape),
         tokenizer=tokenizer(eos_token="<|im_end|>", **named),
-        video_processor=Qwen2VLVideoProcessor(**shape),
+        video_processor=video(**shape),
         chat_template=_chat_template("<|vision_start|><|image_pad|><|vision_end|>", "chatml"),
     )
+
+
+def _qwen3_vl() -> ProcessorMixin:
+    return _qwen2_5_vl(three=True)
 
 
 def _internvl() -> ProcessorMixin:
@@ -186,5 +221,5 @@ def processor(name: str) -> ProcessorMixin:
     """A fresh processor for `build(name)`; smolvlm's raises ImportError without the `num2words` package."""
     if name not in NAMES:
         raise ValueError(f"no tiny processor for {name!r}: choose from {', '.join(NAMES)}")
-    make = _llava if name.startswith("llava_") else globals()[f"_{name}"]
+    make = globals().get(f"_{name}", _llava)  # the LLaVA-1.5 models share one
     return make()

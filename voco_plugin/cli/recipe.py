@@ -91,7 +91,7 @@ def recipe_folder() -> Path:
 
 def shipped() -> dict[str, Path]:
     """Bare name → file of every shipped recipe."""
-    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(recipe_folder().rglob("*.yaml"))}
 
 
 def find(name: str) -> Path:

@@ -106,6 +106,7 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     from ..data.loaders import load_vision_dataset
     from ..training.card import launch_command
     from ..training.config import VoCoSFTConfig
+    from ..training.quantization import check_quantization
     from ..training.trainer import VoCoSFTTrainer
 
     model_config = recipe.arguments(ModelConfig)
@@ -114,6 +115,9 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     source, revision = model_config.model_name_or_path, model_config.model_revision
     if source is not None:
         check_model_path(source)
+    # before anything loads: without bitsandbytes its config alone raises
+    adapted = model_config.use_peft or (source and (Path(source) / "adapter_config.json").is_file())
+    check_quantization(model_config, bool(adapted))
 
     dataset = load_vision_dataset(
         arguments.dataset_name, arguments.dataset_train_split, arguments.image_folder

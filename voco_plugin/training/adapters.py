@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .parts import PROJECTOR, VISION, ModelParts
+from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, is_token_row
 
 _ALL = "all-linear"
 
@@ -23,6 +25,7 @@ def prepare_peft_config(
     *,
     train_projector: bool = False,
     train_vision_tower: bool = False,
+    train_language: bool = True,
 ) -> Any:
     """A copy of ``peft_config`` that adapts the language model and trains the VoCo token's row.
 
@@ -33,9 +36,14 @@ def prepare_peft_config(
     Args:
         model: the attached model, before PEFT.
         token_id: the VoCo token; ``None`` trains no row.
+        train_projector: train a copy of the projector's modules; its loose parameters are not PEFT's (see
+            :func:`train_loose_parameters`).
+        train_vision_tower: adapt the vision tower's layers of the same names too.
+        train_language: adapt the language model's layers.
 
     Raises:
-        ValueError: the PEFT method puts tokens of its own into the sequence, or cannot train single rows.
+        ValueError: the PEFT method puts tokens of its own into the sequence, or cannot train what is asked;
+            or nothing is left to adapt.
     """
     config = copy.deepcopy(peft_config)
     method = getattr(config.peft_type, "value", config.peft_type)
@@ -46,6 +54,11 @@ def prepare_peft_config(
         )
     parts = ModelParts(model)
     if method == "TRAINABLE_TOKENS":
+        if train_projector or train_vision_tower:
+            raise ValueError(
+                "PEFT method TRAINABLE_TOKENS trains token rows alone, and train_projector or "
+                "train_vision_tower is true; use LoRA, or no PEFT with train_language=False."
+            )
         if token_id is not None and token_id not in config.token_indices:
             config.token_indices = [*config.token_indices, token_id]
         return config
@@ -53,16 +66,28 @@ def prepare_peft_config(
     plain = not isinstance(targets, str) or targets.lower() == _ALL
     if plain and getattr(config, "target_parameters", None) is None:
         layers = getattr(config, "layers_to_transform", None)
-        config.target_modules = anchored(model, parts, targets, layers, train_vision_tower)
+        config.target_modules = anchored(model, parts, targets, layers, train_vision_tower, train_language)
         if layers is not None:  # the pattern says it now; PEFT refuses both together
             config.layers_to_transform = config.layers_pattern = None
+    elif isinstance(targets, str) and not train_language:
+        _refuse_language(model, parts, targets)
     if train_projector:
-        config.modules_to_save = [*(config.modules_to_save or []), *parts.roots(model, PROJECTOR)]
+        config.modules_to_save = [*(config.modules_to_save or []), *parts.wrappable(model, PROJECTOR)]
     if token_id is not None:
         if not hasattr(config, "trainable_token_indices"):
             raise ValueError(f"PEFT method {method} cannot train the VoCo token's row alone; use LoRA.")
         config.trainable_token_indices = _with_token(model, config.trainable_token_indices, token_id)
     return config
+
+
+def _refuse_language(model: nn.Module, parts: ModelParts, pattern: str) -> None:
+    """A regular expression is kept as it is, so it must not reach what is to stay frozen."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and parts.of(name) == LANGUAGE and re.fullmatch(pattern, name):
+            raise ValueError(
+                f"train_language is false, and target_modules={pattern!r} adapts {name}; change the pattern, "
+                "or leave train_language true."
+            )
 
 
 def _with_token(model: nn.Module, given: Any, token_id: int) -> Any:
@@ -75,7 +100,12 @@ def _with_token(model: nn.Module, given: Any, token_id: int) -> Any:
 
 
 def anchored(
-    model: nn.Module, parts: ModelParts, targets: Iterable[str] | str | None, layers: Any, vision: bool
+    model: nn.Module,
+    parts: ModelParts,
+    targets: Iterable[str] | str | None,
+    layers: Any,
+    vision: bool,
+    language: bool = True,
 ) -> str:
     """``target_modules`` as a regular expression over full module names."""
     from transformers.pytorch_utils import Conv1D
@@ -85,8 +115,9 @@ def anchored(
     if layers is not None:
         numbers = [layers] if isinstance(layers, int) else list(layers)
         where += rf"\.(?:{'|'.join(str(int(number)) for number in numbers)})"
-    places = [where]
-    inside = [name for name in names if name.startswith(parts.layers + ".")]
+    frozen = [] if language else [name for name in names if name.startswith(parts.layers + ".")]
+    places = [where] if language else []
+    inside = [name for name in names if name.startswith(parts.layers + ".")] if language else []
     if vision:
         places += [re.escape(root) for root in parts.roots(model, VISION)]
         inside += [name for name in names if parts.of(name) == VISION]
@@ -96,7 +127,10 @@ def anchored(
         elsewhere: set[str] = set()
     else:
         wanted = {t for t in targets if any(name == t or name.endswith("." + t) for name in inside)}
-        elsewhere = set(targets) - wanted
+        # a name that stands in a frozen language model only is left out, not looked for elsewhere
+        elsewhere = {t for t in set(targets) - wanted if not any(n.endswith("." + t) for n in frozen)}
+    if not vision:
+        _refuse_vision_only(model, parts, elsewhere, names)
     patterns = []
     if wanted:
         # a target given by its full name is found where it stands
@@ -107,7 +141,125 @@ def anchored(
             choice = "|".join(re.escape(name) for name in short)
             patterns.append(rf"(?:{'|'.join(places)})\.(?:.*\.)?(?:{choice})")
     patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(elsewhere)]
+    if not patterns:
+        raise ValueError(
+            f"nothing is left to adapt: target_modules={targets!r}, train_language={language}, "
+            f"train_vision_tower={vision}; train the projector and the VoCo row without PEFT (use_peft: "
+            "false), or let one of the parts train."
+        )
     return "|".join(f"(?:{pattern})" for pattern in patterns)
+
+
+def _refuse_vision_only(
+    model: nn.Module, parts: ModelParts, targets: Iterable[str], names: list[str]
+) -> None:
+    """A layer's name that only the frozen vision tower has is a mistake: the language model's is another."""
+    for target in sorted(targets):
+        found = [n for n in names if n == target or n.endswith("." + target)]
+        if found and all(parts.of(name) == VISION for name in found):
+            linear = {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and name.startswith(parts.layers + ".")
+            }
+            raise ValueError(
+                f"target_modules: {target!r} is a layer of the vision tower only, which stays frozen; the "
+                f"language model has {', '.join(sorted(linear))} (or set train_vision_tower)."
+            )
+
+
+def train_loose_parameters(model: nn.Module, train_projector: bool) -> list[str]:
+    """Let the projector's loose parameters train where the projector does, which PEFT cannot.
+
+    PEFT trains copies of whole modules; ``image_newline`` of LLaVA-NeXT and -OneVision is a parameter of none
+    but the backbone. It trains in place: with the adapter switched off it stays as trained.
+
+    Returns:
+        their names, as :func:`save_loose_parameters` wants them.
+    """
+    base = model.get_base_model()
+    parts = ModelParts(base)
+    names = parts.loose(base, PROJECTOR)
+    names = [n for n in names if not any(_own(part) for part in n.split("."))]
+    whole = train_projector or any(
+        "modules_to_save" in name and parameter.requires_grad and parts.of(name) == PROJECTOR
+        for name, parameter in base.named_parameters()
+    )
+    if not whole:
+        return []
+    for name in names:
+        base.get_parameter(name).requires_grad_(True)
+    return names
+
+
+def _own(part: str) -> bool:
+    """Whether a piece of a parameter's name was put there by PEFT."""
+    return part.startswith(("lora_", "trainable_tokens_", "modules_to_save", "original_module"))
+
+
+def save_loose_parameters(
+    model: nn.Module, names: Iterable[str], folder: str | os.PathLike, state_dict: dict[str, Any] | None
+) -> None:
+    """Add parameters to the adapter's file, under the names by which PEFT puts them back itself.
+
+    Plain ``PeftModel.from_pretrained`` and resuming load them with the rest of the file.
+
+    Args:
+        names: of parameters of the model inside PEFT.
+        state_dict: the gathered weights, where the model's own are sharded.
+    """
+    names = list(names)
+    path = Path(folder) / "adapter_model.safetensors"
+    if not names or not path.is_file():
+        return
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(path)
+    prefix = "base_model.model."
+    for name in names:
+        found = (state_dict or {}).get(prefix + name)
+        found = model.get_base_model().get_parameter(name) if found is None else found
+        weights[prefix + name] = found.detach().cpu().contiguous().clone()
+    partial = path.with_name(path.name + ".partial")
+    save_file(weights, partial, metadata=metadata or {"format": "pt"})
+    os.replace(partial, path)
+
+
+def check_adapter(
+    model: nn.Module, *, language: bool, voco: bool, projector: bool, vision_tower: bool
+) -> None:
+    """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train.
+
+    Projector and vision tower train as its adapter has it: their flags are false by default, and say nothing.
+
+    Raises:
+        ValueError: a part is asked for that the adapter does not hold.
+    """
+    base = model.get_base_model()
+    parts = ModelParts(base)
+    held = set()
+    for name, parameter in base.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parts.of(name)
+        if (is_token_row(name) and not voco) or (
+            part == LANGUAGE and not is_token_row(name) and not language
+        ):
+            parameter.requires_grad_(False)
+        else:
+            held.add(part)
+    for asked, part, key in (
+        (projector, PROJECTOR, "train_projector"),
+        (vision_tower, VISION, "train_vision_tower"),
+    ):
+        if asked and part not in held:
+            raise ValueError(
+                f"{key} is true, and the adapter to train on holds nothing of the {part}; merge it into its "
+                "base and start a new one, or leave the key out."
+            )
 
 
 @contextlib.contextmanager

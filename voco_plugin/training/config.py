@@ -27,12 +27,17 @@ class VoCoSFTConfig(SFTConfig):
         num_tokens_range: ``[low, high]``: K is drawn for each training batch from low to high (elastic
             training); evaluation keeps ``voco.num_tokens``, which must lie within. ``None`` always takes
             ``voco.num_tokens``.
-        train_projector: whether the projector between vision tower and language model trains.
-        train_vision_tower: whether the vision tower trains. Under PEFT its linear layers then get adapters
-            too.
+        train_language: whether the language model trains: its weights, or under PEFT its adapters.
+        train_voco: whether the VoCo token's embedding row trains (the input row; with tied embeddings, the
+            head's too). Without VoCo tokens it means nothing.
+        train_projector: whether the projector between vision tower and language model trains: its own
+            weights, under PEFT too, with what belongs to it outside its module (``image_newline``).
+        train_vision_tower: whether the vision tower trains. Under PEFT its linear layers get adapters
+            instead.
 
-    ``chat_template_path`` also takes the bare name of a shipped template: ``vicuna_v1``, the conversation of
-    LLaVA-1.5, with the answers marked for ``assistant_only_loss``.
+    ``chat_template_path`` also takes the bare name of a shipped template: the conversation that a family was
+    tuned with, its answers marked for ``assistant_only_loss`` (``vicuna_v1``, ``llava_plain``,
+    ``llava_onevision``, ``qwen2_5_vl``, ``qwen3_vl``, ``internvl``, ``smolvlm``, ``gemma3``).
 
     Defaults that differ from TRL's:
         - ``max_length``: ``None`` instead of 1024. A limit never cuts through an image: it raises.
@@ -61,6 +66,8 @@ class VoCoSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Two integers, low and high: K is drawn from them for each training batch."},
     )
+    train_language: bool = field(default=True, metadata={"help": "Whether the language model trains."})
+    train_voco: bool = field(default=True, metadata={"help": "Whether the VoCo token's row trains."})
     train_projector: bool = field(default=False, metadata={"help": "Whether the projector trains."})
     train_vision_tower: bool = field(default=False, metadata={"help": "Whether the vision tower trains."})
 

@@ -12,7 +12,7 @@ TOKEN_ROW, ADAPTERS = "VoCo token row", "adapters"
 FIXED = "fixed layers"
 
 _PROJECTOR = re.compile(
-    r"projector|projection$|connector|merger|aligner|resampler|q_?former|multi_?modal|embed_vision|newline|^mlp1$"
+    r"projector|_projection$|connector|merger|aligner|resampler|q_?former|multi_?modal|embed_vision|newline|^mlp1$"
 )
 _OTHER_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
 
@@ -64,42 +64,86 @@ class ModelParts:
                     found.append(name)
         return found
 
+    def wrappable(self, model: nn.Module, part: str) -> list[str]:
+        """:meth:`roots`, lists and dicts of modules taken apart: what PEFT's ``modules_to_save`` takes."""
+        containers = (nn.ModuleList, nn.ModuleDict)
+        modules = dict(model.named_modules())
+        found: list[str] = []
+        todo = self.roots(model, part)
+        while todo:
+            name = todo.pop(0)
+            if isinstance(modules[name], containers):
+                todo = [f"{name}.{inner}" for inner, _ in modules[name].named_children()] + todo
+            else:
+                found.append(name)
+        return found
+
+    def loose(self, model: nn.Module, part: str) -> list[str]:
+        """Parameters of ``part`` that stand in no module of their own (LLaVA-NeXT's ``image_newline``)."""
+        roots = self.roots(model, part)
+        return [
+            name
+            for name, _ in model.named_parameters()
+            if self.of(name) == part and not any(_within(name, root) for root in roots)
+        ]
+
 
 def _within(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(prefix + ".")
 
 
-def freeze(model: nn.Module, *, projector: bool, vision_tower: bool) -> None:
-    """Full fine-tuning: projector and vision tower train only as asked; the rest stays as it is."""
+def is_token_row(name: str) -> bool:
+    """Whether the parameter called ``name`` is PEFT's copy of the VoCo token's row."""
+    return "trainable_tokens_" in name
+
+
+def freeze(model: nn.Module, *, language: bool, projector: bool, vision_tower: bool) -> None:
+    """Full fine-tuning: each part trains only as asked.
+
+    Projector and vision tower are switched both ways. What trains of the language model stays as it is where
+    it is asked for: who froze some of its layers keeps them frozen.
+    """
     parts = ModelParts(model)
     for name, parameter in model.named_parameters():
         part = parts.of(name)
+        if not parameter.is_floating_point():
+            continue
         if part == FIXED:  # the identity matrices of a composed model's `linear` projector
             parameter.requires_grad_(False)
-        elif part != LANGUAGE and parameter.is_floating_point():
+        elif part != LANGUAGE:
             parameter.requires_grad_(projector if part == PROJECTOR else vision_tower)
+        elif not language:
+            parameter.requires_grad_(False)
 
 
-def count_trainable(model: nn.Module) -> tuple[dict[str, int], int]:
-    """``({what trains: parameters}, all parameters)`` of a model, PEFT-wrapped or not."""
+def count_trainable(model: nn.Module, row_only: bool = False) -> tuple[dict[str, int], int]:
+    """``({what trains: parameters}, all parameters)`` of a model, PEFT-wrapped or not.
+
+    Args:
+        row_only: of the input embeddings, only the VoCo token's row moves.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     parts, counts, total = ModelParts(base), Counter(), 0
+    loose = parts.loose(base, PROJECTOR) if base is not model else []
+    rows = model.get_input_embeddings().weight if row_only else None
     for name, parameter in base.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 empties the tensors it shards
         total += size
         if parameter.requires_grad:
-            if "trainable_tokens_" in name:
+            if parameter is rows:
+                counts[TOKEN_ROW] += parameter.shape[-1]
+            elif is_token_row(name):
                 counts[TOKEN_ROW] += size
-            elif base is not model and "modules_to_save" not in name:
+            elif base is not model and "modules_to_save" not in name and name not in loose:
                 counts[f"{ADAPTERS} in the {parts.of(name)}"] += size
             else:
                 counts[parts.of(name)] += size
     return dict(counts), total
 
 
-def describe_trainable(model: nn.Module) -> str:
-    """One line: what trains, with counts."""
-    counts, total = count_trainable(model)
+def describe_trainable(model: nn.Module, row_only: bool = False) -> str:
+    """One line: what trains, with counts (``row_only``: see :func:`count_trainable`)."""
+    counts, total = count_trainable(model, row_only)
     trained = sum(counts.values())
     what = ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "nothing"
     return f"training {what}: {trained:,} of {total:,} parameters ({trained / max(total, 1):.2%})"

@@ -24,14 +24,22 @@ from .._compat import (
 )
 from ..collator import VoCoDataCollator
 from ..config import CONFIG_NAME, VoCoConfig
-from ..layout import SequenceLayout, TokenKind
+from ..layout import SequenceLayout, TokenKind, TokenVocabulary
 from ..modeling import attach, attachment, is_attached, load, save_voco_config, unwrap
-from .adapters import prepare_peft_config, small_checkpoints
+from .adapters import (
+    check_adapter,
+    prepare_peft_config,
+    save_loose_parameters,
+    small_checkpoints,
+    train_loose_parameters,
+)
 from .card import write_card
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
 from .launch import check_launch, check_sharded_head
 from .parts import describe_trainable, freeze
+from .quantization import check_quantization, language_model_only
+from .rows import HoldRows
 from .weights import load_whole_weights
 
 logger = logging.getLogger(__name__)
@@ -44,9 +52,10 @@ class VoCoSFTTrainer(SFTTrainer):
     resume, evaluation, logging. Besides, each log has ``compression_ratio`` (vision tokens per VoCo token),
     ``voco_tokens_per_sample`` and ``isolation`` (1.0 where text is kept from vision tokens).
 
-    What trains: with ``peft_config``, the adapters in the language model, the VoCo token's embedding row, and
-    the projector if ``args.train_projector``. Without it, the language model with the row, and projector and
-    vision tower as ``args`` say. The line ``trainable_report`` says it with counts, and is printed once.
+    What trains is what ``args.train_language``, ``train_voco``, ``train_projector`` and
+    ``train_vision_tower`` say: with ``peft_config``, adapters in the language model (and the tower), the VoCo
+    token's embedding row, and the projector itself; without it, each part's own weights. The line
+    ``trainable_report`` says it with counts, and is printed once. A checkpoint holds all that trained.
 
     Args:
         model: a hub id or path, a model in memory, one that is attached, or a ``PeftModel`` around one. It
@@ -87,6 +96,8 @@ class VoCoSFTTrainer(SFTTrainer):
         init_kwargs = args.model_init_kwargs
         introduce_deepspeed_to_the_process_group()
         if isinstance(model, str):
+            adapted = peft_config is not None or os.path.isfile(os.path.join(model, "adapter_config.json"))
+            check_quantization(quantization_config, adapted)
             model, found = _load_model(model, args, quantization_config)
             processing_class = processing_class or found
             # the model is there: TRL would warn that these are ignored
@@ -98,16 +109,26 @@ class VoCoSFTTrainer(SFTTrainer):
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         self._vocab = attachment(model).vocab if self.voco else None
         wrapped = hasattr(model, "peft_config")
+        hold = None
         if peft_config is not None and not wrapped:
             peft_config = prepare_peft_config(
                 model,
                 peft_config,
-                self._vocab.voco_id if self.voco else None,
+                self._vocab.voco_id if self.voco and args.train_voco else None,
                 train_projector=args.train_projector,
                 train_vision_tower=args.train_vision_tower,
+                train_language=args.train_language,
             )
         elif not wrapped:
-            freeze(model, projector=args.train_projector, vision_tower=args.train_vision_tower)
+            hold = _freeze(model, args, self._vocab)
+        else:
+            check_adapter(
+                model,
+                language=args.train_language,
+                voco=args.train_voco,
+                projector=args.train_projector,
+                vision_tower=args.train_vision_tower,
+            )
         with token_rows_on_any_device():
             super().__init__(
                 model=model,
@@ -121,7 +142,17 @@ class VoCoSFTTrainer(SFTTrainer):
                 **kwargs,
             )
         args.model_init_kwargs = init_kwargs
-        mend_tied_head(self.accelerator.unwrap_model(self.model))
+        inner = self.accelerator.unwrap_model(self.model)
+        mend_tied_head(inner)
+        self._loose = train_loose_parameters(inner, args.train_projector) if _is_peft(inner) else []
+        self._row_only = hold is not None and hold.only
+        if hold is not None:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ValueError(
+                    f"train_language={args.train_language} with train_voco={args.train_voco} holds rows of "
+                    "the embeddings, which DeepSpeed and FSDP cut up; use LoRA, or train both or neither."
+                )
+            self.add_callback(hold)
         if self.is_fsdp_enabled:
             check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
             name_present_layers(unwrap(self.model))
@@ -160,7 +191,7 @@ class VoCoSFTTrainer(SFTTrainer):
             self.add_callback(_TellEpoch(collator))
 
     def _report(self) -> str:
-        report = describe_trainable(self.accelerator.unwrap_model(self.model))
+        report = describe_trainable(self.accelerator.unwrap_model(self.model), self._row_only)
         if self.voco is None:
             report += "; no VoCo tokens (voco=None): the plain VLM"
         if self.accelerator.is_main_process:
@@ -247,6 +278,9 @@ class VoCoSFTTrainer(SFTTrainer):
         with small_checkpoints(self.model):
             super()._save(output_dir, state_dict)
         folder = output_dir if output_dir is not None else self.args.output_dir
+        if self._loose and self.args.should_save:
+            inner = self.accelerator.unwrap_model(self.model)
+            save_loose_parameters(inner, self._loose, folder, state_dict)
         if self.args.should_save:
             if self.voco is not None:
                 save_voco_config(self.model, folder)
@@ -299,7 +333,7 @@ def _load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> t
             raise ValueError(
                 "quantization_config is given twice, in args.model_init_kwargs too; leave one out."
             )
-        options["quantization_config"] = quantization_config
+        options["quantization_config"] = language_model_only(quantization_config, source, **options)
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
@@ -310,6 +344,29 @@ def _load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> t
     if hasattr(model, "peft_config"):  # loaded for inference: train on
         model.set_adapter(model.active_adapter)
     return model.train(), processor
+
+
+def _is_peft(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _freeze(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | None) -> HoldRows | None:
+    """What ``args`` leaves frozen in a model that trains without PEFT; what holds single rows, if any."""
+    freeze(
+        model,
+        language=args.train_language,
+        projector=args.train_projector,
+        vision_tower=args.train_vision_tower,
+    )
+    hold = None
+    if vocab is not None and args.train_voco != args.train_language:
+        hold = HoldRows(model, vocab.voco_id, only=args.train_voco)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "nothing trains: train_language, train_projector, train_vision_tower and train_voco are all "
+            "false, or train_voco alone is true and there are no VoCo tokens (voco: null); let a part train."
+        )
+    return hold
 
 
 def _processor_of(model: Any, args: VoCoSFTConfig) -> Any:

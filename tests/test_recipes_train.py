@@ -1,0 +1,208 @@
+"""Every shipped recipe trains: on a tiny twin of its model, two steps, with every key as written.
+
+Replaced are only paths (model, data, output), the number of steps, the launch and what a CPU cannot do
+(bf16, 4 bits). Each recipe must then train what it says, under the rule it says, on the answers alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trl import ModelConfig, get_peft_config
+
+import tiny
+import voco_plugin as vp
+from tiny import processors
+from voco_plugin.attention.context import active_rule
+from voco_plugin.cli import recipe as recipes
+from voco_plugin.cli.recipe import Recipe
+from voco_plugin.data.loaders import load_vision_dataset
+
+TWINS = {
+    "llava-hf/llava-1.5-7b-hf": "llava_llama",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": "smolvlm",
+    "google/gemma-3-4b-it": "gemma3",
+    "runs/paper/align": "llava_llama",
+    "runs/gridworld_init": "llava_llama",
+    "runs/gridworld_base": "llava_llama",
+}
+COMPOSED = {("clip-vit-l-14-336", "vicuna-7b-v1.5"): "llava_llama"}
+VISION = re.compile(r"\.(vision_tower|vision_model|visual)\.")
+PROJECTOR = re.compile(r"multi_modal_projector|connector|merger|image_newline")
+ANSWERS = ("red", "blue circle", "the square is green")
+
+
+def load(name: str) -> Recipe:
+    """The recipe, its ``model`` section beside its checked values."""
+    raw, _ = recipes._read(recipes.find(name))
+    known = "model" in recipes.schema()
+    if "model" not in raw or known:
+        return recipes.load(name)
+    raw.pop("model")
+    path = recipes.find(name)
+    values = {k: recipes._coerce(k, v, *recipes.schema()[k], "") for k, v in raw.items()}
+    return Recipe(path, values)
+
+
+def twin_of(name: str) -> str:
+    raw, _ = recipes._read(recipes.find(name))
+    if "model" in raw:
+        return COMPOSED[raw["model"]["encoder"], raw["model"]["llm"]]
+    return TWINS[raw["model_name_or_path"]]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """The tiny twins on disk, their chat templates without generation marks, as real ones come."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def base(name: str, marked: bool) -> Path:
+        if (name, marked) not in made:
+            folder = made[name, marked] = tmp_path_factory.mktemp(name)
+            tiny.build(name).save_pretrained(folder)
+            processor = processors.processor(name)
+            if not marked:
+                processor.chat_template = re.sub(r"\{%-? (end)?generation -?%\}", "", processor.chat_template)
+            processor.save_pretrained(folder)
+        return made[name, marked]
+
+    return base
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A LLaVA JSON with one and two turns, and a row without an image."""
+    folder = tmp_path_factory.mktemp("data")
+    records = []
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 255, (12, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        turns = [
+            {"from": "human", "value": "<image>\nwhat is it?"},
+            {"from": "gpt", "value": ANSWERS[i % 3]},
+        ]
+        if i % 2:
+            turns += [{"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+def trainer_of(recipe: Recipe, base: Path, data: Path, out: Path) -> vp.VoCoSFTTrainer:
+    """The trainer that `voco train` would make of the recipe."""
+    values = dict(recipe.values)
+    dataset = load_vision_dataset(str(data), None, str(data.parent))
+    replaced = {"output_dir": str(out), "max_steps": 2, "bf16": False, "use_cpu": True, "logging_steps": 1}
+    replaced |= {"report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0}
+    model = Recipe(recipe.path, {**values, "model_name_or_path": str(base), "dtype": "float32"})
+    peft = get_peft_config(model.arguments(ModelConfig, load_in_4bit=False))
+    args = Recipe(recipe.path, {**values, **replaced}).arguments(vp.VoCoSFTConfig)
+    with contextlib.redirect_stderr(io.StringIO()):
+        return vp.VoCoSFTTrainer(str(base), args=args, train_dataset=dataset, peft_config=peft)
+
+
+def part(name: str) -> str:
+    if "trainable_tokens_" in name:
+        return "row"
+    if PROJECTOR.search(name):
+        return "projector"
+    return "vision" if VISION.search(f".{name}") else "language"
+
+
+def expected(recipe: Recipe, made: vp.VoCoSFTTrainer) -> set[str]:
+    """The parameters that the recipe says train, by its keys alone."""
+    values = recipe.values
+    language, projector = values.get("train_language", True), values.get("train_projector", False)
+    found = set()
+    for name, _ in made.model.named_parameters():
+        where = part(name)
+        if values["use_peft"]:
+            adapted = "lora_" in name and where == "language" and language
+            if adapted or (where == "row" and values.get("voco")) or (where == "projector" and projector):
+                found.add(name)
+        elif {"language": language, "projector": projector}.get(where, False):
+            found.add(name)
+    return found
+
+
+def snapshot(made) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in made.model.named_parameters()}
+
+
+@torch.no_grad()
+def isolated(made, batch) -> bool:
+    """Whether the rule keeps text from vision tokens: the same positions, with and without its mask."""
+    state = vp.attachment(made.model)
+    own = state.config
+    logits = []
+    for rule in (own.rule, "causal"):
+        state.config = dataclasses.replace(own, rule=rule, positions="sequential")
+        logits.append(made.model(**batch).logits)
+    state.config = own
+    return float((logits[0] - logits[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(recipes.shipped()))
+def test_a_recipe_trains_what_it_says(name: str, bases, data, tmp_path) -> None:
+    recipe = load(name)
+    values, twin = recipe.values, twin_of(name)
+    assert values["assistant_only_loss"] is True
+    made = trainer_of(recipe, bases(twin, marked=name.startswith("gridworld")), data, tmp_path)
+
+    trains = {n for n, p in made.model.named_parameters() if p.requires_grad}
+    assert trains == expected(recipe, made) and trains
+    seen = []
+    backbone = getattr(made.model, "get_base_model", lambda: made.model)().base_model
+    inner = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone.language_model
+    rule = values["voco"]["rule"] if values.get("voco") else None
+    handle = inner.register_forward_pre_hook(lambda *_: seen.append(active_rule() is not None))
+    before = snapshot(made)
+    made.train()
+    handle.remove()
+
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses)
+    moved = {n for n, p in made.model.named_parameters() if not torch.equal(before[n], p)}
+    assert moved <= trains, "what the recipe freezes has moved"
+    # the first step may have a learning rate of 0 (warm-up), and lora_A stands until lora_B has moved
+    still = {n for n in trains - moved if "lora_A" not in n}
+    assert not still, "what the recipe trains has not moved"
+
+    batch = made.data_collator([made.train_dataset[i] for i in range(2)])
+    spoken = made.processing_class.tokenizer.decode(batch["labels"][batch["labels"] != -100])
+    assert re.sub(r"</s>|<\|im_end\|>|<end_of_\w+>|\n", "|", spoken).replace("| ", "|").strip() == (
+        f"{ANSWERS[0]}|{ANSWERS[1]}|yes|"
+    )
+    made.model.eval()
+    if rule is None:
+        assert not vp.is_attached(made.model)
+        return
+    assert set(seen) == {rule != "causal"}, "the rule was not in force while it trained"
+    assert isolated(made, batch) == (rule != "causal")
+    config = vp.attachment(made.model).config
+    assert all(getattr(config, key) == value for key, value in values["voco"].items())
+    assert {e["isolation"] for e in made.state.log_history if "loss" in e} == {float(rule != "causal")}
+
+
+def test_every_model_of_a_recipe_has_a_twin() -> None:
+    for name in recipes.shipped():
+        assert twin_of(name) in processors.NAMES
+
+
+def test_recipe_names_are_unique_over_folders() -> None:
+    files = list(recipes.recipe_folder().rglob("*.yaml"))
+    assert len({path.stem for path in files}) == len(files)
