@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -257,8 +258,21 @@ def test_what_cannot_be_trained_is_refused() -> None:
     assert config.target_modules == r"(?:(?:.*\.)?linear_1)", "what is no one's layer is where it stands"
 
 
+def test_the_projector_of_every_family_is_found() -> None:
+    from tiny.wide import NAMES
+
+    for name in NAMES:
+        parts = ModelParts(tiny.build(name))
+        found = Counter(parts.of(n) for n, _ in tiny.build(name).named_parameters())
+        assert found[PROJECTOR] and found["vision tower"] and found["language model"], name
+    phi = ModelParts(tiny.build("phi4_multimodal"))
+    assert phi.of("model.embed_tokens_extend.image_embed.img_processor.embeddings.weight") == "vision tower"
+    assert phi.of("model.embed_tokens_extend.image_embed.img_projection_up.weight") == PROJECTOR
+    assert phi.of("model.embed_tokens.weight") == "language model"
+
+
 def test_the_projector_of_every_family_is_found_whole() -> None:
-    for name in tiny.NAMES:
+    for name in tiny.FIRST:
         model = tiny.build(name)
         parts = ModelParts(model)
         roots, loose = parts.wrappable(model, PROJECTOR), parts.loose(model, PROJECTOR)

@@ -25,7 +25,8 @@ import voco_plugin as vp
 from tiny import processors
 from voco_plugin.attention.context import active_rule
 from voco_plugin.cli import recipe as recipes
-from voco_plugin.cli.recipe import Recipe
+from voco_plugin.cli.recipe import Recipe, load
+from voco_plugin.cli.recipe_values import read
 from voco_plugin.data.loaders import load_vision_dataset
 
 TWINS = {
@@ -40,26 +41,17 @@ TWINS = {
     "runs/gridworld_init": "llava_llama",
     "runs/gridworld_base": "llava_llama",
 }
-COMPOSED = {("clip-vit-l-14-336", "vicuna-7b-v1.5"): "llava_llama"}
+COMPOSED = {
+    ("clip_vit_l_14_336", "vicuna_7b_v1_5"): "llava_llama",
+    ("runs/parts/transformers_clip", "runs/parts/llama"): "llava_llama",
+}
 VISION = re.compile(r"\.(vision_tower|vision_model|visual)\.")
 PROJECTOR = re.compile(r"multi_modal_projector|connector|merger|image_newline")
 ANSWERS = ("red", "blue circle", "the square is green")
 
 
-def load(name: str) -> Recipe:
-    """The recipe, its ``model`` section beside its checked values."""
-    raw, _ = recipes._read(recipes.find(name))
-    known = "model" in recipes.schema()
-    if "model" not in raw or known:
-        return recipes.load(name)
-    raw.pop("model")
-    path = recipes.find(name)
-    values = {k: recipes._coerce(k, v, *recipes.schema()[k], "") for k, v in raw.items()}
-    return Recipe(path, values)
-
-
 def twin_of(name: str) -> str:
-    raw, _ = recipes._read(recipes.find(name))
+    raw, _ = read(recipes.find(name))
     if "model" in raw:
         return COMPOSED[raw["model"]["encoder"], raw["model"]["llm"]]
     return TWINS[raw["model_name_or_path"]]

@@ -12,7 +12,7 @@ TOKEN_ROW, ADAPTERS = "VoCo token row", "adapters"
 FIXED = "fixed layers"
 
 _PROJECTOR = re.compile(
-    r"projector|_projection$|connector|merger|aligner|resampler|q_?former|multi_?modal|embed_vision|newline|^mlp1$"
+    r"projector|_projection$|connector|merger|aligner|resampler|q_?former|multi_?modal|embed_vision|newline|img_projection|visual_embeddings_table|^mlp1$"
 )
 _OTHER_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
 
@@ -49,7 +49,8 @@ class ModelParts:
         if self.head is not None and _within(name, self.head):
             return LANGUAGE
         if _within(name, self.decoder):
-            inner = name[len(self.decoder) :].lstrip(".").partition(".")[0]
+            # Phi-4's decoder holds its image and audio encoders, one level down
+            inner = ".".join(name[len(self.decoder) :].lstrip(".").split(".")[:2])
             if not _OTHER_SENSE.search(inner):
                 return LANGUAGE
         return PROJECTOR if any(_PROJECTOR.search(part) for part in name.split(".")) else VISION
