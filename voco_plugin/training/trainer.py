@@ -15,20 +15,22 @@ from transformers import AutoProcessor, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..collator import VoCoDataCollator
+from ..collator import SKIPPED, VoCoDataCollator
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import SequenceLayout, TokenKind
 from ..modeling import attach, attachment, is_attached, load, save_voco_config
 from .adapters import mend_tied_head, prepare_peft_config, small_checkpoints
+from .checkpoints import AtomicCheckpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
 from .parts import describe_trainable, freeze
+from .skipping import SkipCounter
 from .weights import load_whole_weights
 
 logger = logging.getLogger(__name__)
 
 
-class VoCoSFTTrainer(SFTTrainer):
+class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
     """Fine-tunes a vision-language model to compress each image into its VoCo tokens (paper, Sec. 3.2).
 
     Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing,
@@ -105,6 +107,8 @@ class VoCoSFTTrainer(SFTTrainer):
         )
         args.model_init_kwargs = init_kwargs
         mend_tied_head(self.accelerator.unwrap_model(self.model))
+        self._skips = SkipCounter()
+        self.add_callback(self._skips)
         self._set_collators(data_collator)
         self.trainable_report = self._report()
 
@@ -126,6 +130,9 @@ class VoCoSFTTrainer(SFTTrainer):
                 vocab=self._vocab,
                 num_tokens=args.num_tokens_range,
                 seed=args.seed if args.data_seed is None else args.data_seed,
+                on_bad_sample=args.on_bad_sample,
+                pool=_pool(self.train_dataset),
+                count_skipped=args.on_bad_sample == "skip",
             )
         elif given is not None and self.voco is not None and not isinstance(given, VoCoDataCollator):
             logger.warning(
@@ -150,26 +157,30 @@ class VoCoSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # TRL drops the text column, and errors name a row by its id
-            for column in (self.args.dataset_text_field, "id"):
+            for column in (self.args.dataset_text_field, "id", "row"):
                 if column not in self._signature_columns:
                     self._signature_columns.append(column)
 
     # -- data
 
     @contextlib.contextmanager
-    def _collating_for_evaluation(self) -> Iterator[None]:
+    def _collating_for_evaluation(self, dataset: Any) -> Iterator[None]:
         before, self.data_collator = self.data_collator, self._eval_collator
+        if isinstance(self.data_collator, VoCoDataCollator) and self.data_collator.on_bad_sample == "skip":
+            if dataset is None or isinstance(dataset, str):
+                dataset = self.eval_dataset[dataset] if dataset else self.eval_dataset
+            self.data_collator = dataclasses.replace(self.data_collator, pool=_pool(dataset))
         try:
             yield
         finally:
             self.data_collator = before
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        with self._collating_for_evaluation():
+        with self._collating_for_evaluation(eval_dataset):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        with self._collating_for_evaluation():
+        with self._collating_for_evaluation(test_dataset):
             return super().get_test_dataloader(test_dataset)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -179,6 +190,10 @@ class VoCoSFTTrainer(SFTTrainer):
     # -- loss and metrics
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if SKIPPED in inputs:
+            inputs = dict(inputs)
+            skipped = self.accelerator.gather(inputs.pop(SKIPPED))
+            self._skips.add(int(skipped.sum()), training=self.model.training)
         if self.voco is not None:
             self._count(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -195,6 +210,11 @@ class VoCoSFTTrainer(SFTTrainer):
         if voco:
             metrics["compression_ratio"].append(vision / voco)
             metrics["isolation"].append(float(is_attached(self.model) and self.voco.isolates))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.args.on_bad_sample == "skip":
+            logs.update(self._skips.metrics(evaluating=any(key.startswith("eval_") for key in logs)))
+        super().log(logs, *args, **kwargs)
 
     # -- saving and loading
 
@@ -216,11 +236,12 @@ class VoCoSFTTrainer(SFTTrainer):
         load_whole_weights(target, self.state.best_model_checkpoint, self.args.trust_remote_code)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with small_checkpoints(self.model):
-            super()._save(output_dir, state_dict)
         folder = output_dir if output_dir is not None else self.args.output_dir
-        if self.voco is not None and self.args.should_save:
-            save_voco_config(self.model, folder)
+        with self._whole_model(folder, state_dict) as place:
+            with small_checkpoints(self.model):
+                super()._save(place, state_dict)
+            if self.voco is not None and self.args.should_save:
+                save_voco_config(self.model, place)
 
 
 class _TellEpoch(TrainerCallback):
@@ -231,6 +252,11 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.collator.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def _pool(dataset: Any) -> Any:
+    """Where stand-ins for bad samples are drawn from; ``None`` for a stream, which has no n-th row."""
+    return dataset if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else None
 
 
 def _as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
