@@ -8,10 +8,15 @@ same runs with transformers' own saving show that the test can fail.
 # ruff: noqa: F811  (the fixtures of test_training)
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -283,12 +288,22 @@ def test_a_model_killed_while_it_is_written_leaves_the_former_one(bases, data, t
     assert not (out / checkpoints.MODEL_STAGING).exists()
 
 
-def test_the_best_checkpoint_is_named_by_its_place_and_survives_rotation(bases, data, tmp_path) -> None:
+def test_the_best_checkpoint_is_named_by_its_place_and_survives_rotation(
+    bases, data, tmp_path, monkeypatch
+) -> None:
     options = {**OPTIONS, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     options |= {"metric_for_best_model": "loss", "eval_dataset": data.select(range(2)), "learning_rate": 0.5}
     made = trainer(bases("llava_llama"), tmp_path, data, **options)
     assert isinstance(made, AtomicCheckpoints)
+    rmtree, deleted = shutil.rmtree, []
+
+    def watched(path, *args, **kwargs):
+        deleted.extend([Path(path).name] if os.path.isdir(path) else [])
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
     made.train()
+    assert deleted and all(name.startswith("_") for name in deleted), "its name goes first, then its files"
     best = made.state.best_model_checkpoint
     assert best == str(tmp_path / f"checkpoint-{made.state.best_global_step}") and os.path.isdir(best)
     recorded = json.loads(Path(best, "trainer_state.json").read_text())["best_model_checkpoint"]
@@ -306,3 +321,44 @@ def test_a_failed_save_leaves_no_checkpoint_and_says_why(bases, data, tmp_path, 
     with pytest.raises(OSError, match="No space left"):
         made.train()
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def launch(*arguments: object) -> subprocess.Popen:
+    """``killed_processes.py`` in two processes of one group."""
+    here = Path(__file__).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    command = [sys.executable, *start, f"--master_port={port}", str(here / "killed_processes.py")]
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.Popen([*command, *map(str, arguments)], env=env, start_new_session=True)
+
+
+def test_two_processes_killed_in_a_save_resume_to_the_same_losses(bases, data, tmp_path) -> None:
+    base, rows = bases("llava_llama"), tmp_path / "rows"
+    data.save_to_disk(rows)
+    assert launch(base, rows, tmp_path / "whole").wait(300) == 0
+    out, marker = tmp_path / "run", tmp_path / "run.reached"
+    processes = launch(base, rows, out, 4)
+    try:
+        end = time.monotonic() + 300
+        while not marker.exists():
+            assert processes.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(1)  # process 0 must not give the checkpoint its name without process 1
+    finally:
+        os.killpg(processes.pid, signal.SIGKILL)
+        processes.wait()
+        for folder in Path("/proc").glob("[0-9]*"):  # the workers lead groups of their own
+            with contextlib.suppress(OSError):
+                if str(out).encode() in (folder / "cmdline").read_bytes():
+                    os.kill(int(folder.name), signal.SIGKILL)
+    assert Path(get_last_checkpoint(str(out))).name == "checkpoint-2"
+    assert launch(base, rows, out).wait(300) == 0
+    expected, found = (json.loads((tmp_path / f"{n}.losses").read_text()) for n in ("whole", "run"))
+    assert found == expected and len(found) == 6
+    (last,) = [p for p in out.iterdir() if p.is_dir()]
+    assert last.name == "checkpoint-6"
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= {p.name for p in last.iterdir()}
