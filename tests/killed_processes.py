@@ -31,7 +31,8 @@ def main() -> None:
     base, data, out = sys.argv[1:4]
     args = VoCoSFTConfig(
         out, voco=vp.VoCoConfig(num_tokens=2), per_device_train_batch_size=1, learning_rate=1e-2,
-        logging_steps=1, report_to=[], max_steps=6, save_steps=2, save_total_limit=1, disable_tqdm=True, use_cpu=True,
+        logging_steps=1, report_to=[], max_steps=6, save_steps=2, save_total_limit=1, disable_tqdm=True,
+        use_cpu=True,
         gradient_checkpointing=False, ddp_backend="gloo", ddp_find_unused_parameters=False,
     )  # fmt: skip
     peft = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, init_lora_weights="gaussian")

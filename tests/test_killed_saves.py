@@ -292,7 +292,11 @@ def test_the_best_checkpoint_is_named_by_its_place_and_survives_rotation(
     bases, data, tmp_path, monkeypatch
 ) -> None:
     options = {**OPTIONS, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    options |= {"metric_for_best_model": "loss", "eval_dataset": data.select(range(2)), "learning_rate": 0.5}
+    options |= {
+        "metric_for_best_model": "loss",
+        "eval_dataset": data.select(range(2)),
+        "greater_is_better": True,
+    }
     made = trainer(bases("llava_llama"), tmp_path, data, **options)
     assert isinstance(made, AtomicCheckpoints)
     rmtree, deleted = shutil.rmtree, []
@@ -304,6 +308,9 @@ def test_the_best_checkpoint_is_named_by_its_place_and_survives_rotation(
     monkeypatch.setattr(shutil, "rmtree", watched)
     made.train()
     assert deleted and all(name.startswith("_") for name in deleted), "its name goes first, then its files"
+    assert made.state.best_global_step < 6 and "_discarded-checkpoint-6" in deleted, (
+        "the end deletes the last"
+    )
     best = made.state.best_model_checkpoint
     assert best == str(tmp_path / f"checkpoint-{made.state.best_global_step}") and os.path.isdir(best)
     recorded = json.loads(Path(best, "trainer_state.json").read_text())["best_model_checkpoint"]
