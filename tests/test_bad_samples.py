@@ -455,11 +455,11 @@ def test_compress_leaves_out_what_the_processor_refuses(here, capsys, monkeypatc
         return model, processor
 
     monkeypatch.setattr(compress, "load_model", strict)
-    names = ["a.png", "wide.png", "c.png"]
+    names = ["a.png", "b_wide.png", "c.png"]
     for name, size in zip(names, [(30, 30), (500, 1), (40, 20)], strict=True):
         PILImage.new("RGB", size, RED).save(tmp_path / name)
     start = ["compress", "runs/gridworld_voco", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert "wide.png" in error_of(capsys, *start)
+    assert "b_wide.png" in error_of(capsys, *start)
     out = json.loads(out_of(capsys, *start, "--on-bad-sample", "skip", "--json"))
     assert [Path(p).name for p in out["images"]] == ["a.png", "c.png"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.safetensors", "c.safetensors"]

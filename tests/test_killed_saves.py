@@ -200,6 +200,7 @@ def test_a_kill_between_the_two_renames_of_a_replaced_checkpoint_loses_nothing(
     bases,
     data,
     tmp_path,
+    caplog,
 ) -> None:
     base, out, marker = bases("llava_llama"), tmp_path / "run", tmp_path / "reached"
     options = {**OPTIONS, "max_steps": 2}
@@ -222,8 +223,11 @@ def test_a_kill_between_the_two_renames_of_a_replaced_checkpoint_loses_nothing(
 
     run(work, marker)
     assert get_last_checkpoint(str(out)) is None
-    done = checkpoints.recover(out)
-    assert any("put back" in line for line in done) and any("unfinished save" in line for line in done)
+    resumed = trainer(base, out, data, max_steps=3)
+    with caplog.at_level("WARNING"):
+        resumed.train(resume_from_checkpoint=True)
+    assert "put back" in caplog.text and "unfinished save" in caplog.text
+    assert [p.name for p in out.iterdir() if p.is_dir()] == ["checkpoint-2"] and len(losses(resumed)) == 3
     after = load_file(out / "checkpoint-2" / "adapter_model.safetensors")
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
 
