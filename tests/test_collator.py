@@ -204,7 +204,7 @@ def test_images_load_from_paths_bytes_and_message_parts(tmp_path) -> None:
             "sample 1 .id 'cat-7'.*number",
         ),
         ({"messages": ASK + ANSWER, "videos": ["a.mp4"]}, "sample 1 has videos"),
-        ({"messages": ASK + ANSWER, "image": "/not/there.png"}, "sample 1: image '/not/there.png'"),
+        ({"messages": ASK + ANSWER, "image": "/not/there.png"}, "sample 1: image /not/there.png"),
         ({"question": "what", "image": picture()}, "sample 1 has the keys question, image; give 'messages'"),
         (
             {"prompt": ASK, "completion": ANSWER, "images": []},

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "voco_plugin"
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("layout", "masks", "registry", "config", "files", "injection", "conversations"),
+    0: ("layout", "masks", "registry", "config", "files", "injection", "conversations", "images"),
     1: ("attention",),
     2: ("families", "encoders", "llms", "projectors", "compressors", "composition", "registration"),
     3: ("isolation", "cache_state"),

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from .cache import VoCoCache
+from .images import BadImageError, find_refused
 from .injection import insert_voco_tokens
 from .layout import SequenceLayout
 from .modeling import attachment, is_attached
@@ -127,6 +128,7 @@ def compress_images(
     num_tokens: int | None = None,
     batch_size: int = 8,
     tick: Tick | None = None,
+    refused: Callable[[int, str], Any] | None = None,
 ) -> Iterator[VoCoCache]:
     """Each image compressed alone (paper, Sec. 3.3, stage 1): a cache of one block, in order.
 
@@ -134,15 +136,50 @@ def compress_images(
         images: PIL images; read as they are needed.
         num_tokens: K; ``None`` takes the model's.
         tick: called with the number of images just done.
+        refused: called with the number of an image that the image processor does not take, and the reason;
+            it is left out. ``None``: it raises.
+
+    Raises:
+        BadImageError: the image processor does not take an image.
     """
-    for chunk in _chunks(images, batch_size):
-        inputs = encode(processor, [ask("") for _ in chunk], [[image] for image in chunk])
+    before = 0
+    for whole in _chunks(images, batch_size):
+        chunk, inputs = _encode_images(processor, whole, before, refused)
+        before += len(whole)
+        if not chunk:
+            continue
         inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
         cache = model.compress(**_on(model, inputs))
         for row in range(len(chunk)):
             yield cache.row(row)
         if tick is not None:
             tick(len(chunk))
+
+
+def _encode_images(
+    processor: Any, images: list[Any], before: int, refused: Callable[[int, str], Any] | None
+) -> tuple[list[Any], dict[str, Any]]:
+    """The images that the processor takes, and its output for them, each in a prompt of its own.
+
+    Args:
+        before: images before these, for their numbers.
+    """
+
+    def encoded(kept: list[Any]) -> dict[str, Any]:
+        return encode(processor, [ask("") for _ in kept], [[image] for image in kept]) if kept else {}
+
+    try:
+        return images, encoded(images)
+    except Exception:
+        bad = find_refused(getattr(processor, "image_processor", processor), images)
+        if not bad:
+            raise
+    for number, reason in bad.items():
+        if refused is None:
+            raise BadImageError(f"image number {before + number + 1} cannot be used: {reason}.")
+        refused(before + number, reason)
+    kept = [image for number, image in enumerate(images) if number not in bad]
+    return kept, encoded(kept)
 
 
 @torch.no_grad()

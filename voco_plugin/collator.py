@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import io
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,20 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers.image_utils import load_image
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .config import VoCoConfig
 from .conversations import llava_to_messages
+from .images import BadImageError, check_on_bad_sample, describe, find_refused, open_image
 from .injection import insert_voco_tokens, truncate
 from .layout import TokenVocabulary
+
+logger = logging.getLogger(__name__)
+
+SKIPPED = "skipped_samples"
+_DRAWS = 16
+"""Rows drawn in the place of a bad one before the data set is taken to be bad itself."""
 
 
 @dataclass
@@ -47,7 +53,12 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         num_tokens: K; ``None`` takes ``voco.num_tokens``; ``(low, high)`` draws one K per batch, both ends
             included. The draw depends on the batch's ids, ``seed`` and the epoch only, so that neither
             workers, processes nor a resumed run change it.
-        seed: seed of that draw.
+        seed: seed of that draw, and of the rows that stand in for bad ones.
+        on_bad_sample: ``raise``, or ``skip``: a row whose image cannot be read, or that the image processor
+            refuses, is named in a warning and another takes its place, so that batches stay full. Which one
+            depends on the bad row's content and ``seed`` only. Faults of format always raise.
+        pool: the data set the other row is drawn from; without one, a good row of the same batch comes twice.
+        count_skipped: put ``skipped_samples`` ``(B,)`` into the batch: 1 where a row stands in for a bad one.
 
     Returns:
         a dict with ``input_ids``, ``attention_mask``, ``labels`` ``(B, M)``, type ids where the processor
@@ -56,14 +67,21 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
     Raises:
         ValueError: a row's format is unknown or differs from its neighbours', images and placeholders differ
             in number, or a cut at ``max_length`` would go through an image.
+        BadImageError: an image is unusable and ``on_bad_sample`` is ``raise``, or nothing good was found in
+            its place.
     """
 
     voco: VoCoConfig | None = None
     vocab: TokenVocabulary | None = None
     num_tokens: int | tuple[int, int] | None = None
     seed: int = 0
+    on_bad_sample: str = "raise"
+    pool: Any = None
+    count_skipped: bool = False
 
     def __post_init__(self) -> None:
+        check_on_bad_sample(self.on_bad_sample)
+        self._named: set[str] = set()
         # shared memory, so that workers that outlive an epoch see it change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if self.voco is None:
@@ -84,10 +102,89 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of ``examples``; see the class."""
         names = [_name(example, row) for row, example in enumerate(examples)]
-        rows = [as_trl_row(e, self.dataset_text_field, n) for e, n in zip(examples, names, strict=True)]
+        problems: dict[int, str] = {}
+        rows: list[Any] = [
+            self._row(e, n, problems, i) for i, (e, n) in enumerate(zip(examples, names, strict=True))
+        ]
+        self._replace(problems, examples, rows, names)
         _check_same_kind(rows, self.dataset_text_field, names)
-        with _plain_offsets(self.processor):
-            return self._collate(rows, names)
+        try:
+            with _plain_offsets(self.processor):
+                batch = self._collate([dict(row) for row in rows], names)
+        except Exception:
+            refused = self._refused(rows, names)
+            if not refused:
+                raise
+            self._replace(refused, examples, rows, names)
+            with _plain_offsets(self.processor):
+                batch = self._collate([dict(row) for row in rows], names)
+            problems |= refused
+        if self.count_skipped:
+            batch[SKIPPED] = torch.tensor([int(i in problems) for i in range(len(rows))])
+        return batch
+
+    # -- bad samples
+
+    def _row(self, example: Any, name: str, problems: dict[int, str], number: int) -> dict[str, Any] | None:
+        """The row of ``example``; where its image is bad, the reason goes to ``problems``."""
+        try:
+            return as_trl_row(example, self.dataset_text_field, name)
+        except BadImageError as error:
+            problems[number] = str(error)
+            return None
+
+    def _refused(self, rows: list[dict[str, Any]], names: list[str]) -> dict[int, str]:
+        """The rows with an image that the image processor does not take."""
+        image_processor = getattr(self.processor, "image_processor", None)
+        if image_processor is None:
+            return {}
+        refused = {}
+        for number, row in enumerate(rows):
+            found = find_refused(image_processor, row["images"])
+            if found:
+                which, reason = next(iter(found.items()))
+                refused[number] = f"{names[number]}: image {which} cannot be used: {reason}."
+        return refused
+
+    def _replace(
+        self, problems: dict[int, str], examples: list[Any], rows: list[Any], names: list[str]
+    ) -> None:
+        """Put another row where each of ``problems`` is, or raise."""
+        if problems and self.on_bad_sample == "raise":
+            raise BadImageError(next(iter(problems.values())))
+        good = [number for number in range(len(rows)) if number not in problems]
+        for number, problem in problems.items():
+            rows[number], other = self._stand_in(
+                examples[number], problem, [(rows[g], names[g]) for g in good]
+            )
+            if problem not in self._named:
+                self._named.add(problem)
+                logger.warning("%s Skipped; %s takes its place.", problem, other)
+            names[number] = f"{other}, in the place of {names[number]},"
+
+    def _stand_in(self, example: Any, problem: str, good: list[tuple[dict, str]]) -> tuple[dict, str]:
+        """A good row instead of ``example``, and its name; the draw depends on ``example`` and the seed."""
+        identity = hashlib.blake2b(digest_size=16)
+        _digest(example, identity)
+        for attempt in range(_DRAWS):
+            key = identity.digest() + f"{self.seed}/{attempt}".encode()
+            draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+            if self.pool is None:
+                if good:
+                    row, name = good[draw % len(good)]
+                    return dict(row), name
+                break
+            index = draw % len(self.pool)
+            drawn = {key: value for key, value in self.pool[index].items() if key in example}
+            name = f"row {index}" + (f" (id {drawn['id']!r})" if "id" in drawn else "")
+            try:
+                row = as_trl_row(drawn, self.dataset_text_field, name)
+            except BadImageError:
+                continue
+            if not self._refused([row], [name]):
+                return row, name
+        tried = f"{_DRAWS} rows drawn" if self.pool is not None else "every other row of its batch"
+        raise BadImageError(f"{problem} on_bad_sample=skip found no row in its place: {tried} are bad too.")
 
     def _collate(self, rows: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
         if self.voco is None:
@@ -170,7 +267,7 @@ def as_trl_row(
             f"{where} has the keys {', '.join(map(str, example))}; give 'messages', 'prompt' and "
             f"'completion', {text_field!r} or 'conversations', with 'image' or 'images'."
         )
-    given = [_load(image, where) for key in ("image", "images") for image in _as_list(example.get(key))]
+    given = [_open(image, where) for key in ("image", "images") for image in _as_list(example.get(key))]
     if example.get("videos") and not given:
         raise ValueError(
             f"{where} has videos and no images, and videos are not read here; give frames as images."
@@ -204,7 +301,7 @@ def _lift_images(message: dict[str, Any], given: list[Any], images: list[Any], w
         if part.get("type") == "image":
             own = [part.pop(key) for key in ("image", "url", "path", "base64") if key in part]
             if own:
-                images.append(_load(own[0], where))
+                images.append(_open(own[0], where))
             elif given:
                 images.append(given.pop(0))
         parts.append(part)
@@ -215,18 +312,31 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _load(image: Any, where: str) -> Any:
-    """A PIL image (RGB) of a PIL image, a path, or a record of bytes or path; arrays as they are."""
-    if isinstance(image, Mapping):
-        image = Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else image.get("path")
-    if isinstance(image, (str, os.PathLike)):
-        image = os.fspath(image)
-    elif not isinstance(image, Image.Image):
-        return image
-    try:
-        return load_image(image)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where}: image {image!r} cannot be read ({error}).") from None
+def _open(image: Any, where: str) -> Any:
+    """An RGB image of whatever :func:`~voco_plugin.images.open_image` reads; arrays as they are."""
+    if isinstance(image, (str, bytes, os.PathLike, Mapping, Image.Image)):
+        return open_image(image, where)
+    return image
+
+
+def _digest(value: Any, into: Any) -> None:
+    """Feed what tells a row from others into a hash: text, numbers, file names and bytes; of an open image
+    only what it is called, for its address in memory would differ between runs."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            into.update(f"{key}=".encode())
+            _digest(value[key], into)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _digest(item, into)
+    elif isinstance(value, (bytes, bytearray)):
+        into.update(value)
+    elif isinstance(value, (str, int, float, bool, os.PathLike)) or value is None:
+        into.update(f"{value}|".encode())
+    else:
+        into.update(
+            describe(value).encode() if isinstance(value, Image.Image) else type(value).__name__.encode()
+        )
 
 
 def _kind(row: Mapping[str, Any], text_field: str) -> str:
@@ -243,5 +353,8 @@ def _check_same_kind(rows: list[dict[str, Any]], text_field: str, names: list[st
             )
 
 
-def _name(example: Mapping[str, Any], row: int) -> str:
-    return f"sample {row} (id {example['id']!r})" if "id" in example else f"sample {row}"
+def _name(example: Mapping[str, Any], number: int) -> str:
+    for key in ("id", "row"):
+        if example.get(key) is not None:
+            return f"sample {number} ({key} {example[key]!r})"
+    return f"sample {number}"

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .images import open_image
+
 
 def raw_ratio(score: float, upper: float) -> float:
     """``score / upper``.
@@ -189,9 +191,15 @@ def evaluate(
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The images of one row, in order."""
+    """The images of one row, in order, opened.
+
+    Raises:
+        BadImageError: one cannot be read; the message names it.
+    """
     images = row.get("images", row.get("image"))
-    return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+    images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+    where = f"sample {row['id']!r}" if row.get("id") is not None else None
+    return [open_image(image, where) for image in images]
 
 
 @dataclass

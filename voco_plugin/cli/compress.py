@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import output
-from .inputs import add_model_options, find_images, load_model, open_images, positive
+from .inputs import add_bad_sample_option, add_model_options, find_images, load_model, open_image, positive
 
 
 def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -31,11 +32,13 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, help="images at a time (default: %(default)s)"
     )
+    add_bad_sample_option(parser, "it gets no cache")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    paths = find_images(args.images)
+    skip = args.on_bad_sample == "skip"
+    paths = find_images(args.images, missing=skip)
     out = Path(args.out).expanduser()
     single = out.suffix == ".safetensors"
     if single and out.is_dir():
@@ -44,12 +47,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--out {out} is a file that is no .safetensors file; give a folder, or NAME.safetensors."
         )
-    targets = [out] if single else _targets(out, paths)
+    targets = dict.fromkeys(paths, out) if single else _targets(out, paths)
     model, processor = load_model(args)
 
     from ..answering import compress_images
     from ..cache import VoCoCache
 
+    opener = Opener(paths, skip)
+    done: list[Path] = []
     caches: list[VoCoCache] = []
     cached = full = 0
     start = time.perf_counter()
@@ -57,30 +62,37 @@ def run(args: argparse.Namespace) -> int:
         made = compress_images(
             model,
             processor,
-            open_images(paths),
+            opener,
             num_tokens=args.num_tokens,
             batch_size=args.batch_size,
             tick=bar.update,
+            refused=opener.refuse,
         )
-        for number, cache in enumerate(made):
+        for cache in made:
+            path = opener.next_good(done)
             if single:
                 caches.append(cache)
             else:
-                cache.save(targets[number])
+                cache.save(targets[path])
             cached, full = (a + b for a, b in zip((cached, full), cache_sizes(cache), strict=True))
     seconds = time.perf_counter() - start
+    if not done:
+        raise ValueError(f"none of the {len(paths)} images can be used: {opener.skipped[0]['reason']}")
     if single:
         VoCoCache.cat(caches).save(out)
     result = {
-        "images": [str(p) for p in paths], "files": [str(t) for t in targets], "seconds": seconds,
-        "images_per_second": len(paths) / seconds, "cache_bytes": cached, "full_kv_bytes": full,
+        "images": [str(p) for p in done], "files": list(dict.fromkeys(str(targets[p]) for p in done)),
+        "skipped_samples": len(opener.skipped), "skipped": opener.skipped, "seconds": seconds,
+        "images_per_second": len(done) / seconds, "cache_bytes": cached, "full_kv_bytes": full,
         "compression": full / cached,
     }  # fmt: skip
     if args.json:
         output.emit_json(result)
         return 0
+    if opener.skipped:
+        output.emit(f"{len(opener.skipped)} of {len(paths)} images skipped (--on-bad-sample skip)")
     output.emit(
-        f"{len(paths)} image(s) in {seconds:.1f} s ({result['images_per_second']:.1f} images/s) → {out}"
+        f"{len(done)} image(s) in {seconds:.1f} s ({result['images_per_second']:.1f} images/s) → {out}"
     )
     output.emit(
         f"cache {output.human_bytes(cached)}, all vision tokens' keys and values {output.human_bytes(full)}: "
@@ -89,13 +101,65 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+class Opener:
+    """Opens images in order; a bad one raises, or is named on stderr and left out.
+
+    Attributes:
+        skipped: what was left out, as ``{"image", "reason"}``.
+    """
+
+    def __init__(self, paths: list[Path], skip: bool) -> None:
+        self.paths, self.skip = paths, skip
+        self.opened: list[Path] = []
+        self.skipped: list[dict[str, str]] = []
+        self._refused: set[int] = set()
+        self._next = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        from ..images import BadImageError
+
+        for path in self.paths:
+            try:
+                image = open_image(path)
+            except BadImageError as problem:
+                if not self.skip:
+                    raise
+                self._leave_out(path, str(problem))
+                continue
+            self.opened.append(path)
+            yield image
+
+    def refuse(self, number: int, reason: str) -> None:
+        """Leave out the ``number``-th image opened: the processor does not take it."""
+        from ..images import BadImageError
+
+        path = self.opened[number]
+        problem = f"image {path} cannot be used: {reason}."
+        if not self.skip:
+            raise BadImageError(problem)
+        self._refused.add(number)
+        self._leave_out(path, problem)
+
+    def next_good(self, done: list[Path]) -> Path:
+        """The path of the next image that was not left out; it is added to ``done``."""
+        while self._next in self._refused:
+            self._next += 1
+        self._next += 1
+        done.append(self.opened[self._next - 1])
+        return done[-1]
+
+    def _leave_out(self, path: Path, reason: str) -> None:
+        self.skipped.append({"image": str(path), "reason": reason})
+        output.note(f"skipped: {reason}")
+
+
 def cache_sizes(cache: Any) -> tuple[int, int]:
     """Bytes of a cache, and of the keys and values of the vision tokens it stands for."""
     full = sum(block.nbytes // block.num_tokens * block.num_vision for block in cache)
     return cache.nbytes, full
 
 
-def _targets(folder: Path, paths: list[Path]) -> list[Path]:
+def _targets(folder: Path, paths: list[Path]) -> dict[Path, Path]:
     """One file per image; images of one name in different folders would overwrite each other, which
     raises."""
     targets = [folder / f"{path.stem}.safetensors" for path in paths]
@@ -108,4 +172,4 @@ def _targets(folder: Path, paths: list[Path]) -> list[Path]:
                 "or all into one file (--out NAME.safetensors)."
             )
         seen[target] = path
-    return targets
+    return dict(zip(paths, targets, strict=True))

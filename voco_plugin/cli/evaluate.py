@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output
-from .inputs import add_model_options, is_voco_checkpoint, load_model, positive
+from .inputs import add_bad_sample_option, add_model_options, is_voco_checkpoint, load_model, positive
 
 MODES = {
     "voco": "compress each image once, ask every question from the cache",
@@ -45,6 +45,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)"
     )
+    add_bad_sample_option(parser, "its questions are not asked")
     parser.add_argument("--out", metavar="FILE", help="also write the JSON here, answers included")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
@@ -58,12 +59,24 @@ def run(args: argparse.Namespace) -> int:
             "without training: give that model."
         )
     from ..data.loaders import load_vision_dataset
+    from ..data.undecoded import undecoded
 
-    dataset = load_vision_dataset(args.data, args.split, args.image_folder)
+    skip = args.on_bad_sample == "skip"
+    dataset = load_vision_dataset(args.data, args.split, args.image_folder, missing_images=skip)
+    dataset = undecoded(dataset)
     if args.limit is not None:
         dataset = dataset.select(range(min(args.limit, len(dataset))))
     model, processor = load_model(args, _voco_of(args))
+    skipped = bad_rows(dataset, processor) if skip else {}
+    for problem in skipped.values():
+        output.note(f"skipped: {problem}")
+    if len(skipped) == len(dataset):
+        raise ValueError(f"{args.data}: no row has images that can be used: {skipped[0]}")
+    if skipped:
+        dataset = dataset.select([row for row in range(len(dataset)) if row not in skipped])
     result = evaluate_modes(model, processor, dataset, modes, args, quiet=args.json)
+    result["skipped_samples"] = len(skipped)
+    result["skipped"] = list(skipped.values())
     if args.out:
         import json
 
@@ -82,7 +95,26 @@ def run(args: argparse.Namespace) -> int:
         for name, entry in result["scores"].items()
     ]
     output.emit(output.table(rows, ("mode", "all", *kinds)))
+    if skipped:
+        output.emit(f"{len(skipped)} rows skipped (--on-bad-sample skip): their questions are not counted")
     return 0
+
+
+def bad_rows(dataset: Any, processor: Any) -> dict[int, str]:
+    """Rows with an image that cannot be read, or that the image processor refuses: row → reason."""
+    from ..images import BadImageError, find_refused
+    from ..metrics import images_of
+
+    found: dict[int, str] = {}
+    for number, row in enumerate(dataset):
+        try:
+            images = images_of(row)
+        except BadImageError as problem:
+            found[number] = f"row {number}: {problem}"
+            continue
+        for which, reason in find_refused(getattr(processor, "image_processor", processor), images).items():
+            found[number] = f"row {number}: image {which} cannot be used: {reason}."
+    return found
 
 
 def _voco_of(args: argparse.Namespace) -> Any:

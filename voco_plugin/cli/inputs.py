@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..registry import load_plugin
 from .train import check_model_path
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +47,22 @@ def is_voco_checkpoint(source: str) -> bool:
     return not Path(source).is_dir() or (Path(source) / CONFIG_NAME).is_file()
 
 
-def find_images(sources: Sequence[str]) -> list[Path]:
+def add_bad_sample_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--on-bad-sample raise|skip``."""
+    parser.add_argument(
+        "--on-bad-sample",
+        choices=("raise", "skip"),
+        default="raise",
+        help=f"an image that cannot be read: raise (default), or skip: {what}, named on stderr and counted",
+    )
+
+
+def find_images(sources: Sequence[str], missing: bool = False) -> list[Path]:
     """The image files named, and those of each folder named (not its subfolders), sorted by name within a
     folder.
+
+    Args:
+        missing: whether a name of which there is no file is kept, to be found missing when it is opened.
 
     Raises:
         FileNotFoundError: a source does not exist.
@@ -63,7 +76,7 @@ def find_images(sources: Sequence[str]) -> list[Path]:
             if not inside:
                 raise ValueError(f"folder {source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
             found += inside
-        elif path.is_file():
+        elif missing or path.is_file():
             found.append(path)
         else:
             raise FileNotFoundError(f"image {source} does not exist.")
@@ -71,27 +84,14 @@ def find_images(sources: Sequence[str]) -> list[Path]:
 
 
 def open_image(path: str | Path) -> Any:
-    """The image as RGB.
+    """The image as RGB; see :func:`voco_plugin.images.open_image`.
 
     Raises:
-        ValueError: the file is no image, or a broken one.
+        BadImageError: the file is missing, no image, or a broken one.
     """
-    from PIL import Image, UnidentifiedImageError
+    from ..images import open_image as opened
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that can be read.") from None
-    except (OSError, SyntaxError) as problem:
-        if isinstance(problem, FileNotFoundError):
-            raise FileNotFoundError(f"image {path} does not exist.") from None
-        raise ValueError(f"image {path} cannot be read: {problem}.") from None
-
-
-def open_images(paths: Iterable[Path]) -> Iterable[Any]:
-    """Each image when it is its turn."""
-    return (open_image(path) for path in paths)
+    return opened(path)
 
 
 def read_questions(given: Sequence[str] | None, file: str | None) -> list[str]:

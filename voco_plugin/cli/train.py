@@ -120,7 +120,10 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     check_quantization(model_config, bool(adapted))
 
     dataset = load_vision_dataset(
-        arguments.dataset_name, arguments.dataset_train_split, arguments.image_folder
+        arguments.dataset_name,
+        arguments.dataset_train_split,
+        arguments.image_folder,
+        missing_images=config.on_bad_sample == "skip",
     )
     if arguments.max_train_samples is not None:
         dataset = dataset.select(range(min(arguments.max_train_samples, len(dataset))))
@@ -130,6 +133,7 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
             arguments.eval_dataset_name or arguments.dataset_name,
             arguments.dataset_test_split or (None if arguments.eval_dataset_name else "test"),
             arguments.eval_image_folder or arguments.image_folder,
+            missing_images=config.on_bad_sample == "skip",
         )
     config.model_init_kwargs = {
         "revision": revision,

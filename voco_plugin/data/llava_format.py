@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,11 @@ def split_placeholders(text: str) -> list[dict[str, str | None]]:
 
 
 def llava_to_dataset(
-    records: list[dict[str, Any]], path: str | Path, image_folder: str | Path | None = None
+    records: list[dict[str, Any]],
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    *,
+    missing_images: bool = False,
 ) -> Dataset:
     """Turns LLaVA records (`id`, `image`, `conversations`) into a dataset; see `load_vision_dataset`.
 
@@ -40,6 +43,7 @@ def llava_to_dataset(
         records: as read from the file.
         path: the file they came from, which image names are relative to.
         image_folder: overrides where image names start.
+        missing_images: whether an image that does not exist is kept by name.
     """
     from datasets import Dataset
 
@@ -60,7 +64,7 @@ def llava_to_dataset(
         names = _image_names(record, where)
         check_count(messages, len(names), where)
         columns["messages"].append(messages)
-        columns["images"].append([_find_image(name, folders, where) for name in names])
+        columns["images"].append([_find_image(name, folders, where, missing_images) for name in names])
         if with_id:
             columns["id"].append(str(record.get("id", index)))
         if with_types:
@@ -104,9 +108,11 @@ def check_count(messages: list[dict[str, Any]], num_images: int, where: str) -> 
         )
 
 
-def _find_image(name: str, folders: Iterable[Path], where: str) -> str:
+def _find_image(name: str, folders: list[Path], where: str, missing: bool) -> str:
     for folder in folders:
         if (folder / name).is_file():
             return str(folder / name)
+    if missing:
+        return str(folders[0] / name)
     looked = ", ".join(str(folder) for folder in folders)
     raise ValueError(f"{where}: image {name!r} is not in {looked}: set image_folder to where the names start")

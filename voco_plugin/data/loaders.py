@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
 
 def load_vision_dataset(
-    path_or_name: str | Path, split: str | None = None, image_folder: str | Path | None = None
+    path_or_name: str | Path,
+    split: str | None = None,
+    image_folder: str | Path | None = None,
+    *,
+    missing_images: bool = False,
 ) -> Dataset:
     """Loads a set in LLaVA's or TRL's vision format.
 
@@ -44,6 +48,8 @@ def load_vision_dataset(
             other files that `datasets.load_dataset` reads, or a hub id.
         split: which split; None takes the only one, or `train`. A LLaVA file has no splits.
         image_folder: where a LLaVA file's image names start; default: beside the file, or its `images/`.
+        missing_images: whether a LLaVA file may name images that do not exist; they are found missing when
+            they are opened.
 
     Raises:
         ValueError: the source does not exist, has no such split or is in neither format; a record is
@@ -56,7 +62,7 @@ def load_vision_dataset(
         if not _is_trl(records):
             if split is not None:
                 warnings.warn(f"split={split!r} is ignored: {path} is one file without splits", stacklevel=2)
-            return llava_to_dataset(records, path, image_folder)
+            return llava_to_dataset(records, path, image_folder, missing_images=missing_images)
     if image_folder is not None:
         warnings.warn("image_folder is ignored: it applies to LLaVA files only", stacklevel=2)
     return _normalise(_load(path, str(path_or_name), split), str(path_or_name))

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from ..collator import check_range
 from ..config import VoCoConfig
+from ..images import ON_BAD_SAMPLE, check_on_bad_sample
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -34,6 +35,9 @@ class VoCoSFTConfig(SFTConfig):
             weights, under PEFT too, with what belongs to it outside its module (``image_newline``).
         train_vision_tower: whether the vision tower trains. Under PEFT its linear layers get adapters
             instead.
+        on_bad_sample: what to do with a sample whose image cannot be read, or that the processor refuses:
+            ``raise``, or ``skip``: another row takes its place, the same in every epoch and after a resume;
+            each is named in a warning and counted in ``skipped_samples``.
 
     ``chat_template_path`` also takes the bare name of a shipped template: the conversation that a family was
     tuned with, its answers marked for ``assistant_only_loss`` (``vicuna_v1``, ``llava_plain``,
@@ -47,7 +51,8 @@ class VoCoSFTConfig(SFTConfig):
     columns of the vision formats, and packing and ``padding_free`` are refused for vision data.
 
     Raises:
-        ValueError: ``voco`` or ``num_tokens_range`` is not valid, or the range is given without ``voco``.
+        ValueError: ``voco``, ``num_tokens_range`` or ``on_bad_sample`` is not valid, or the range is
+            given without ``voco``.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "voco"]
@@ -70,9 +75,17 @@ class VoCoSFTConfig(SFTConfig):
     train_voco: bool = field(default=True, metadata={"help": "Whether the VoCo token's row trains."})
     train_projector: bool = field(default=False, metadata={"help": "Whether the projector trains."})
     train_vision_tower: bool = field(default=False, metadata={"help": "Whether the vision tower trains."})
+    on_bad_sample: str = field(
+        default="raise",
+        metadata={
+            "help": "A sample whose image is unusable: raise, or skip (another row takes its place).",
+            "choices": list(ON_BAD_SAMPLE),
+        },
+    )
 
     def __post_init__(self) -> None:
         self.voco = as_voco_config(self.voco)
+        check_on_bad_sample(self.on_bad_sample)
         if self.num_tokens_range is not None:
             self.num_tokens_range = list(check_range(self.num_tokens_range))
             low, high = self.num_tokens_range

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..conversations import llava_to_messages
+from ..data.undecoded import name_rows, undecoded
 
 
 def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_dataset") -> Any:
-    """``dataset`` with LLaVA's ``conversations`` turned into ``messages``; images are not touched.
+    """``dataset`` with LLaVA's ``conversations`` turned into ``messages``.
+
+    Images stay as they are stored (bytes or a path) until the collator opens them, which knows the sample by
+    name; a ``datasets.Dataset`` without ids gets its row numbers in a column ``row``, for the same reason.
 
     Args:
         dataset: a ``datasets`` dataset (map-style or iterable), a dict of them, or ``None``.
@@ -27,6 +31,7 @@ def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_datas
                 for key, part in dataset.items()
             }
         )
+    dataset = name_rows(undecoded(dataset))
     sample = next(iter(dataset), None)
     if sample is None:
         raise ValueError(f"{name} is empty; give at least one row.")

@@ -22,7 +22,7 @@ from .._compat import (
     name_present_layers,
     token_rows_on_any_device,
 )
-from ..collator import VoCoDataCollator
+from ..collator import SKIPPED, VoCoDataCollator
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import SequenceLayout, TokenKind, TokenVocabulary
 from ..modeling import attach, attachment, is_attached, load, save_voco_config, unwrap
@@ -34,18 +34,20 @@ from .adapters import (
     train_loose_parameters,
 )
 from .card import write_card
+from .checkpoints import AtomicCheckpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
 from .launch import check_launch, check_sharded_head
 from .parts import describe_trainable, freeze
 from .quantization import check_quantization, language_model_only
 from .rows import HoldRows
+from .skipping import SkipCounter
 from .weights import load_whole_weights
 
 logger = logging.getLogger(__name__)
 
 
-class VoCoSFTTrainer(SFTTrainer):
+class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
     """Fine-tunes a vision-language model to compress each image into its VoCo tokens (paper, Sec. 3.2).
 
     Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing,
@@ -156,6 +158,8 @@ class VoCoSFTTrainer(SFTTrainer):
         if self.is_fsdp_enabled:
             check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
             name_present_layers(unwrap(self.model))
+        self._skips = SkipCounter()
+        self.add_callback(self._skips)
         self._set_collators(data_collator)
         self.trainable_report = self._report()
 
@@ -177,6 +181,9 @@ class VoCoSFTTrainer(SFTTrainer):
                 vocab=self._vocab,
                 num_tokens=args.num_tokens_range,
                 seed=args.seed if args.data_seed is None else args.data_seed,
+                on_bad_sample=args.on_bad_sample,
+                pool=_pool(self.train_dataset),
+                count_skipped=args.on_bad_sample == "skip",
             )
         elif given is not None and self.voco is not None and not isinstance(given, VoCoDataCollator):
             logger.warning(
@@ -201,26 +208,30 @@ class VoCoSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # TRL drops the text column, and errors name a row by its id
-            for column in (self.args.dataset_text_field, "id"):
+            for column in (self.args.dataset_text_field, "id", "row"):
                 if column not in self._signature_columns:
                     self._signature_columns.append(column)
 
     # -- data
 
     @contextlib.contextmanager
-    def _collating_for_evaluation(self) -> Iterator[None]:
+    def _collating_for_evaluation(self, dataset: Any) -> Iterator[None]:
         before, self.data_collator = self.data_collator, self._eval_collator
+        if isinstance(self.data_collator, VoCoDataCollator) and self.data_collator.on_bad_sample == "skip":
+            if dataset is None or isinstance(dataset, str):
+                dataset = self.eval_dataset[dataset] if dataset else self.eval_dataset
+            self.data_collator = dataclasses.replace(self.data_collator, pool=_pool(dataset))
         try:
             yield
         finally:
             self.data_collator = before
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        with self._collating_for_evaluation():
+        with self._collating_for_evaluation(eval_dataset):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        with self._collating_for_evaluation():
+        with self._collating_for_evaluation(test_dataset):
             return super().get_test_dataloader(test_dataset)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -230,6 +241,10 @@ class VoCoSFTTrainer(SFTTrainer):
     # -- loss and metrics
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if SKIPPED in inputs:
+            inputs = dict(inputs)
+            skipped = self.accelerator.gather(inputs.pop(SKIPPED))
+            self._skips.add(int(skipped.sum()), training=self.model.training)
         if self.voco is not None:
             self._count(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -255,6 +270,11 @@ class VoCoSFTTrainer(SFTTrainer):
             metrics["compression_ratio"].append(vision / voco)
             metrics["isolation"].append(float(is_attached(self.model) and self.voco.isolates))
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.args.on_bad_sample == "skip":
+            logs.update(self._skips.metrics(evaluating=any(key.startswith("eval_") for key in logs)))
+        super().log(logs, *args, **kwargs)
+
     # -- saving and loading
 
     @property
@@ -275,16 +295,17 @@ class VoCoSFTTrainer(SFTTrainer):
         load_whole_weights(target, self.state.best_model_checkpoint, self.args.trust_remote_code)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with small_checkpoints(self.model):
-            super()._save(output_dir, state_dict)
         folder = output_dir if output_dir is not None else self.args.output_dir
-        if self._loose and self.args.should_save:
-            inner = self.accelerator.unwrap_model(self.model)
-            save_loose_parameters(inner, self._loose, folder, state_dict)
-        if self.args.should_save:
-            if self.voco is not None:
-                save_voco_config(self.model, folder)
-            self._write_card(folder)
+        with self._whole_model(folder, state_dict) as place:
+            with small_checkpoints(self.model):
+                super()._save(place, state_dict)
+            if self._loose and self.args.should_save:
+                inner = self.accelerator.unwrap_model(self.model)
+                save_loose_parameters(inner, self._loose, place, state_dict)
+            if self.args.should_save:
+                if self.voco is not None:
+                    save_voco_config(self.model, place)
+                self._write_card(place)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies the files it knows of into the folder it pushes
@@ -312,6 +333,11 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         self.collator.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def _pool(dataset: Any) -> Any:
+    """Where stand-ins for bad samples are drawn from; ``None`` for a stream, which has no n-th row."""
+    return dataset if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else None
 
 
 def _as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
