@@ -181,7 +181,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_recipes_are_listed_shown_and_copied(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     listed = json.loads(out_of(capsys, "recipes", "--json"))
-    assert {r["name"] for r in listed} == {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
+    assert {r["name"] for r in listed} == {p.stem for p in (ROOT / "recipes").rglob("*.yaml")}
     shown = out_of(capsys, "recipes", "show", "gridworld_voco")
     assert shown == (ROOT / "recipes" / "gridworld_voco.yaml").read_text()
     out_of(capsys, "recipes", "copy", "gridworld_voco", "mine.yaml")

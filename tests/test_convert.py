@@ -18,6 +18,7 @@ import voco_plugin as vp
 from tiny import official
 from voco_plugin.cli import main
 from voco_plugin.files import atomic_folder
+from voco_plugin.training.parts import FIXED, ModelParts
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant of the image. The assistant "
@@ -134,7 +135,9 @@ def test_plain_llava_has_the_logits_of_a_causal_run(tmp_path, projector) -> None
 def test_a_linear_projector_is_the_original_one_bit_for_bit(tmp_path, dtype) -> None:
     state = official.write_checkpoint(tmp_path / "ckpt", projector="linear", voco=False)
     out = converted(tmp_path, "--dtype", dtype)
-    made = LlavaForConditionalGeneration.from_pretrained(out).model.multi_modal_projector
+    whole = LlavaForConditionalGeneration.from_pretrained(out)
+    assert ModelParts(whole).of("model.multi_modal_projector.linear_2.weight") == FIXED
+    made = whole.model.multi_modal_projector
     weight, bias = (state[f"model.mm_projector.{n}"].to(getattr(torch, dtype)) for n in ("weight", "bias"))
     features = torch.randn(3, 9, weight.shape[1]).to(weight.dtype)
     with torch.no_grad():

@@ -204,6 +204,8 @@ def _llava_config(config: dict[str, Any], clip: Any, tokenizer: Any, image_id: i
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         dtype=dtype,
     )
+    if is_linear(config):  # the identity behind it does not train, as in a composed model
+        llava.composed_of = {"fixed_layers": ["multi_modal_projector.linear_2"]}
     llava.architectures = ["LlavaForConditionalGeneration"]
     return llava
 
