@@ -1,4 +1,4 @@
-"""The plainest reading of DESIGN's table: loops over (query, key), written without the package's own
+"""The plainest reading of the rule's table: loops over (query, key), written without the package's own
 predicate.
 
 Letters: ``v`` vision, ``C`` VoCo, ``t`` text, ``.`` padding; ``g`` glue and ``b`` BOS are resolved by regular
@@ -47,7 +47,7 @@ def read(row: str, sink: bool = False) -> tuple[str, list[int]]:
 def rule_mask(
     row: str, *, rule="isolated", block_context="self", hide_prefix=False, sink=False
 ) -> torch.Tensor:
-    """What the rule shows, ``(N, N)`` bool, before causality and padding: DESIGN's table, cell by cell."""
+    """What the rule shows, ``(N, N)`` bool, before causality and padding: the table, cell by cell."""
     kinds, block = read(row, sink)
     n = len(row)
     first_voco = kinds.find("C")
