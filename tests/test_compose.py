@@ -262,12 +262,12 @@ def test_linear_is_one_linear_to_the_bit_and_stays_one(parts):
     projector = model.model.multi_modal_projector
     features = torch.randn(2, 16, WIDTH)
     assert torch.equal(projector(features), projector.linear_1(features))
-    freeze(model, projector=True, vision_tower=False)
+    freeze(model, language=True, projector=True, vision_tower=False)
     trains = {n for n, p in projector.named_parameters() if p.requires_grad}
     assert trains == {"linear_1.weight", "linear_1.bias"}
     assert ModelParts(model).roots(model, PROJECTOR) == ["model.multi_modal_projector.linear_1"]
     plain, _ = made(parts, "clip", "llama")
-    freeze(plain, projector=True, vision_tower=False)
+    freeze(plain, language=True, projector=True, vision_tower=False)
     assert all(p.requires_grad for p in plain.model.multi_modal_projector.parameters())
 
 
