@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from trl import SFTTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .._compat import (
     introduce_deepspeed_to_the_process_group,
@@ -23,9 +22,8 @@ from .._compat import (
     token_rows_on_any_device,
 )
 from ..collator import SKIPPED, VoCoDataCollator
-from ..config import CONFIG_NAME, VoCoConfig
-from ..layout import SequenceLayout, TokenKind, TokenVocabulary
-from ..modeling import attach, attachment, is_attached, load, save_voco_config, unwrap
+from ..layout import SequenceLayout, TokenKind
+from ..modeling import attachment, is_attached, save_voco_config, unwrap
 from .adapters import (
     check_adapter,
     prepare_peft_config,
@@ -38,9 +36,9 @@ from .checkpoints import AtomicCheckpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
 from .launch import check_launch, check_sharded_head
-from .parts import describe_trainable, freeze
-from .quantization import check_quantization, language_model_only
-from .rows import HoldRows
+from .models import as_voco_args, attach_as_asked, freeze_as_asked, is_peft, load_model, processor_of
+from .parts import describe_trainable
+from .quantization import check_quantization
 from .skipping import SkipCounter
 from .weights import load_whole_weights
 
@@ -93,20 +91,20 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
     ) -> None:
         if more:
             raise TypeError("give the arguments after processing_class by name.")
-        args = _as_voco_args(args, model)
+        args = as_voco_args(args, model)
         check_launch(args)
         init_kwargs = args.model_init_kwargs
         introduce_deepspeed_to_the_process_group()
         if isinstance(model, str):
             adapted = peft_config is not None or os.path.isfile(os.path.join(model, "adapter_config.json"))
             check_quantization(quantization_config, adapted)
-            model, found = _load_model(model, args, quantization_config)
+            model, found = load_model(model, args, quantization_config)
             processing_class = processing_class or found
             # the model is there: TRL would warn that these are ignored
             quantization_config = args.model_init_kwargs = None
         if processing_class is None:
-            processing_class = _processor_of(model, args)
-        self.voco = _attach(model, args.voco, processing_class)
+            processing_class = processor_of(model, args)
+        self.voco = attach_as_asked(model, args.voco, processing_class)
         train_dataset = prepare_dataset(train_dataset, need_images=self.voco is not None)
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         self._vocab = attachment(model).vocab if self.voco else None
@@ -122,7 +120,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
                 train_language=args.train_language,
             )
         elif not wrapped:
-            hold = _freeze(model, args, self._vocab)
+            hold = freeze_as_asked(model, args, self._vocab)
         else:
             check_adapter(
                 model,
@@ -146,7 +144,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
         args.model_init_kwargs = init_kwargs
         inner = self.accelerator.unwrap_model(self.model)
         mend_tied_head(inner)
-        self._loose = train_loose_parameters(inner, args.train_projector) if _is_peft(inner) else []
+        self._loose = train_loose_parameters(inner, args.train_projector) if is_peft(inner) else []
         self._row_only = hold is not None and hold.only
         if hold is not None:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -338,93 +336,3 @@ class _TellEpoch(TrainerCallback):
 def _pool(dataset: Any) -> Any:
     """Where stand-ins for bad samples are drawn from; ``None`` for a stream, which has no n-th row."""
     return dataset if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") else None
-
-
-def _as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
-    if isinstance(args, VoCoSFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return VoCoSFTConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-VoCo-SFT")
-    if not isinstance(args, TrainingArguments):
-        raise ValueError(f"args is a {type(args).__name__}; give a VoCoSFTConfig.")
-    return VoCoSFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
-
-
-def _load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tuple[Any, Any]:
-    """The model at ``source``; its processor too where this package saved it (else ``None``)."""
-    options = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        if "quantization_config" in options:
-            raise ValueError(
-                "quantization_config is given twice, in args.model_init_kwargs too; leave one out."
-            )
-        options["quantization_config"] = language_model_only(quantization_config, source, **options)
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        options["device_map"] = None
-    options.setdefault("trust_remote_code", args.trust_remote_code)
-    if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
-        return create_model_from_path(source, **options), None
-    options.setdefault("dtype", "float32")
-    model, processor = load(source, voco=args.voco, **options)
-    if hasattr(model, "peft_config"):  # loaded for inference: train on
-        model.set_adapter(model.active_adapter)
-    return model.train(), processor
-
-
-def _is_peft(model: Any) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def _freeze(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | None) -> HoldRows | None:
-    """What ``args`` leaves frozen in a model that trains without PEFT; what holds single rows, if any."""
-    freeze(
-        model,
-        language=args.train_language,
-        projector=args.train_projector,
-        vision_tower=args.train_vision_tower,
-    )
-    hold = None
-    if vocab is not None and args.train_voco != args.train_language:
-        hold = HoldRows(model, vocab.voco_id, only=args.train_voco)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "nothing trains: train_language, train_projector, train_vision_tower and train_voco are all "
-            "false, or train_voco alone is true and there are no VoCo tokens (voco: null); let a part train."
-        )
-    return hold
-
-
-def _processor_of(model: Any, args: VoCoSFTConfig) -> Any:
-    """The processor the model was attached with, or the one beside its weights."""
-    if is_attached(model) and attachment(model).processor is not None:
-        return attachment(model).processor
-    source = get_config_model_id(model.config)
-    if not source:
-        raise ValueError("the model was not loaded from a path; give its processor as processing_class.")
-    options = {"revision": (args.model_init_kwargs or {}).get("revision")}
-    return AutoProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code, **options)
-
-
-def _attach(model: Any, voco: VoCoConfig | None, processor: Any) -> VoCoConfig | None:
-    """Attach ``model`` where asked and not done yet; the config in force, or ``None`` for a plain model."""
-    if not is_attached(model):
-        if voco is None:
-            return None
-        if hasattr(model, "peft_config"):
-            raise ValueError(
-                "the model is a PeftModel without VoCo: the token's row must be there before PEFT; attach "
-                "the base model first and give peft_config here."
-            )
-        attach(model, voco, processor=processor)
-        return attachment(model).config
-    state = attachment(model)
-    if voco is not None:
-        own, asked = state.config.to_dict(), voco.to_dict()
-        different = [k for k in asked if asked[k] != own[k] and not (k == "token_id" and asked[k] is None)]
-        if different:
-            named = ", ".join(f"{k}={asked[k]!r} (attached: {own[k]!r})" for k in different)
-            raise ValueError(
-                f"args.voco differs from what the model is attached with: {named}; detach it first."
-            )
-    return state.config
