@@ -165,8 +165,10 @@ def rows_not_restored(patch):
 
 def latent_not_turned(patch):
     """Latent attention keeps the rotated part where other caches have the value."""
-    real = relocation.Relocator._probe
-    patch.setattr(relocation.Relocator, "_probe", lambda self: [(keys, None) for keys, _ in real(self)])
+    real = relocation.Relocator.move
+    patch.setattr(
+        relocation.Relocator, "move", lambda self, block, to: (real(self, block, to)[0], block.values)
+    )
 
 
 def prefix_forgotten(patch):

@@ -61,8 +61,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def test_every_shipped_template_is_here() -> None:
-    assert {p.stem for p in TEMPLATES.glob("*.jinja")} == set(EXPECTED) == set(ANSWERS)
+def test_every_template_of_a_preset_is_here() -> None:
+    assert set(EXPECTED) == set(ANSWERS) <= {p.stem for p in TEMPLATES.glob("*.jinja")}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -115,6 +115,12 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     source, revision = model_config.model_name_or_path, model_config.model_revision
     if source is not None:
         check_model_path(source)
+    if arguments.model:
+        if model_config.load_in_4bit or model_config.load_in_8bit:
+            raise RecipeError(
+                "a model section and quantization exclude each other: save the composed model first "
+                "(vp.compose(…), save_pretrained), and name its folder as model_name_or_path."
+            )
     # before anything loads: without bitsandbytes its config alone raises
     adapted = model_config.use_peft or (source and (Path(source) / "adapter_config.json").is_file())
     check_quantization(model_config, bool(adapted))
@@ -194,11 +200,6 @@ def _compose(section: dict[str, Any], model_config: Any, config: Any) -> tuple[A
 
     from ..modeling import compose
 
-    if model_config.load_in_4bit or model_config.load_in_8bit:
-        raise RecipeError(
-            "a model section and quantization exclude each other: save the composed model first "
-            "(vp.compose(…), save_pretrained), and name its folder as model_name_or_path."
-        )
     if not config.train_projector:
         output.note(
             "warning: the composed projector starts from random weights and train_projector is false: it "
