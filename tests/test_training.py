@@ -365,3 +365,16 @@ def test_the_config_survives_json_the_parser_and_a_copy(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=why):
             vp.VoCoSFTConfig(str(tmp_path), **wrong)
+
+
+def test_a_model_without_a_backbone_of_its_own_is_refused(data, tmp_path) -> None:
+    """Llama 4: TRL's loss calls `base_model`, which is the model itself."""
+    from voco_plugin.training.models import check_backbone
+
+    for name in tiny.NAMES:
+        model = tiny.build(name)
+        if name == "llama4":
+            with pytest.raises(ValueError, match="Llama4ForConditionalGeneration has no backbone of its own"):
+                vp.VoCoSFTTrainer(model, args=vp.VoCoSFTConfig(str(tmp_path), use_cpu=True, bf16=False))
+        else:
+            check_backbone(model)

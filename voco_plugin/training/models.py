@@ -49,6 +49,20 @@ def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tu
     return model.train(), processor
 
 
+def check_backbone(model: Any) -> None:
+    """Refuse a model whose backbone cannot be run below its LM head, as TRL's loss does.
+
+    Raises:
+        ValueError: the class has no such backbone (Llama 4 in transformers 5.23).
+    """
+    inner = model.get_base_model() if is_peft(model) else model
+    if inner.base_model is inner:
+        raise ValueError(
+            f"{type(inner).__name__} has no backbone of its own below its LM head, and TRL's loss runs just "
+            "that; train it with another loop (model(**batch).logits is under the rule), or another model."
+        )
+
+
 def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 

@@ -36,7 +36,15 @@ from .checkpoints import AtomicCheckpoints
 from .config import VoCoSFTConfig
 from .datasets import prepare_dataset
 from .launch import check_launch, check_sharded_head
-from .models import as_voco_args, attach_as_asked, freeze_as_asked, is_peft, load_model, processor_of
+from .models import (
+    as_voco_args,
+    attach_as_asked,
+    check_backbone,
+    freeze_as_asked,
+    is_peft,
+    load_model,
+    processor_of,
+)
 from .parts import describe_trainable
 from .quantization import check_quantization
 from .skipping import SkipCounter
@@ -102,6 +110,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
             processing_class = processing_class or found
             # the model is there: TRL would warn that these are ignored
             quantization_config = args.model_init_kwargs = None
+        check_backbone(model)
         if processing_class is None:
             processing_class = processor_of(model, args)
         self.voco = attach_as_asked(model, args.voco, processing_class)
