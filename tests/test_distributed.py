@@ -392,7 +392,7 @@ def test_the_command_line_launches_its_own_profiles(place: Place, engine: str, t
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     results = [line for line in done.stdout.splitlines() if "output_dir" in line]
-    assert len(results) == 1, "every process printed the result"
+    assert len(results) == 1, f"not one result: {done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["log_history"][0]["num_tokens"] > 0
     assert vp.is_attached(vp.load(tmp_path / "run")[0])

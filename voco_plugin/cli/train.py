@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         _print_check(recipe, args.json)
         return 0
     if config.accelerate_config is not None:
-        return launch(recipe, config, overrides)
+        flags = [flag for flag in OWN_FLAGS if getattr(args, flag[2:])]
+        return launch(recipe, config, [*overrides, *flags])
     with (
         contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     ):  # the trainer prints its log
