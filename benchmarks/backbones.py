@@ -33,7 +33,8 @@ on tiny random models of the real classes (no weights are downloaded), {versions
 with no, one and two images, text between them, padding on either side. Figures are the largest absolute
 difference of text logits, whose standard deviation is about 1.6.
 
-- **mask**: layers whose attention mask equals loops over the rule's table, of all layers.
+- **single pass**: layers whose attention mask, in the masked single pass, equals loops over the rule's table
+  and the backbone's own mask, of all layers.
 - **two-stage fp32, fp64**: compress and answer, against the single masked pass. Where fp64 is not below
   1e-9, the backbone itself computes a part in fp32 (its norms, its router, its eager softmax).
 - **batched**: a row in a batch, against the row alone.
@@ -42,7 +43,7 @@ difference of text logits, whose standard deviation is about 1.6.
 - **checkpointing**: gradients with and without gradient checkpointing, as a share of the largest.
 - **window**: the sliding window or chunk that these figures were measured under, shorter than an image.
 
-| family | class | mask | two-stage fp32 | fp64 | batched | moved | LoRA | checkpointing | window |
+| family | class | single pass | two-stage fp32 | fp64 | batched | moved | LoRA | checkpointing | window |
 |---|---|---|---|---|---|---|---|---|---|
 """
 REFUSED = """
