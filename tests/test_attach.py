@@ -324,3 +324,13 @@ def test_saved_and_loaded_by_path_alone(name, tmp_path):
 def test_a_missing_path_is_one_clear_line():
     with pytest.raises(FileNotFoundError, match="does not exist; give a checkpoint folder or a hub id"):
         vp.load("./no/such/folder")
+
+
+def test_an_adapter_whose_base_is_gone_says_where_it_looked(tmp_path):
+    import json
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "runs/gone/base"}))
+    with pytest.raises(
+        FileNotFoundError, match=r"trained on runs/gone/base, which does not exist seen from /"
+    ):
+        vp.load(tmp_path)

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -65,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # before torch starts its threads: waiting threads that spin slow a small model down eight times where
     # another process wants the cores (docs/decisions.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # PEFT and TRL still use transformers' former names; who types a command cannot change that
+    warnings.filterwarnings(
+        "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         output.error(

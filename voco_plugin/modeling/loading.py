@@ -99,10 +99,12 @@ def load(
             raise ValueError(
                 f"{adapter_file} names no base model; merge the adapter, or add base_model_name_or_path."
             )
-        if (os.path.isabs(base) or base.startswith(".")) and not os.path.isdir(base):
+        local = os.path.isabs(base) or base.startswith(".") or base.count("/") > 1  # a hub id has one slash
+        if local and not os.path.isdir(base):
+            seen = "" if os.path.isabs(base) else f" seen from {os.getcwd()}"
             raise FileNotFoundError(
-                f"the adapter at {source} was trained on {base}, which does not exist; put the base model "
-                f"back, or change base_model_name_or_path in {adapter_file}."
+                f"the adapter at {source} was trained on {base}, which does not exist{seen}; put the base "
+                f"model back, or change base_model_name_or_path in {adapter_file}."
             )
         common.pop("revision", None)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
