@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from voco_plugin.config import VoCoConfig
 from voco_plugin.injection import insert_voco_tokens, truncate
 from voco_plugin.layout import LayoutError, SequenceLayout, TokenVocabulary
 
@@ -211,3 +212,26 @@ def test_truncation_cuts_text_and_never_a_block(name: str) -> None:
                 truncate(batch, vocab, limit, pad_token_id=PAD, padding_side=side)
     with pytest.raises(ValueError, match="max_length=0"):
         truncate(batch, vocab, 0, pad_token_id=PAD, padding_side="right")
+
+
+@pytest.mark.parametrize("newline", ["nl", "nl2"])
+@pytest.mark.parametrize(
+    ("first", "second"), [("", "small"), ("small", "big"), ("big", ""), ("small", "small")]
+)
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_a_line_break_between_two_images_does_not_join_them(name, first, second, newline) -> None:
+    """Idefics 3 writes line breaks between the tiles of an image; after its last tile they are the user's."""
+    from tiny.processors import processor
+    from voco_plugin.families import vocabulary_for
+
+    if name == "smolvlm":
+        pytest.importorskip("num2words", reason="SmolVLMProcessor needs num2words")
+    vocab = vocabulary_for(
+        processor=processor(name), config=tiny.config(name), voco=VoCoConfig(token_id=tiny.voco_id(name))
+    )
+    between = [] if newline is None else [newline]
+    batch = tiny.make_inputs(name, [["bos", f"img:{first}", *between, f"img:{second}", "t2"]])
+    out = insert_voco_tokens(batch, vocab, 2, pad_token_id=PAD, padding_side="right")
+    layout = SequenceLayout.from_ids(out["input_ids"], out["attention_mask"], vocab)
+    lengths = [len(tiny.image_run(name, size)) for size in (first, second)]
+    assert [(s.num_vision, s.num_voco) for s in layout] == [(n, 2) for n in lengths]

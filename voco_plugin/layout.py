@@ -49,6 +49,7 @@ class TokenVocabulary:
         starts: markers that open a new image, so that two neighbouring images are two runs.
         edges: markers that open and close an image alike (Idefics3): between two side by side a new image
             begins.
+        finals: markers of an image's last tile: glue after it is the user's text, not the image's.
         bos_id: the id of the BOS copy that opens a block under ``block_sink="bos"``; else ``None``.
     """
 
@@ -58,6 +59,7 @@ class TokenVocabulary:
     glue: frozenset[int] = frozenset()
     starts: frozenset[int] = frozenset()
     edges: frozenset[int] = frozenset()
+    finals: frozenset[int] = frozenset()
     bos_id: int | None = None
 
     def to_dict(self) -> dict[str, object]:
@@ -69,6 +71,7 @@ class TokenVocabulary:
             "glue": sorted(self.glue),
             "starts": sorted(self.starts),
             "edges": sorted(self.edges),
+            "finals": sorted(self.finals),
             "bos_id": self.bos_id,
         }
 
@@ -104,6 +107,16 @@ def _runs(codes: np.ndarray) -> list[list[int]]:
     return [[int(codes[a]), int(a), int(b)] for a, b in zip(starts, stops, strict=True)]
 
 
+def _opens(ids: np.ndarray, vocab: TokenVocabulary) -> np.ndarray:
+    """Where a new image begins within touching vision tokens ``(n,)``: a start marker, or two edges side by
+    side.
+    """
+    opens = _isin(ids, vocab.starts)
+    edge = _isin(ids, vocab.edges)
+    opens[1:] |= edge[1:] & (ids[1:] == ids[:-1])
+    return opens
+
+
 def vision_runs(ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary) -> list[tuple[int, int]]:
     """``(start, stop)`` of each run of vision tokens of one row (ids and mask of shape ``(N,)``).
 
@@ -120,6 +133,10 @@ def vision_runs(ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary) -> li
         if code == _GLUE:
             between = 0 < position < len(runs) - 1
             flanked = between and runs[position - 1][0] == runs[position + 1][0] == TokenKind.VISION
+            if flanked:  # past an image's last tile it is the user's own
+                _, a, b = runs[position - 1]
+                last = int(np.flatnonzero([True, *_opens(ids[a:b], vocab)[1:]])[-1])
+                flanked = not _isin(ids[a + last : b], vocab.finals).any()
             code = TokenKind.VISION if flanked else TokenKind.TEXT
         if merged and merged[-1][0] == code == TokenKind.VISION:
             merged[-1][2] = stop
@@ -129,10 +146,7 @@ def vision_runs(ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary) -> li
     for code, start, stop in merged:
         if code != TokenKind.VISION:
             continue
-        inside = ids[start:stop]
-        opens = _isin(inside, vocab.starts)
-        edge = _isin(inside, vocab.edges)
-        opens[1:] |= edge[1:] & (inside[1:] == inside[:-1])
+        opens = _opens(ids[start:stop], vocab)
         cuts = [start, *(int(c) + start for c in np.flatnonzero(opens) if c > 0)]
         for a, b in zip(cuts, [*cuts[1:], stop], strict=True):
             if _isin(ids[a:b], vocab.placeholders).any():

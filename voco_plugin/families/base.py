@@ -146,6 +146,10 @@ class Family:
         """Markers that open and close an image alike."""
         return set()
 
+    def finals(self, config: Any, processor: Any) -> set[int]:
+        """Markers of an image's last tile: glue after it is the user's text."""
+        return set()
+
     def glue(self, config: Any, processor: Any) -> set[int]:
         """Ordinary text ids that belong to an image where they stand between its vision tokens."""
         return set()
@@ -192,6 +196,7 @@ class Family:
             glue=frozenset(self.glue(config, processor)),
             starts=frozenset(starts) - placeholders,
             edges=frozenset(self.edges(config, processor)),
+            finals=frozenset(self.finals(config, processor)),
             bos_id=bos,
         )
 

@@ -26,6 +26,13 @@ class Idefics3(Family):
         known = tokenizer.get_vocab() if tokenizer is not None else {}
         return {known[fake]} if fake in known else set()
 
+    def finals(self, config: Any, processor: Any) -> set[int]:
+        token = getattr(processor, "global_image_tag", None) or getattr(processor, "global_image_token", None)
+        token = getattr(token, "content", token) or "<global-img>"
+        tokenizer = getattr(processor, "tokenizer", None)
+        known = tokenizer.get_vocab() if tokenizer is not None else {}
+        return {known[token]} if token in known else set()
+
     @staticmethod
     def _fake(processor: Any) -> str:
         fake = getattr(processor, "fake_image_token", None)

@@ -30,7 +30,7 @@ def _file(source: str, name: str, **hub: Any) -> str | None:
 
 
 def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
-    sets = ("placeholders", "markers", "glue", "starts", "edges")
+    sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
     return TokenVocabulary(**{k: frozenset(v) if k in sets else v for k, v in values.items()})
 
 
