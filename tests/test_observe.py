@@ -63,6 +63,11 @@ def test_the_outermost_token_opens_the_image():
     assert (starts, others) == ({IDS["<img>"]}, {IDS["</img>"]})
 
 
+def test_an_image_that_its_start_marker_stands_for_is_seen():
+    starts, others = observed_markers(tiny_processor("gemma3"), {IDS["<image_soft_token>"]})
+    assert (starts, others) == ({IDS["<start_of_image>"]}, {IDS["<end_of_image>"]})
+
+
 def test_a_token_that_opens_and_closes_is_no_start():
     starts, others = observed_markers(tiny_processor("idefics3"), {IDS["<image>"]})
     assert not starts and {FAKE, IDS["<global-img>"], IDS["<row_1_col_1>"]} <= others
