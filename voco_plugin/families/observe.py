@@ -15,22 +15,14 @@ logger = logging.getLogger(__name__)
 _SIDES = ((64, 64), (64, 160))  # pixels; a wide image is cut into tiles where the processor cuts
 
 
-def image_texts(processor: Any) -> list[str]:
-    """The texts that may stand for one image in a prompt: most processors expand their image token, Gemma 3's
-    its start marker.
-    """
-    tokens = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
-    texts = [getattr(token, "content", token) for token in tokens]
-    return [text for text in texts if isinstance(text, str)]
-
-
 def observed_markers(processor: Any, placeholders: set[int]) -> tuple[set[int], set[int]]:
     """``(start markers, other markers)``: the special token that opens an image, and those between or right
     after its placeholders. Empty where the processor takes no image.
     """
-    texts = image_texts(processor)
+    token = getattr(processor, "image_token", None)  # what stands for one image in a prompt
+    token = getattr(token, "content", token)
     tokenizer = getattr(processor, "tokenizer", None)
-    if not texts or tokenizer is None or getattr(processor, "image_processor", None) is None:
+    if not isinstance(token, str) or tokenizer is None or getattr(processor, "image_processor", None) is None:
         return set(), set()
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     text_only = {
@@ -39,8 +31,7 @@ def observed_markers(processor: Any, placeholders: set[int]) -> tuple[set[int], 
     starts: set[int] = set()
     others: set[int] = set()
     for side in _SIDES:
-        runs = (_run(processor, text, side) for text in texts)
-        ids = next((ids for ids in runs if placeholders.intersection(ids)), [])
+        ids = _run(processor, token, side)
         at = [i for i, t in enumerate(ids) if t in placeholders]
         if not at:
             continue
