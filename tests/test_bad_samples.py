@@ -1,17 +1,11 @@
-"""Every kind of image a folder may hold: odd ones train and compress as what they show, bad ones are named
-and raise, or are skipped and counted.
-"""
+"""Odd images train and compress, bad ones raise or are skipped and counted. Opener: ``test_images.py``."""
 
 # ruff: noqa: F811  (the fixtures of other test files)
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,110 +15,12 @@ from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
 import voco_plugin as vp
+from odd_images import BAD, ODD, RED, collator, rows_of, talk, write_bad, write_odd
 from test_cli import error_of, here, out_of, world  # noqa: F401
 from test_training import LORA, bases, losses, trainer  # noqa: F401
-from tiny import processors
 from voco_plugin.cli import main
-from voco_plugin.collator import VoCoDataCollator
 from voco_plugin.data.undecoded import name_rows, undecoded
-from voco_plugin.images import BadImageError, find_refused, open_image
-
-RED, SIZE = (200, 30, 40), (24, 16)
-
-
-def two_halves(mode: str = "RGB") -> PILImage.Image:
-    """Left half red, right half black."""
-    image = PILImage.new("RGB", SIZE, RED)
-    image.paste((0, 0, 0), (12, 0, 24, 16))
-    return image if mode == "RGB" else image.convert(mode)
-
-
-def write_odd(folder: Path) -> dict[str, tuple[Path, tuple[int, int], dict]]:
-    """Good but odd files: name → (path, size as RGB, pixels that are known, within 3)."""
-    made = {}
-
-    def add(name: str, image: PILImage.Image, size: tuple, pixels: dict, **save) -> None:
-        path = folder / name
-        image.save(path, **save)
-        made[name] = (path, size, pixels)
-
-    halves = {(2, 2): RED, (20, 2): (0, 0, 0)}
-    add("tiny.png", PILImage.new("RGB", (1, 1), RED), (1, 1), {(0, 0): RED})
-    add("cmyk.tif", two_halves("CMYK"), SIZE, halves)
-    ramp = np.zeros((16, 24), dtype=np.uint16)
-    ramp[:, 8:16], ramp[:, 16:] = 32896, 65535
-    grey = {(2, 2): (0, 0, 0), (10, 2): (128, 128, 128), (20, 2): (255, 255, 255)}
-    add("grey16.png", PILImage.fromarray(ramp), SIZE, grey)
-    add("grey16.tif", PILImage.fromarray(ramp), SIZE, grey)
-    dark = PILImage.fromarray((ramp // 257).astype(np.int32))
-    add("int32.tif", dark, SIZE, grey)
-    frames = [two_halves(), PILImage.new("RGB", SIZE, (0, 0, 255))]
-    add("moving.gif", frames[0], SIZE, halves, save_all=True, append_images=frames[1:], duration=40)
-    add("moving.png", frames[0], SIZE, halves, save_all=True, append_images=frames[1:], duration=40)
-    add("moving.webp", frames[0], SIZE, halves, save_all=True, append_images=frames[1:], lossless=True)
-    add("palette.png", two_halves().quantize(4), SIZE, halves)
-    clear = two_halves().quantize(4)
-    ink = clear.getpixel((20, 2))  # the black half is the transparent colour: white shows through
-    add("clear.png", clear, SIZE, {(2, 2): RED, (20, 2): (255, 255, 255)}, transparency=ink)
-    alpha = two_halves("RGBA")
-    alpha.putalpha(PILImage.linear_gradient("L").resize(SIZE).point(lambda v: 255 if v > 127 else 128))
-    half = tuple((c * 128 + 255 * 127) // 255 for c in RED)
-    add("alpha.png", alpha, SIZE, {(2, 14): RED, (2, 1): half})
-    add("bit.png", PILImage.new("1", SIZE, 1), SIZE, {(3, 3): (255, 255, 255)})
-    exif = PILImage.Exif()
-    exif[0x0112] = 6  # taken with the camera on its side: the left half belongs on top
-    add("turned.png", two_halves(), (16, 24), {(2, 2): RED, (2, 20): (0, 0, 0)}, exif=exif)
-    return made
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims any size."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"x\x9c\x03\x00") + chunk(b"IEND", b"")
-    )
-
-
-def write_bad(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files that no image can be had from: name → (path, a piece of the reason)."""
-    noise = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    whole = {kind: io.BytesIO() for kind in ("PNG", "JPEG")}
-    for kind, stream in whole.items():
-        noise.save(stream, kind)
-    png, jpeg = (stream.getvalue() for stream in whole.values())
-    limit = PILImage.MAX_IMAGE_PIXELS
-    side = int((1.5 * limit) ** 0.5)  # Pillow only warns here
-    bodies = {
-        "empty.png": (b"", "the file is empty"),
-        "text.jpg": (b"this is no image", "no image that Pillow knows"),
-        "short.png": (png[: len(png) // 2], "truncated|broken|unrecognized"),
-        "short.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
-        "flipped.png": (png[:60] + bytes(200) + png[260:], "."),
-        "large.png": (png_of(side, side), f"more than {limit} pixels.*MAX_IMAGE_PIXELS"),
-        "bomb.png": (png_of(60000, 60000), "exceeds limit|more than"),
-    }
-    made = {}
-    for name, (body, why) in bodies.items():
-        (folder / name).write_bytes(body)
-        made[name] = (folder / name, why)
-    made["missing.png"] = (folder / "missing.png", "does not exist")
-    PILImage.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(folder / "float.tif")
-    made["float.tif"] = (folder / "float.tif", "floating point")
-    return made
-
-
-ODD = (
-    *("tiny.png", "cmyk.tif", "grey16.png", "grey16.tif", "int32.tif", "moving.gif", "moving.png"),
-    *("moving.webp", "palette.png", "clear.png", "alpha.png", "bit.png", "turned.png"),
-)
-BAD = (
-    *("empty.png", "text.jpg", "short.png", "short.jpg", "flipped.png", "large.png", "bomb.png"),
-    *("missing.png", "float.tif"),
-)
+from voco_plugin.images import BadImageError
 
 
 @pytest.fixture(scope="module")
@@ -139,119 +35,6 @@ def bad(tmp_path_factory):
     made = write_bad(tmp_path_factory.mktemp("bad"))
     assert tuple(made) == BAD
     return made
-
-
-def talk(answer: str = "red") -> list[dict]:
-    image, ask = {"type": "image", "text": None}, {"type": "text", "text": "what is it"}
-    said = [{"type": "text", "text": answer}]
-    return [{"role": "user", "content": [image, ask]}, {"role": "assistant", "content": said}]
-
-
-def rows_of(paths, with_id: bool = True, embed: bool = False) -> Dataset:
-    images = [
-        [{"bytes": Path(p).read_bytes(), "path": None} if embed else {"bytes": None, "path": str(p)}]
-        for p in paths
-    ]
-    columns = {"messages": [talk() for _ in paths], "images": images}
-    if with_id:
-        columns["id"] = [f"row-{i}" for i in range(len(paths))]
-    return Dataset.from_dict(columns).cast_column("images", List(Image()))
-
-
-def collator(name: str = "llava_llama", **options) -> VoCoDataCollator:
-    processor = processors.processor(name)
-    processor.tokenizer.add_tokens(["<voco>"], special_tokens=True)
-    return VoCoDataCollator(processor=processor, voco=vp.VoCoConfig(num_tokens=2), **options)
-
-
-# -- the opener
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_an_odd_image_opens_as_what_it_shows(name: str, odd) -> None:
-    path, size, pixels = odd[name]
-    body = path.read_bytes()
-    with PILImage.open(path) as opened:
-        sources = [
-            path,
-            str(path),
-            body,
-            {"bytes": body, "path": None},
-            {"bytes": None, "path": str(path)},
-            opened,
-        ]
-        sources += [
-            base64.b64encode(body).decode(),
-            "data:image/png;base64," + base64.b64encode(body).decode(),
-        ]
-        images = [open_image(source) for source in sources]
-    for image in images:
-        assert image.mode == "RGB" and image.size == size
-        for place, colour in pixels.items():
-            got = image.getpixel(place)
-            assert max(abs(a - b) for a, b in zip(got, colour, strict=True)) <= 3, (place, got, colour)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_image_is_named_with_the_sample_and_the_reason(name: str, bad) -> None:
-    path, why = bad[name]
-    with pytest.raises(
-        BadImageError, match=f"^sample 3: image {re.escape(str(path))} cannot be read: .*({why})"
-    ):
-        open_image(path, "sample 3")
-
-
-def test_a_limit_that_is_raised_is_raised(bad, monkeypatch) -> None:
-    path, _ = bad["large.png"]
-    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(BadImageError, match="truncated"):  # read now, and found to hold no pixels
-        open_image(path)
-
-
-def test_an_image_in_memory_is_left_as_it_is() -> None:
-    image = two_halves("RGBA")
-    image.getexif()[0x0112] = 6
-    turned = open_image(image)
-    assert turned.size == (16, 24) and image.size == SIZE and image.mode == "RGBA"
-    assert image.getexif()[0x0112] == 6
-
-
-# -- processors
-
-
-@pytest.mark.parametrize("name", [n for n in processors.NAMES if n != "smolvlm"])
-@pytest.mark.parametrize("size", [(1, 1), (3, 40), (40, 3), (1, 40)])
-def test_an_image_of_few_pixels_has_the_colour_of_a_large_one(name: str, size) -> None:
-    image_processor = processors.processor(name).image_processor
-    small, large = (
-        image_processor(images=[[PILImage.new("RGB", s, RED)]], return_tensors="pt")["pixel_values"]
-        for s in (size, (40, 40))
-    )
-    small, large = (v[:1] if v.dim() == 2 else v.flatten(0, -4)[:1] for v in (small, large))
-    torch.testing.assert_close(small, large, atol=1e-5, rtol=0)
-    rows = [{"messages": talk(), "images": [PILImage.new("RGB", size, RED)]}]
-    assert int((collator(name)(rows)["labels"] != -100).sum()) > 0
-
-
-def test_an_image_the_processor_refuses_is_named(caplog) -> None:
-    thin = PILImage.new("RGB", (900, 1), RED)
-    rows = [{"messages": talk(), "images": [i], "id": n} for n, i in (("a", two_halves()), ("b", thin))]
-    with pytest.raises(BadImageError, match=r"sample 1 \(id 'b'\): image 0 cannot be used.*900x1.*ratio"):
-        collator("qwen2_5_vl")(rows)
-    with caplog.at_level("WARNING"):
-        batch = collator("qwen2_5_vl", on_bad_sample="skip", count_skipped=True)(rows)
-    alone = collator("qwen2_5_vl")([rows[0], rows[0]])
-    assert batch.pop("skipped_samples").tolist() == [0, 1]
-    assert all(torch.equal(batch[k], alone[k]) for k in alone)
-    assert "id 'b'" in caplog.text and "id 'a'" in caplog.text
-    assert find_refused(processors.processor("qwen2_5_vl").image_processor, [two_halves()]) == {}
-
-
-def test_a_fault_of_the_code_is_no_bad_sample(monkeypatch) -> None:
-    made = collator("qwen2_5_vl", on_bad_sample="skip")
-    monkeypatch.setattr(VoCoDataCollator, "_collate", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        made([{"messages": talk(), "images": [two_halves()]}])
 
 
 # -- the collator
