@@ -32,7 +32,7 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 $(VENV)/.deepspeed: pyproject.toml | $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,deepspeed]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,deepspeed,ray]'
 	@touch $@
 
 test-slow: $(VENV)/.deepspeed

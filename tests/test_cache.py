@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import voco_plugin as vp
 from harness import attached, inputs, shared
 from tiny.processors import processor
-from voco_plugin.cache import CacheFileError
+from voco_plugin.cache import VoCoCacheError
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_one_changed_byte_is_found(cache, tmp_path, where):
     }[where]
     data[at] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CacheFileError):
+    with pytest.raises(VoCoCacheError):
         vp.VoCoCache.load(path)
 
 
@@ -124,14 +124,14 @@ def test_a_truncated_file_is_named(cache, tmp_path, keep):
     path = tmp_path / "x.safetensors"
     cache.save(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CacheFileError, match="truncated|cannot be read|not a VoCo cache"):
+    with pytest.raises(VoCoCacheError, match="truncated|cannot be read|not a VoCo cache"):
         vp.VoCoCache.load(path)
 
 
 def test_a_header_that_claims_terabytes_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 10**13) + b"{}")
-    with pytest.raises(CacheFileError, match="claims 10000000000000"):
+    with pytest.raises(VoCoCacheError, match="claims 10000000000000"):
         vp.VoCoCache.load(path)
     body = json.dumps(
         {
@@ -140,14 +140,14 @@ def test_a_header_that_claims_terabytes_is_refused(tmp_path):
         }
     ).encode()
     path.write_bytes(struct.pack("<Q", len(body)) + body + b"1234")
-    with pytest.raises(CacheFileError, match="truncated"):
+    with pytest.raises(VoCoCacheError, match="truncated"):
         vp.VoCoCache.load(path)
 
 
 def test_another_file_or_version_is_refused(cache, tmp_path):
     plain = tmp_path / "plain.safetensors"
     save_file({"w": torch.zeros(2)}, plain)
-    with pytest.raises(CacheFileError, match="not a VoCo cache"):
+    with pytest.raises(VoCoCacheError, match="not a VoCo cache"):
         vp.VoCoCache.load(plain)
     with pytest.raises(FileNotFoundError):
         vp.VoCoCache.load(tmp_path / "none.safetensors")
@@ -158,7 +158,7 @@ def test_another_file_or_version_is_refused(cache, tmp_path):
         metadata, tensors = stream.metadata(), {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
     metadata["voco"] = metadata["voco"].replace('"format_version": 2', '"format_version": 8')
     save_file(tensors, tmp_path / "v.safetensors", metadata=metadata)
-    with pytest.raises(CacheFileError, match="format version 8"):
+    with pytest.raises(VoCoCacheError, match="format version 8"):
         vp.VoCoCache.load(tmp_path / "v.safetensors")
 
 

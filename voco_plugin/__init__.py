@@ -25,7 +25,7 @@ _NAMES = {
     "save_voco_config": "modeling",
     "VoCoCache": "cache",
     "VoCoBlock": "cache",
-    "CacheFileError": "cache",
+    "VoCoCacheError": "cache",
     "VoCoGenerationMixin": "generation",
     "VoCoDataCollator": "collator",
     "VoCoSFTConfig": "training",
@@ -59,7 +59,7 @@ def _announce() -> None:
 _announce()
 
 if TYPE_CHECKING:
-    from .cache import CacheFileError, VoCoBlock, VoCoCache
+    from .cache import VoCoBlock, VoCoCache, VoCoCacheError
     from .collator import VoCoDataCollator
     from .config import VoCoConfig
     from .generation import VoCoGenerationMixin

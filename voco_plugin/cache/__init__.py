@@ -2,6 +2,6 @@
 
 from .block import VoCoBlock
 from .cache import VoCoCache
-from .files import CacheFileError
+from .files import VoCoCacheError
 
-__all__ = ["CacheFileError", "VoCoBlock", "VoCoCache"]
+__all__ = ["VoCoBlock", "VoCoCache", "VoCoCacheError"]

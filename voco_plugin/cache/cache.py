@@ -121,7 +121,7 @@ class VoCoCache:
         """Read a file written by :meth:`save`, checked before it is used.
 
         Raises:
-            CacheFileError: not a cache file, truncated, tampered with, or of another format version.
+            VoCoCacheError: not a cache file, truncated, tampered with, or of another format version.
             FileNotFoundError: there is no such file.
         """
         cache = VoCoCache(*read_cache(path))

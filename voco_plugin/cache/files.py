@@ -23,7 +23,7 @@ FORMAT_VERSION = 2
 _BLOCK_FIELDS = ("num_tokens", "position", "extent", "num_vision", "relocatable", "order")
 
 
-class CacheFileError(ValueError):
+class VoCoCacheError(ValueError):
     """A file is not a VoCo cache this release can trust; the message says what is wrong with it."""
 
 
@@ -69,10 +69,10 @@ def _check_header(path: Path) -> None:
     with open(path, "rb") as stream:
         head = stream.read(8)
         if len(head) < 8:
-            raise CacheFileError(f"{path} is truncated: {size} bytes hold no header.")
+            raise VoCoCacheError(f"{path} is truncated: {size} bytes hold no header.")
         (length,) = struct.unpack("<Q", head)
         if length > min(size - 8, 100_000_000):
-            raise CacheFileError(
+            raise VoCoCacheError(
                 f"{path} is truncated or not a cache: its header claims {length} of {size} bytes."
             )
         try:
@@ -80,13 +80,13 @@ def _check_header(path: Path) -> None:
             ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
             metadata = header.get("__metadata__", {})
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise CacheFileError(f"{path} is not a VoCo cache: its header cannot be read.") from None
+            raise VoCoCacheError(f"{path} is not a VoCo cache: its header cannot be read.") from None
         if "voco" not in metadata or "sha256" not in metadata:
-            raise CacheFileError(
+            raise VoCoCacheError(
                 f"{path} is a safetensors file but not a VoCo cache; write it with VoCoCache.save."
             )
         if 8 + length + max(ends, default=0) != size:
-            raise CacheFileError(
+            raise VoCoCacheError(
                 f"{path} is truncated or was appended to: {size} bytes where its header says "
                 f"{8 + length + max(ends, default=0)}."
             )
@@ -106,16 +106,16 @@ def read_cache(path: str | os.PathLike) -> tuple[list[VoCoBlock], list[int], int
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         record = json.loads(metadata["voco"])
     except (SafetensorError, ValueError) as error:
-        raise CacheFileError(f"{path} cannot be read ({error}).") from None
+        raise VoCoCacheError(f"{path} cannot be read ({error}).") from None
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         version = record.get("format_version") if isinstance(record, dict) else None
-        raise CacheFileError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}.")
+        raise VoCoCacheError(f"{path} has format version {version}; this release reads {FORMAT_VERSION}.")
     if _digest(tensors, record) != metadata["sha256"]:
-        raise CacheFileError(f"{path} was changed since it was written: its checksum does not match.")
+        raise VoCoCacheError(f"{path} was changed since it was written: its checksum does not match.")
     try:
         return _blocks(tensors, record)
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise CacheFileError(f"{path}: tensors and metadata do not match ({error}).") from None
+        raise VoCoCacheError(f"{path}: tensors and metadata do not match ({error}).") from None
 
 
 def _blocks(tensors, record) -> tuple[list[VoCoBlock], list[int], int, dict[str, Any]]:
