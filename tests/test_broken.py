@@ -86,26 +86,28 @@ def positions_shifted(patch):
 
 
 def text_position_off(patch):
-    real = stage_two._walk
+    real = stage_two.plan_row
 
     def broken(*args):
-        text, placed = real(*args)
-        return [(c, p + (p > 3), o) for c, p, o in text], placed
+        plan = real(*args)
+        plan.positions = plan.positions + (plan.positions > 3)
+        return plan
 
-    patch.setattr(stage_two, "_walk", broken)
+    patch.setattr(stage_two, "plan_row", broken)
 
 
 def rotated_backwards(patch):
     real = relocation.Relocator._cos_sin
 
-    def broken(self, layer, delta, dtype, device):
-        return real(self, layer, -delta if abs(delta) != relocation._PROBE_SHIFT else delta, dtype, device)
+    def broken(self, layer, deltas, dtype):
+        probing = bool((deltas.abs() == relocation._PROBE_SHIFT).all())
+        return real(self, layer, deltas if probing else -deltas, dtype)
 
     patch.setattr(relocation.Relocator, "_cos_sin", broken)
 
 
 def not_rotated(patch):
-    patch.setattr(relocation.Relocator, "move", lambda self, block, target: (block.keys, block.values))
+    patch.setattr(relocation.Relocator, "move", lambda self, tensors, deltas: tensors)
 
 
 def slot_before(patch):
@@ -167,7 +169,7 @@ def latent_not_turned(patch):
     """Latent attention keeps the rotated part where other caches have the value."""
     real = relocation.Relocator.move
     patch.setattr(
-        relocation.Relocator, "move", lambda self, block, to: (real(self, block, to)[0], block.values)
+        relocation.Relocator, "move", lambda self, held, by: (real(self, held, by)[0], held[1])
     )
 
 

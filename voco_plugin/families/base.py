@@ -74,6 +74,14 @@ class Family:
         chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
         return getattr(config, "attention_chunk_size", None) if chunked else None
 
+    def windowed(self, model: torch.nn.Module) -> bool:
+        """Whether any layer attends within a window or a chunk, so that it asks where a slot stood."""
+        config = self.text_model(model).config
+        types = getattr(config, "layer_types", None)
+        if types:
+            return bool({"sliding_attention", "chunked_attention"} & set(types))
+        return getattr(config, "sliding_window", None) is not None
+
     def refusal(self, model: torch.nn.Module) -> str | None:
         """Why the isolation rule cannot hold in this model, or ``None``.
 
