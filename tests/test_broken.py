@@ -168,9 +168,7 @@ def rows_not_restored(patch):
 def latent_not_turned(patch):
     """Latent attention keeps the rotated part where other caches have the value."""
     real = relocation.Relocator.move
-    patch.setattr(
-        relocation.Relocator, "move", lambda self, held, by: (real(self, held, by)[0], held[1])
-    )
+    patch.setattr(relocation.Relocator, "move", lambda self, held, by: (real(self, held, by)[0], held[1]))
 
 
 def prefix_forgotten(patch):

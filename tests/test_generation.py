@@ -231,7 +231,8 @@ def test_rows_of_voco_tokens_are_nan_not_a_guess():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+        ({"cache_implementation": "static", "two_stage": False}, "cache_implementation='static'"),
         ({"past_key_values": "x"}, "past_key_values cannot be given together"),
     ],
 )
@@ -242,6 +243,8 @@ def test_what_cannot_honour_the_rule_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         if "past_key_values" in options:
             model(**stream, voco_cache=cache, **options)
+        elif "two_stage" in options:
+            model.generate(**batch, **NEW, **options)
         else:
             model.generate(**stream, voco_cache=cache, **NEW, **options)
 

@@ -18,7 +18,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     1: ("attention",),
     2: ("families", "encoders", "llms", "projectors", "compressors", "composition", "registration"),
     3: ("isolation", "cache_state"),
-    4: ("cache", "generation"),
+    4: ("cache", "decoding", "generation"),
     5: ("modeling",),
     6: ("collator", "video", "answering", "metrics"),
     7: ("training", "benchmark", "study", "data", "reporting"),
