@@ -23,6 +23,9 @@ from .fingerprint import differences, fingerprint
 from .plan import RowPlan, plan_row
 from .relocation import relocator_for
 
+MADE_BY = "_voco_made_by"
+"""Attribute of a KV cache: the fingerprint of what made it."""
+
 
 @dataclass
 class Placed:
@@ -44,6 +47,11 @@ class Placed:
     columns: torch.Tensor
 
 
+def made_by(model, state) -> dict[str, Any]:
+    """The fingerprint of what this attached model makes now."""
+    return fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+
+
 def check_cache(model, state, cache: VoCoCache) -> None:
     """Refuse a cache that this model did not make under this rule.
 
@@ -61,7 +69,7 @@ def check_cache(model, state, cache: VoCoCache) -> None:
             "this cache has no fingerprint, so it cannot be told which model made it; make it with "
             "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
         )
-    mine = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+    mine = made_by(model, state)
     if state.family.prefix_lm and "attention" in cache.fingerprint:
         mine["attention"] = cache.fingerprint["attention"]  # told by the inputs of stage 1, not by the model
     wrong = differences(mine, cache.fingerprint)
@@ -163,6 +171,7 @@ def place(
         planned_prefix=_prefix(state, cache, table, source, token_types),
         settled=past.settled and not (state.config.hide_prefix or state.family.windowed(model)),
     ).put_on(key_values)
+    setattr(key_values, MADE_BY, made_by(model, state))
     full_mask = torch.cat([table.kind != TokenKind.PAD, source >= 0], dim=1).long()
     return Placed(ids, full_mask, position_ids, key_values, source)
 
@@ -201,6 +210,12 @@ class _Past:
         if held is None:
             raise ValueError(
                 "prefix_cache holds a KV cache of which nothing is known; make it with model.prefix_cache."
+            )
+        wrong = differences(made_by(model, state), getattr(before, MADE_BY, {}))
+        if wrong:
+            raise ValueError(
+                f"prefix_cache was not made by this model under this rule: {'; '.join(wrong)}; make it again "
+                "with model.prefix_cache."
             )
         if held.table.num_rows not in (1, rows):
             raise ValueError(f"prefix_cache holds {held.table.num_rows} rows and input_ids {rows}.")
