@@ -121,13 +121,13 @@ def slot_before(patch):
 
 
 def values_as_keys(patch):
-    real = files._blocks
+    real = files.blocks_of
 
     def broken(tensors, record):
         names = {k: k.replace("key", "x").replace("value", "key").replace("x", "value") for k in tensors}
         return real({names[k]: v for k, v in tensors.items()}, record)
 
-    patch.setattr(files, "_blocks", broken)
+    patch.setattr(files, "blocks_of", broken)
 
 
 def padding_ignored(patch):
@@ -140,7 +140,7 @@ def padding_ignored(patch):
 
 
 def checksum_ignored(patch):
-    patch.setattr(files, "_digest", lambda tensors, record: "same")
+    patch.setattr(files, "digest", lambda tensors, record: "same")
 
 
 def fingerprint_ignored(patch):

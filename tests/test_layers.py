@@ -20,7 +20,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("isolation", "cache_state"),
     4: ("cache", "decoding", "generation"),
     5: ("modeling",),
-    6: ("collator", "video", "answering", "metrics"),
+    6: ("collator", "video", "answering", "metrics", "session", "session_file"),
     7: ("training", "benchmark", "study", "data", "reporting"),
     8: ("cli",),
 }
@@ -29,6 +29,7 @@ OUTSIDE = ("examples", "recipes", "integrations")
 PUBLIC_MODULES = (
     "config",
     "answering",
+    "session",
     "registry",
     "metrics",
     "data",

@@ -46,10 +46,16 @@ def encode(
         ValueError: the processor has no chat template.
     """
     texts = render(processor, batch)
+    return _tokenized(processor, texts, images, _adds_special_tokens(processor, texts))
+
+
+def _tokenized(
+    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]] | None, special: bool
+) -> dict[str, Any]:
     more = {} if images is None else {"images": [list(row) for row in images]}
     out = processor(
-        text=texts, return_tensors="pt", padding=True, padding_side="left",
-        add_special_tokens=_adds_special_tokens(processor, texts), **more,
+        text=list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special,
+        **more,
     )  # fmt: skip
     return dict(out)
 
@@ -82,18 +88,36 @@ def stream_of(
     is its own affair, and only the text that stays in the stream is kept. Row ``b`` gets the K of each block
     that ``cache`` holds for it.
     """
+    places = [sum(part.get("type") == "image" for turn in talk for part in _parts(turn)) for talk in batch]
+    texts = render(processor, batch)
+    return stream_of_texts(model, processor, texts, places, cache, _adds_special_tokens(processor, texts))
+
+
+def stream_of_texts(
+    model: Any,
+    processor: Any,
+    texts: Sequence[str],
+    places: Sequence[int],
+    cache: VoCoCache,
+    special: bool = False,
+) -> dict[str, torch.Tensor]:
+    """As :func:`stream_of`, of texts that a chat template has rendered already.
+
+    Args:
+        places: how many images each text has.
+        special: whether the tokenizer puts its own special tokens around them.
+    """
     vocab = attachment(model).vocab
     blank = Image.new("RGB", _BLANK)
-    places = [sum(part.get("type") == "image" for turn in talk for part in _parts(turn)) for talk in batch]
     blanks = [[blank] * count for count in places] if any(places) else None
     pad = getattr(processor, "tokenizer", processor).pad_token_id or 0
     encoded = insert_voco_tokens(
-        encode(processor, batch, blanks),
+        _tokenized(processor, texts, blanks, special),
         vocab,
         1,
         pad_token_id=pad,
         padding_side="left",
-        images_per_row=places,
+        images_per_row=list(places),
     )
     layout = SequenceLayout.from_ids(encoded["input_ids"], encoded["attention_mask"], vocab)
     rows = []
