@@ -52,8 +52,8 @@ def made_by(model, state) -> dict[str, Any]:
     return fingerprint(model, state.config, state.processor, state.vocab.voco_id)
 
 
-def check_cache(model, state, cache: VoCoCache) -> None:
-    """Refuse a cache that this model did not make under this rule.
+def check_cache(model, state, cache: VoCoCache) -> dict[str, Any]:
+    """The model's fingerprint; refuses a cache that this model did not make under this rule.
 
     Raises:
         ValueError: it says what differs.
@@ -62,22 +62,24 @@ def check_cache(model, state, cache: VoCoCache) -> None:
         raise ValueError(
             "rule='causal' has no cached inference: text reads the vision tokens; use rule='isolated'."
         )
+    mine = made_by(model, state)
     if not len(cache):
-        return
+        return mine
     if not cache.fingerprint:
         raise ValueError(
             "this cache has no fingerprint, so it cannot be told which model made it; make it with "
             "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
         )
-    mine = made_by(model, state)
+    expected = dict(mine)
     if state.family.prefix_lm and "attention" in cache.fingerprint:
-        mine["attention"] = cache.fingerprint["attention"]  # told by the inputs of stage 1, not by the model
-    wrong = differences(mine, cache.fingerprint)
+        expected["attention"] = cache.fingerprint["attention"]  # told by stage 1's inputs, not by the model
+    wrong = differences(expected, cache.fingerprint)
     if wrong:
         raise ValueError(
             f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images "
             "again."
         )
+    return mine
 
 
 def _rows_of_blocks(cache: VoCoCache, rows: int) -> list[list[VoCoBlock]]:
@@ -111,7 +113,7 @@ def place(
         ValueError: another model's cache, another K, blocks and VoCo tokens that do not match, vision tokens
             in the stream, a row without text, or a block that cannot be moved to where the prompt puts it.
     """
-    check_cache(model, state, cache)
+    mine = check_cache(model, state, cache)
     rows, columns = input_ids.shape
     device = input_ids.device
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -119,7 +121,7 @@ def place(
         raise ValueError(f"attention_mask must be 2-D of shape {(rows, columns)}, not {tuple(mask.shape)}.")
     kinds = _kinds(state.vocab, input_ids, mask)
     per_row = _rows_of_blocks(cache, rows)
-    past = _Past.of(before, model, state, rows)
+    past = _Past.of(before, mine, rows)
     compact = state.config.positions == "compact"
     plans = [
         plan_row(r, kinds[r], per_row[r], compact, past.next_position[r], past.next_order[r])
@@ -171,7 +173,7 @@ def place(
         planned_prefix=_prefix(state, cache, table, source, token_types),
         settled=past.settled and not (state.config.hide_prefix or state.family.windowed(model)),
     ).put_on(key_values)
-    setattr(key_values, MADE_BY, made_by(model, state))
+    setattr(key_values, MADE_BY, mine)
     full_mask = torch.cat([table.kind != TokenKind.PAD, source >= 0], dim=1).long()
     return Placed(ids, full_mask, position_ids, key_values, source)
 
@@ -201,7 +203,7 @@ class _Past:
     settled: bool
 
     @classmethod
-    def of(cls, before: Cache | None, model, state, rows: int) -> _Past:
+    def of(cls, before: Cache | None, mine: dict[str, Any], rows: int) -> _Past:
         if before is None:
             none = torch.zeros(rows, 0, dtype=torch.long)
             zeros = np.zeros(rows, dtype=np.int64)
@@ -211,7 +213,7 @@ class _Past:
             raise ValueError(
                 "prefix_cache holds a KV cache of which nothing is known; make it with model.prefix_cache."
             )
-        wrong = differences(made_by(model, state), getattr(before, MADE_BY, {}))
+        wrong = differences(mine, getattr(before, MADE_BY, {}))
         if wrong:
             raise ValueError(
                 f"prefix_cache was not made by this model under this rule: {'; '.join(wrong)}; make it again "

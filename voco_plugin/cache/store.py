@@ -1,7 +1,7 @@
 """``VoCoCacheStore``: compressed images by the content of the image, on disk, for many processes at once.
 
 An LMDB folder. A record is the bytes of a saved cache, so that a store and a file are read by the same
-checks; its key says which pixels, model, adapter, processor, rule and K it was made from (:mod:`.store_keys`).
+checks; its key says which pixels, model, adapter, processor, rule and K made it (:mod:`.store_keys`).
 """
 
 from __future__ import annotations
