@@ -2,14 +2,14 @@
 
 For a row of ``N`` tokens (vision and VoCo), in elements of the model's dtype unless said otherwise:
 
-    hidden states     12 · N · H              embeddings, merged features, residuals, norms (two of them in fp32)
-    attention         N · (4·Q + 6·KV)        queries, keys, values, rotated, and repeated for grouped heads
+    hidden states     12 · N · H              embeddings, merged features, residuals, norms (two in fp32)
+    attention         N · (4·Q + 6·KV)        queries, keys, values, rotated; keys repeated for their groups
     scores            3 · heads · N² (eager, in fp32), else N² bytes of mask and its float form
-    feed-forward      4 · N · I               gate, up, their product, the activation; experts: I · experts a token
-    kept              2 · L · K · KV          the VoCo tokens' keys and values, twice (batch and block)
-    whole keys        2 · L · N · KV          only where layers share keys, or rows are padded
+    feed-forward      4 · N · I               gate, up, product, activation; of experts: those of a token
+    kept              4 · L · K · KV          the VoCo tokens' keys and values, of the batch and the blocks
+    whole keys        4 · L · N · KV          instead, where layers share keys or rows are padded
     pixels            4 · pixels              as given, cut out, cast, first convolution
-    vision tower      (2·L_v + 16) · P · H_v + 4 · P · I_v     LLaVA's towers give every layer's hidden states
+    vision tower      (2·L_v + 16) · P · H_v + 4 · P · I_v    LLaVA's towers give all layers' hidden states
     vision scores     3 · heads_v · P² (eager)
 
 ``P`` patches are counted from the pixels and the patch size. Weights are not part of it.

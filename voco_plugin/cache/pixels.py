@@ -45,7 +45,7 @@ class Unclear(Exception):
 
 @dataclass
 class Rows:
-    """One vision input: ``offsets[b]`` is the first row of block ``b``; ``None`` where no row begins there."""
+    """One vision input: ``offsets[b]`` is the first row of block ``b``, ``None`` where no row begins."""
 
     value: torch.Tensor
     offsets: list[int | None]
