@@ -151,6 +151,7 @@ def compress_images(
     *,
     num_tokens: int | None = None,
     batch_size: int = 8,
+    max_memory: int | None = None,
     tick: Tick | None = None,
     refused: Callable[[int, str], Any] | None = None,
 ) -> Iterator[VoCoCache]:
@@ -159,12 +160,16 @@ def compress_images(
     Args:
         images: PIL images; read as they are needed.
         num_tokens: K; ``None`` takes the model's.
+        batch_size: images read and prepared at a time; those of one size run together.
+        max_memory: bytes of working memory that one forward may take (``model.compress``); fewer images then
+            run together.
         tick: called with the number of images just done.
         refused: called with the number of an image that the image processor does not take, and the reason;
             it is left out. ``None``: it raises.
 
     Raises:
         BadImageError: the image processor does not take an image.
+        ValueError: ``max_memory`` is below what one image takes.
     """
     before = 0
     for whole in _chunks(images, batch_size):
@@ -173,7 +178,7 @@ def compress_images(
         if not chunk:
             continue
         inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
-        cache = model.compress(**_on(model, inputs))
+        cache = model.compress(**_on(model, inputs), max_memory=max_memory)
         for row in range(len(chunk)):
             yield cache.row(row)
         if tick is not None:

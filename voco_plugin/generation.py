@@ -8,6 +8,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from .cache import VoCoCache
+from .cache.groups import Limits
 from .cache.stage_one import compress
 from .cache.stage_two import place
 from .cache_state import CacheState
@@ -60,11 +61,21 @@ class VoCoGenerationMixin:
         )
 
     @torch.no_grad()
-    def compress(self, num_tokens: int | None = None, **inputs: Any) -> VoCoCache:
-        """Stage 1: the keys and values of every block's VoCo tokens.
+    def compress(
+        self,
+        num_tokens: int | None = None,
+        max_memory: int | None = None,
+        max_batch_tokens: int | None = None,
+        **inputs: Any,
+    ) -> VoCoCache:
+        """Stage 1: the keys and values of every block's VoCo tokens. Blocks of one length share a forward.
 
         Args:
-            num_tokens: the K each block must have; ``None`` takes what the inputs hold.
+            num_tokens: the K each block gets, whatever number the inputs hold (elastic K, paper, Table 4);
+                ``None`` takes what they hold.
+            max_memory: bytes that one forward may take on top of the weights, as estimated from the config
+                (``cache/memory.py``); blocks run in chunks that fit. ``None``: no limit.
+            max_batch_tokens: vision and VoCo tokens that one forward may hold.
             inputs: what the model's forward takes: ``input_ids`` ``(B, N)`` with vision and VoCo tokens,
                 ``attention_mask``, pixels.
 
@@ -74,14 +85,10 @@ class VoCoGenerationMixin:
 
         Raises:
             LayoutError: the ids do not form blocks.
-            ValueError: the rule does not isolate.
+            ValueError: the rule does not isolate, or a limit is below what one block (or the images that
+                cannot be told apart) takes.
         """
-        state = self._voco_attachment
-        if num_tokens is not None and inputs.get("input_ids") is not None:
-            SequenceLayout.from_ids(
-                inputs["input_ids"], inputs.get("attention_mask"), state.vocab, num_tokens=num_tokens
-            )
-        return compress(self, state, inputs)
+        return compress(self, self._voco_attachment, inputs, num_tokens, Limits(max_memory, max_batch_tokens))
 
     def stream_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The compressed stream of ``inputs``: ``input_ids`` and ``attention_mask`` (and a prefix-LM's

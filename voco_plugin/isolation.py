@@ -65,7 +65,8 @@ class Attachment:
         """How ``position_ids`` given to the backbone are taken inside the block.
 
         ``check`` (the default): refused where they contradict the rule's. ``own``: ignored, the rule's are
-        used. ``trust``: used as they are.
+        used. ``trust``: used as they are. ``alone``: as ``trust``, and the rule is not put in force: stage 1
+        says so of rows that are one whole block each, which hides nothing from itself.
         """
         before = getattr(self._local, "policy", "check")
         self._local.policy = policy
@@ -104,7 +105,9 @@ class Attachment:
             named = {**dict(zip(names, args, strict=False)), **kwargs}
         # where the whole model is its own backbone (Llama 4), stage 2 calls it again without the cache
         staged = named.get("voco_cache") is not None
-        prepared = self.prepare(module, named) if self.config.isolates and not staged else None
+        alone = getattr(self._local, "policy", "check") == "alone"
+        ruled = self.config.isolates and not staged and not alone
+        prepared = self.prepare(module, named) if ruled else None
         if prepared is None:
             self._stack().append((None, None, None, None))
             return None

@@ -48,9 +48,12 @@ class Family:
 
     Attributes:
         prefix_lm: whether the backbone reads its prompt both ways where it is given ``token_type_ids``.
+        images_by_row: whether its pixels are laid out by batch row, ``(rows, tiles, 3, H, W)``, with tiles
+            of zeros as padding, and not listed image after image.
     """
 
     prefix_lm = False
+    images_by_row = False
 
     def prefix(self, token_types: torch.Tensor) -> torch.Tensor:
         """Which tokens a prefix-LM reads both ways, of its ``token_type_ids`` ``(B, N)``."""
