@@ -29,6 +29,7 @@ OUTSIDE = ("examples", "recipes", "integrations")
 PUBLIC_MODULES = (
     "config",
     "answering",
+    "images",
     "session",
     "registry",
     "metrics",
