@@ -311,6 +311,7 @@ class VoCoGenerationMixin:
             most = setting(self, args, kwargs, "max_new_tokens")
             most = length + most if most is not None else setting(self, args, kwargs, "max_length", 0)
             most = max(most, length + 1, setting(self, args, kwargs, "max_cache_len", 0))
+            kwargs.pop("max_cache_len", None)
             start = to_static(self, state, start, placed.position_ids[:, -1], most)
         with state.positions("own"):
             output = super().generate(*args, **start, **kwargs)
