@@ -95,6 +95,7 @@ def first_token(
             "full caching": full,
             "no cache": lambda: lambda: plain(**whole, **last),
         }
+        ways["VoCo"]()()  # the first time a model moves a block it looks at how its layers rotate
         flops = {name: _flops(way()) for name, way in ways.items()}
         timed = {name: _synchronised(way, plain.device) for name, way in ways.items()}
         seconds = interleaved_medians(timed, repeats)
