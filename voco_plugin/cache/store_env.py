@@ -306,4 +306,9 @@ class Environment:
         ) as error:  # fmt: skip
             raise VoCoCacheError(f"{self.path} is no VoCo store, or a damaged one ({error}).") from None
         except lmdb.Error as error:
+            if "already open in this process" in str(error):  # held by a transaction of the parent
+                raise VoCoCacheError(
+                    f"this process was forked inside the block of a view of store {self.path}; leave that "
+                    "block before using the store."
+                ) from None
             raise OSError(f"store {self.path}: {error}") from None

@@ -13,6 +13,7 @@ from .files import VALUES
 from .store_env import Environment, acquire
 from .store_index import Index
 from .store_keys import of_the_store, other_makers
+from .store_pages import check_length
 
 STORE_FORMAT = "voco-store"
 STORE_VERSION = 1
@@ -121,6 +122,7 @@ def _check_folder(path: Path, fingerprint: dict[str, Any] | None, readonly: bool
     if path.exists() and not path.is_dir():
         raise VoCoCacheError(f"{path} is a file; a store is a folder.")
     if (path / "data.mdb").exists():
+        check_length(path)
         return
     others = [p for p in path.iterdir() if p.name != "lock.mdb"] if path.exists() else []
     if others:
