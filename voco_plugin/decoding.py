@@ -181,7 +181,7 @@ def to_static(
 
 def only_new(past: Cache | None, input_ids: torch.Tensor) -> int | None:
     """How many of ``input_ids`` are not in ``past`` yet, where the ids stand for its slots too."""
-    if not getattr(past, _WHOLE_IDS, False):
+    if past is None or not getattr(past, _WHOLE_IDS, False):
         return None
     return input_ids.shape[1] - int(past.get_seq_length())
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from .answering import compress_images, render, stream_of_texts
 from .cache import VoCoCache
@@ -63,7 +62,7 @@ class VoCoSession:
         if system is not None:
             self.messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
         self._waiting: tuple[VoCoCache, ...] = ()
-        self._past: DynamicCache | None = None  # what has been read; never written to, so that forks share it
+        self._past: Any = None  # a DynamicCache: what has been read; never written to, so that forks share it
         self._unread: tuple[int, ...] = ()  # ids of the conversation that are not in it yet
 
     # -- the conversation

@@ -109,7 +109,7 @@ def _record(contents: Contents, view: memoryview, where: str) -> dict[str, Any]:
     facts = [(n, e.dtype, e.shape, view[e.start : e.stop]) for n, e in contents.entries.items()]
     if files.digest(facts, record) != contents.metadata["sha256"]:
         raise VoCoCacheError(f"{where} was changed since it was written: its checksum does not match.")
-    fields = {
+    fields: dict[str, Any] = {
         "fingerprint": dict, "messages": list, "unread": list, "waiting": list,
         "slots": (dict, type(None)), "num_tokens": (int, type(None)),
     }  # fmt: skip
@@ -126,14 +126,14 @@ def _record(contents: Contents, view: memoryview, where: str) -> dict[str, Any]:
     return record
 
 
-def _past(tensors: dict[str, torch.Tensor], slots: Any, device: torch.device) -> DynamicCache | None:
+def _past(tensors: dict[str, torch.Tensor], slots: Any, device: torch.device) -> Any:
     """The KV cache and what its slots hold."""
     layers = sum(name.startswith("layers.") for name in tensors) // 2
     if slots is None:
         if layers:
             raise ValueError("keys without slots")
         return None
-    past = DynamicCache()
+    past: Any = DynamicCache()
     for index in range(layers):
         key, value = (tensors[f"layers.{index}.{name}"].to(device) for name in ("key", "value"))
         if key.dim() != 3 or value.dim() != 3 or key.shape[1] != value.shape[1]:
@@ -143,6 +143,6 @@ def _past(tensors: dict[str, torch.Tensor], slots: Any, device: torch.device) ->
     if len(lengths) != 1 or not set(slots["kind"]) <= {TokenKind.PAD, TokenKind.TEXT, TokenKind.VOCO}:
         raise ValueError("slots and keys are not of one length, or a slot holds what no session reads")
     table = TokenTable(*(torch.tensor([slots[name]], dtype=torch.long, device=device) for name in _TABLE))
-    counts = (torch.tensor([int(slots[name])], device=device) for name in _COUNTS)
-    CacheState(table, *counts, settled=bool(slots["settled"])).put_on(past)
+    counts: dict[str, Any] = {name: torch.tensor([int(slots[name])], device=device) for name in _COUNTS}
+    CacheState(table, settled=bool(slots["settled"]), **counts).put_on(past)
     return past

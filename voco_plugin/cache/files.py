@@ -263,7 +263,7 @@ def _writable(view: memoryview) -> Any:
     import numpy as np
 
     array = np.frombuffer(view, dtype=np.uint8)
-    mapped = (ctypes.c_ubyte * len(view)).from_address(array.ctypes.data)
+    mapped: Any = (ctypes.c_ubyte * len(view)).from_address(array.ctypes.data)
     mapped.owner = array  # the tensors keep `mapped`, which keeps the memory
     return mapped
 
