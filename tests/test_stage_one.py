@@ -601,5 +601,20 @@ def test_layers_that_share_keys_get_them_whole(layers, sharing, monkeypatch):
     assert against_single_pass(model, batch, cache) <= 1e-5
 
 
+@pytest.mark.slow
+def test_the_benchmark_measures_speed_and_memory(tmp_path):
+    import json
+
+    from benchmarks.stage_one import main
+
+    more = ["--batch", "1", "--repeats", "1", "--counts", "1,20", "--out", str(tmp_path / "x.json")]
+    assert main(more) == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [entry["tower"] for entry in found["speed"]] == [True, False]
+    assert all(entry["ratio"] > 0 and entry["tokens"] == 578 for entry in found["speed"])
+    assert [entry["images"] for entry in found["memory"]] == [1, 20]
+    assert all(0 < entry["peak_bytes"] < entry["estimate_bytes"] for entry in found["memory"])
+
+
 def test_every_family_is_here():
     assert len(NAMES) == 44 and set(BACKBONES) < set(NAMES)
