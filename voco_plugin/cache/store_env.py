@@ -56,7 +56,8 @@ def acquire(path: Path, *, readonly: bool, map_size: int, lock: bool) -> Environ
     global _watching
     with _lock:
         if not _watching:
-            os.register_at_fork(after_in_child=_after_fork)
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=_after_fork)
             _watching = True
         identity = _identity(path)
         found = _open.get(identity) if identity else None
