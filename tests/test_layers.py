@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     4: ("cache", "generation"),
     5: ("modeling",),
     6: ("collator", "video", "answering", "metrics"),
-    7: ("training", "benchmark", "study", "data", "reporting"),
+    7: ("training", "benchmark", "study", "data", "reporting", "bulk"),
     8: ("cli",),
 }
 ANYWHERE = ("_compat",)
@@ -36,6 +36,7 @@ PUBLIC_MODULES = (
     "cli",
     "training",
     "benchmark",
+    "bulk",
 )
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 

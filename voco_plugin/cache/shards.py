@@ -1,0 +1,355 @@
+"""Caches as Parquet shards, for object stores and other programs: written and read through fsspec.
+
+    PREFIX/CONTENT-HASH.parquet     rows of one shard; it is there whole, or not at all
+    PREFIX/manifest.json            at the end of a run: the shards, their sizes, and whose caches they are
+
+    column                                          a row is one image name
+    name, key, stamp                                text; key: 64 hex digits, stamp: of the source, or null
+    K                                               VoCo tokens
+    num_vision, extent, position, order, relocatable, dtype, layers, heads, head_dim       of the block
+    cache                                           bytes of the file that VoCoCache.save writes; null where
+                                                    an earlier row of this prefix holds those of its key
+
+A shard is made in memory and put in one go (an object store makes that atomic; a local one is written beside
+its place and renamed; elsewhere under a temporary name, then moved). Its name is the hash of its bytes, so
+writing it twice is writing it once. The shards say themselves what is finished: a job that is started again
+reads their columns of names and keys, and needs no manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from ..files import atomic_path
+from .cache import VoCoCache
+from .files import VoCoCacheError, cache_from_buffer, cache_to_bytes
+from .fingerprint import differences
+from .store_names import NameEntry
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARD_BYTES = 1 << 28
+"""A shard is written when its caches take so much, in bytes."""
+
+_METADATA = b"voco"
+_FACTS = ("num_vision", "extent", "position", "order", "relocatable")
+_SINGLE_PUT = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory", "r2")
+_EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+_KEY = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
+
+
+class ShardItem(NamedTuple):
+    """A row of a shard that holds a cache."""
+
+    name: str
+    key: str
+    cache: VoCoCache
+
+
+class ShardFolder:
+    """A prefix of an object store (or a folder) that holds shards.
+
+    Args:
+        url: ``s3://bucket/prefix``, ``file:///folder``, ``memory://name`` or a plain path.
+
+    Raises:
+        ImportError: fsspec needs a package for this protocol that is not installed.
+        ValueError: no such protocol.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        protocol = url.split("://")[0] if "://" in url else "file"
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+        except ImportError as problem:
+            package = _EXTRA.get(protocol)
+            fix = f"pip install {package}" if package else str(problem)
+            raise ImportError(f"{url}: {protocol}:// needs a package that is not installed: {fix}.") from None
+        except ValueError as problem:
+            raise ValueError(f"{url} cannot be used: {problem}.") from None
+        self.single_put = protocol in _SINGLE_PUT
+        self.local = protocol in ("file", "local")
+
+    def path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def shards(self) -> list[str]:
+        """Names of the shards that are there, sorted."""
+        self.fs.invalidate_cache()
+        if not self.fs.isdir(self.root):
+            return []
+        names = [str(path).rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
+        return sorted(name for name in names if _NAME.fullmatch(name))
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all."""
+        target = self.path(name)
+        if self.local:
+            with atomic_path(target) as temporary:
+                temporary.write_bytes(data)
+            return
+        if self.single_put:
+            self.fs.pipe_file(target, data)
+            return
+        self.fs.makedirs(self.root, exist_ok=True)
+        temporary_name = self.path(f".{name}.{uuid.uuid4().hex}.tmp")
+        self.fs.pipe_file(temporary_name, data)
+        self.fs.mv(temporary_name, target)
+
+    def get(self, name: str) -> bytes:
+        try:
+            return self.fs.cat_file(self.path(name))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.url}/{name} does not exist.") from None
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What :func:`write_manifest` wrote; ``None`` where no run has ended yet.
+
+        Raises:
+            VoCoCacheError: it is no manifest of this release.
+        """
+        try:
+            found = json.loads(self.get(MANIFEST))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise VoCoCacheError(f"{self.url}/{MANIFEST} is no manifest of shards: it is no JSON.") from None
+        if not isinstance(found, dict) or not isinstance(found.get("shards"), dict):
+            raise VoCoCacheError(f"{self.url}/{MANIFEST} is no manifest of shards.")
+        return found
+
+
+class ShardWriter:
+    """Collects rows and writes shards.
+
+    Args:
+        folder: where to.
+        fingerprint: of the caches; those already there must be of the same.
+        shard_bytes: size at which a shard is written.
+    """
+
+    def __init__(
+        self, folder: ShardFolder, fingerprint: dict[str, Any], shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.folder, self.fingerprint, self.shard_bytes = folder, fingerprint, shard_bytes
+        self.rows: list[dict[str, Any]] = []
+        self.bytes_waiting = 0
+        self.bytes_written = 0
+
+    def add(self, entry: NameEntry, cache: VoCoCache | None) -> None:
+        """A row; ``cache`` is ``None`` where an earlier row of this prefix holds the cache of its key."""
+        row: dict[str, Any] = {
+            "name": entry.name, "key": entry.key, "stamp": entry.stamp, "K": entry.num_tokens, "cache": None,
+        }  # fmt: skip
+        if cache is not None:
+            row |= {**_facts(cache), "cache": cache_to_bytes(cache)}
+            self.bytes_waiting += len(row["cache"])
+        self.rows.append(row)
+        if self.bytes_waiting >= self.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected as one shard, if anything."""
+        if not self.rows:
+            return
+        data = _parquet(self.rows, self.fingerprint)
+        self.folder.put(f"{hashlib.sha256(data).hexdigest()}.parquet", data)
+        self.bytes_written += len(data)
+        self.rows, self.bytes_waiting = [], 0
+
+
+def read_shards(url: str) -> Iterator[ShardItem]:
+    """The caches of all shards under ``url``; each key once, under the first name it comes with.
+
+    Raises:
+        VoCoCacheError: a shard is damaged, was changed, is of another format, or is missing although the
+            manifest names it.
+        FileNotFoundError: there are no shards.
+    """
+    folder = ShardFolder(url)
+    names = folder.shards()
+    listed = (folder.manifest() or {"shards": {}})["shards"]
+    lost = sorted(set(listed) - set(names))
+    if lost:
+        raise VoCoCacheError(f"{url}: {len(lost)} shard(s) of its manifest are missing, {lost[0]} first.")
+    if not names:
+        raise FileNotFoundError(f"{url} holds no shards.")
+    seen: set[str] = set()
+    for name in names:
+        for item in read_shard(folder.get(name), f"{url}/{name}", name.removesuffix(".parquet")):
+            if item.key not in seen:
+                seen.add(item.key)
+                yield item
+
+
+def read_shard(data: bytes, where: str, sha256: str | None = None) -> list[ShardItem]:
+    """The caches of one shard.
+
+    Args:
+        data: all its bytes.
+        where: what it is called in messages.
+        sha256: what its bytes must hash to (its name).
+
+    Raises:
+        VoCoCacheError: see :func:`read_shards`.
+    """
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise VoCoCacheError(f"{where} was changed since it was written: its hash is not its name.")
+    table = _table(io.BytesIO(data), where, None, len(data))
+    fingerprint = _metadata(table.schema, where)["fingerprint"]
+    return [_item(row, fingerprint, where) for row in table.to_pylist() if row["cache"] is not None]
+
+
+def shard_names(folder: ShardFolder) -> Iterator[tuple[NameEntry, dict[str, Any]]]:
+    """Every row's name and key, with the fingerprint of its shard; the caches are not read.
+
+    Raises:
+        VoCoCacheError: a shard is damaged or of another format.
+    """
+    columns = ["name", "K", "key", "stamp"]
+    for name in folder.shards():
+        where = f"{folder.url}/{name}"
+        with folder.fs.open(folder.path(name), "rb") as stream:
+            table = _table(stream, where, columns, folder.fs.size(folder.path(name)))
+        fingerprint = _metadata(table.schema, where)["fingerprint"]
+        for row in table.to_pylist():
+            _check_key(row, where)
+            yield NameEntry(row["name"], row["K"], row["key"], row["stamp"]), fingerprint
+
+
+def write_manifest(folder: ShardFolder) -> dict[str, Any]:
+    """Write ``manifest.json`` over the shards that are there, and return it.
+
+    Raises:
+        VoCoCacheError: a shard is damaged, or they are of different models.
+    """
+    import pyarrow.parquet as pq
+
+    found: dict[str, Any] = {"format_version": FORMAT_VERSION, "fingerprint": None, "shards": {}}
+    for name in folder.shards():
+        where = f"{folder.url}/{name}"
+        with folder.fs.open(folder.path(name), "rb") as stream, _clear(where):
+            facts = pq.read_metadata(stream)
+        fingerprint = _metadata(facts.schema.to_arrow_schema(), where)["fingerprint"]
+        found["fingerprint"] = found["fingerprint"] or fingerprint
+        check_same_maker(found["fingerprint"], fingerprint, where)
+        size = int(folder.fs.size(folder.path(name)))
+        found["shards"][name] = {"bytes": size, "rows": facts.num_rows}
+    folder.put(MANIFEST, json.dumps(found, indent=1, sort_keys=True).encode())
+    return found
+
+
+def check_same_maker(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Raises VoCoCacheError where shards were made by another model, adapter, processor or rule."""
+    wrong = differences(expected, found)
+    if wrong:
+        raise VoCoCacheError(f"{where} was not made by this model: {'; '.join(wrong)}. Give another prefix.")
+
+
+def _facts(cache: VoCoCache) -> dict[str, Any]:
+    (block,) = cache.blocks
+    heads, _, width = block.keys[0].shape
+    return {
+        **{name: getattr(block, name) for name in _FACTS},
+        "dtype": str(block.dtype).removeprefix("torch."), "layers": block.num_layers, "heads": heads,
+        "head_dim": width,
+    }  # fmt: skip
+
+
+def _schema(fingerprint: dict[str, Any]) -> Any:
+    import pyarrow as pa
+
+    record = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint}
+    number = {name: pa.int64() for name in ("num_vision", "extent", "position", "order", "layers", "heads")}
+    return pa.schema(
+        [
+            pa.field("name", pa.string(), nullable=False), pa.field("key", pa.string(), nullable=False),
+            ("stamp", pa.string()), pa.field("K", pa.int64(), nullable=False), *number.items(),
+            ("head_dim", pa.int64()), ("relocatable", pa.bool_()), ("dtype", pa.string()),
+            ("cache", pa.large_binary()),
+        ],
+        metadata={_METADATA: json.dumps(record, sort_keys=True).encode()},
+    )  # fmt: skip
+
+
+def _parquet(rows: Iterable[dict[str, Any]], fingerprint: dict[str, Any]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = io.BytesIO()
+    # keys and values of 16 and 32 bits do not compress, and nothing then claims to be larger than it is
+    pq.write_table(
+        pa.Table.from_pylist(list(rows), schema=_schema(fingerprint)), out, compression="none",
+        use_dictionary=False, row_group_size=256,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+def _table(stream: Any, where: str, columns: list[str] | None, size: int) -> Any:
+    """The columns asked for, after checks of the format and of what the shard claims to hold."""
+    import pyarrow.parquet as pq
+
+    with _clear(where):
+        file = pq.ParquetFile(stream)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        claimed = sum(g.column(i).total_uncompressed_size for g in groups for i in range(g.num_columns))
+        if claimed > size or file.metadata.num_rows > size:
+            raise VoCoCacheError(f"{where} claims {claimed} bytes of columns in a file of {size}.")
+        record = _metadata(file.schema_arrow, where)
+        if not file.schema_arrow.equals(_schema(record["fingerprint"])):
+            raise VoCoCacheError(f"{where} has other columns than a shard of caches.")
+        return file.read(columns)
+
+
+@contextlib.contextmanager
+def _clear(where: str) -> Iterator[None]:
+    """What pyarrow stumbles over in a damaged file, as VoCoCacheError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except VoCoCacheError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as problem:
+        text = " ".join(str(problem).split())[:200]
+        raise VoCoCacheError(f"{where} is no Parquet file that can be read: {text}.") from None
+
+
+def _metadata(schema: Any, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads((schema.metadata or {})[_METADATA])
+        version, fingerprint = record["format_version"], record["fingerprint"]
+    except (KeyError, ValueError, TypeError):
+        raise VoCoCacheError(f"{where} is a Parquet file but no shard of VoCo caches.") from None
+    if version != FORMAT_VERSION or not isinstance(fingerprint, dict):
+        raise VoCoCacheError(f"{where} has format version {version}; this release reads {FORMAT_VERSION}.")
+    return record
+
+
+def _check_key(row: dict[str, Any], where: str) -> None:
+    if not _KEY.fullmatch(row["key"]) or row["K"] < 1:
+        raise VoCoCacheError(f"{where} holds a row whose key is none.")
+
+
+def _item(row: dict[str, Any], fingerprint: dict[str, Any], where: str) -> ShardItem:
+    _check_key(row, where)
+    cache = cache_from_buffer(row["cache"], f"{where}, image {row['name'][:200]!r}")
+    if len(cache) != 1 or cache.num_tokens != [row["K"]]:
+        raise VoCoCacheError(f"{where}: the cache of {row['name'][:200]!r} is not of one image of K tokens.")
+    facts = _facts(cache)
+    wrong = [name for name, value in facts.items() if row[name] != value]
+    if wrong or cache.fingerprint != fingerprint:
+        what = ", ".join(wrong) or "fingerprint"
+        raise VoCoCacheError(f"{where}: {what} of {row['name'][:200]!r} is not that of its cache.")
+    return ShardItem(row["name"], row["key"], cache)
