@@ -137,7 +137,8 @@ def test_a_header_that_claims_terabytes_is_refused(tmp_path):
         {
             "__metadata__": {"voco": "{}", "sha256": ""},
             "layers.0.key": {"dtype": "F32", "shape": [10**12, 1, 1], "data_offsets": [0, 4 * 10**12]},
-        }
+        },
+        separators=(",", ":"),
     ).encode()
     path.write_bytes(struct.pack("<Q", len(body)) + body + b"1234")
     with pytest.raises(VoCoCacheError, match="truncated"):

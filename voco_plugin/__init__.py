@@ -26,6 +26,7 @@ _NAMES = {
     "VoCoCache": "cache",
     "VoCoBlock": "cache",
     "VoCoCacheError": "cache",
+    "VoCoCacheStore": "cache",
     "VoCoGenerationMixin": "generation",
     "VoCoDataCollator": "collator",
     "VoCoSFTConfig": "training",
@@ -59,7 +60,7 @@ def _announce() -> None:
 _announce()
 
 if TYPE_CHECKING:
-    from .cache import VoCoBlock, VoCoCache, VoCoCacheError
+    from .cache import VoCoBlock, VoCoCache, VoCoCacheError, VoCoCacheStore
     from .collator import VoCoDataCollator
     from .config import VoCoConfig
     from .generation import VoCoGenerationMixin

@@ -3,5 +3,6 @@
 from .block import VoCoBlock
 from .cache import VoCoCache
 from .files import VoCoCacheError
+from .store import VoCoCacheStore
 
-__all__ = ["VoCoBlock", "VoCoCache", "VoCoCacheError"]
+__all__ = ["VoCoBlock", "VoCoCache", "VoCoCacheError", "VoCoCacheStore"]

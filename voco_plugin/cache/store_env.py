@@ -1,0 +1,291 @@
+"""The LMDB environment below a store: one per folder and process, shared, reopened after a fork, grown when
+full.
+
+LMDB forbids opening a folder twice in a process, using it across a fork, and moving its memory map while a
+transaction reads from it; this module keeps those three rules, so that a store need not know them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .container import VoCoCacheError
+
+T = TypeVar("T")
+
+MAP_SIZE = 1 << 38
+"""Bytes of address space that a store maps at first (256 GiB). The file is as large as its content."""
+
+_SMALLEST_MAP = 1 << 26
+_MAX_READERS = 1024
+_WAIT_SECONDS = 60.0
+DATABASES = ("meta", "blocks", "facts", "recent")
+
+_lock = threading.Lock()
+_open: dict[tuple[int, int], Environment] = {}
+_watching = False
+
+
+def _after_fork() -> None:
+    """A child lets go of its parent's environments. It must not close them, nor end their transactions: that
+    would free the parent's places in the table of readers. Dropped in another process, py-lmdb's objects
+    call nothing.
+    """
+    global _lock
+    _lock = threading.Lock()
+    for environment in _open.values():
+        environment.env, environment.dbs = None, {}
+    _open.clear()
+
+
+def acquire(path: Path, *, readonly: bool, map_size: int, lock: bool) -> Environment:
+    """The environment of ``path`` in this process, opened where it is not; give it back with
+    :meth:`Environment.release`.
+
+    Raises:
+        VoCoCacheError: the folder holds something else than LMDB, or a damaged file.
+        OSError: it cannot be read, written or locked; the disk is full.
+    """
+    global _watching
+    with _lock:
+        if not _watching:
+            os.register_at_fork(after_in_child=_after_fork)
+            _watching = True
+        identity = _identity(path)
+        found = _open.get(identity) if identity else None
+        if found is None:
+            found = Environment(path, readonly=readonly, map_size=map_size, lock=lock)
+            identity = _identity(path)
+            assert identity is not None
+            found.identity = identity
+            _open[identity] = found
+        elif found.readonly and not readonly:
+            found.make_writable()
+        found.refs += 1
+        return found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = os.stat(path / "data.mdb")
+    except FileNotFoundError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+class Environment:
+    """One LMDB environment of this process.
+
+    Attributes:
+        dbs: handles of :data:`DATABASES`; empty where the folder is no store yet.
+        pid: the process it belongs to.
+    """
+
+    def __init__(self, path: Path, *, readonly: bool, map_size: int, lock: bool) -> None:
+        self.path, self.readonly, self.lock = path, readonly, lock
+        self.identity: tuple[int, int] | None = None
+        self.pid, self.refs = os.getpid(), 0
+        self._changed = threading.Condition()
+        self._changing = False
+        self._inside: dict[int, int] = {}  # thread → transactions it has open
+        self._open(map_size)
+
+    def _open(self, map_size: int) -> None:
+        import lmdb
+
+        with self._clear_errors():
+            while True:
+                try:
+                    self.env: Any = lmdb.open(
+                        str(self.path), map_size=map_size, readonly=self.readonly, lock=self.lock, max_dbs=8,
+                        max_readers=_MAX_READERS, create=not self.readonly, readahead=False, mode=0o666,
+                    )  # fmt: skip
+                    break
+                except lmdb.MemoryError:  # a limit on the address space (ulimit -v)
+                    map_size //= 2
+                    if map_size < _SMALLEST_MAP:
+                        raise
+            self.dbs: dict[str, Any] = {}
+            if self.lock:
+                self.env.reader_check()  # slots of readers that were killed
+            self.open_databases(create=False)
+
+    def open_databases(self, create: bool) -> bool:
+        """Open :data:`DATABASES`; whether they are all there."""
+        import lmdb
+
+        try:
+            with self._clear_errors():
+                self.dbs = {name: self.env.open_db(name.encode(), create=create) for name in DATABASES}
+        except (lmdb.NotFoundError, lmdb.ReadonlyError):
+            self.dbs = {}
+        return bool(self.dbs)
+
+    def make_writable(self) -> None:
+        """Open it anew for writing; waits for this process's transactions to end."""
+        with self._alone("opened for writing"):
+            size = self.env.info()["map_size"]
+            self.env.close()
+            self.readonly = False
+            self._open(size)
+
+    def release(self) -> None:
+        """Give it back; the last one closes it."""
+        if self.pid != os.getpid():
+            return
+        with _lock:
+            self.refs -= 1
+            if self.refs == 0:
+                if self.identity is not None and _open.get(self.identity) is self:
+                    del _open[self.identity]
+                self.env.close()
+
+    # -- transactions
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Any]:
+        """A snapshot; what it reads stays as it is until the block ends, whoever writes."""
+        with self._clear_errors():
+            txn = self._begin(write=False)
+        try:
+            with self._clear_errors():
+                yield txn
+        finally:
+            if self.pid == os.getpid():  # else a child leaves its parent's view
+                txn.abort()
+                self._leave()
+
+    def write(self, work: Callable[[Any], T]) -> T:
+        """``work(transaction)`` committed, or nothing of it. It is called again where the map had to grow."""
+        import lmdb
+
+        while True:
+            with self._clear_errors():
+                txn = self._begin(write=True)
+                try:
+                    result = work(txn)
+                    txn.commit()
+                    return result
+                except lmdb.MapFullError:
+                    txn.abort()
+                except BaseException:
+                    txn.abort()
+                    raise
+                finally:
+                    self._leave()
+                self.grow()
+
+    def grow(self) -> None:
+        """Twice the memory map, or what another process has grown it to."""
+        with self._alone("grown"):
+            before = self.env.info()["map_size"]
+            self.env.set_mapsize(0)  # what the file says by now
+            if self.env.info()["map_size"] <= before:
+                self.env.set_mapsize(2 * before)
+
+    def _begin(self, write: bool) -> Any:
+        import lmdb
+
+        cleared = False
+        while True:
+            self._enter()
+            try:
+                return self.env.begin(write=write, buffers=True)
+            except lmdb.MapResizedError:
+                self._leave()
+                with self._alone("grown"):
+                    self.env.set_mapsize(0)
+            except lmdb.ReadersFullError:
+                self._leave()
+                if cleared or not self.env.reader_check():
+                    raise
+                cleared = True
+            except BaseException:
+                self._leave()
+                raise
+
+    def _enter(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            # a thread that is inside may go deeper: who waits to change the map waits for it
+            while self._changing and not self._inside.get(me):
+                self._changed.wait()
+            self._inside[me] = self._inside.get(me, 0) + 1
+
+    def _leave(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            self._inside[me] -= 1
+            if not self._inside[me]:
+                del self._inside[me]
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """No transaction of this process is open inside the block."""
+        with self._changed:
+            if threading.get_ident() in self._inside:
+                raise VoCoCacheError(
+                    f"the store {self.path} must be {what}, but this thread has a view of it open; leave the "
+                    "view's block first."
+                )
+            free = self._changed.wait_for(lambda: not self._changing, _WAIT_SECONDS)
+            if free:
+                self._changing = True
+                free = self._changed.wait_for(lambda: not self._inside, _WAIT_SECONDS)
+            if not free:
+                self._changing = False
+                self._changed.notify_all()
+                raise VoCoCacheError(
+                    f"the store {self.path} must be {what}, but another thread has kept a view of it open "
+                    f"for {_WAIT_SECONDS:.0f} s; let it leave the view's block."
+                )
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changing = False
+                self._changed.notify_all()
+
+    # -- errors
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        """LMDB's errors as ``OSError`` or ``VoCoCacheError`` with the reason, but for those handled here."""
+        import lmdb
+
+        try:
+            yield
+        except (lmdb.MapFullError, lmdb.NotFoundError):
+            raise
+        except lmdb.DiskError:
+            raise OSError(
+                errno.ENOSPC, f"the disk of store {self.path} is full; nothing of this write was kept"
+            ) from None
+        except lmdb.ReadonlyError:
+            raise PermissionError(
+                errno.EACCES, f"store {self.path} cannot be opened for writing, or its lock.mdb not at all"
+            ) from None
+        except lmdb.LockError as error:
+            raise OSError(errno.EAGAIN, f"store {self.path} cannot be locked ({error})") from None
+        except lmdb.ReadersFullError:
+            raise OSError(
+                errno.EAGAIN, f"store {self.path} has {_MAX_READERS} readers at once; close some"
+            ) from None
+        except lmdb.MemoryError:
+            raise OSError(
+                errno.ENOMEM, f"store {self.path} cannot be mapped into memory; raise the limit (ulimit -v)"
+            ) from None
+        except (
+            lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError,
+            lmdb.PanicError, lmdb.IncompatibleError,
+        ) as error:  # fmt: skip
+            raise VoCoCacheError(f"{self.path} is no VoCo store, or a damaged one ({error}).") from None
+        except lmdb.Error as error:
+            raise OSError(f"store {self.path}: {error}") from None

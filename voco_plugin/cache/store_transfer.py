@@ -1,0 +1,82 @@
+"""Records in and out of a store as files: ``KEY.safetensors``, the bytes that ``VoCoCache.save`` writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import atomic_path
+from .container import VoCoCacheError
+from .files import read_buffer
+from .store_keys import key_bytes
+
+if TYPE_CHECKING:
+    from .store import VoCoCacheStore
+
+_BATCH_BYTES = 64 << 20
+
+
+def export(store: VoCoCacheStore, path: str | os.PathLike, keys: Iterable[str] | None = None) -> int:
+    """See :meth:`~voco_plugin.cache.store.VoCoCacheStore.export`; every record is checked before it is
+    written."""
+    folder, count = Path(path), 0
+    if folder.exists() and not folder.is_dir():
+        raise VoCoCacheError(f"{folder} is a file; export writes a folder of files.")
+    folder.mkdir(parents=True, exist_ok=True)
+    env = store._environment()
+    for key in store if keys is None else keys:
+        with env.read() as txn:
+            record = txn.get(key_bytes(key), db=env.dbs["blocks"])
+            if record is None:
+                if keys is None:
+                    continue  # evicted meanwhile
+                raise KeyError(key)
+            store._read(txn, key, copy=False)
+            with atomic_path(folder / f"{key}.safetensors") as temporary, open(temporary, "wb") as stream:
+                stream.write(record)
+        count += 1
+    return count
+
+
+def import_(store: VoCoCacheStore, path: str | os.PathLike) -> int:
+    """See :meth:`~voco_plugin.cache.store.VoCoCacheStore.import_`; in transactions of 64 MiB.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+        VoCoCacheError: a file is no cache, of another model, in other values than the store's, or its name is
+            no key.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; import takes one that export wrote.")
+    count, waiting, size = 0, {}, 0
+    made_by: dict[str, Any] = {}
+    for key, record, made_by in _records(store, folder):
+        waiting[key] = record
+        size += len(record)
+        if size >= min(_BATCH_BYTES, (store.max_bytes or _BATCH_BYTES) // 2):
+            count += store._put_records(waiting, made_by)
+            waiting, size = {}, 0
+    return count + store._put_records(waiting, made_by)
+
+
+def _records(store: VoCoCacheStore, folder: Path) -> Iterator[tuple[bytes, bytes, dict[str, Any]]]:
+    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" and not p.name.startswith("."))
+    if not files:
+        raise VoCoCacheError(f"{folder} holds no .safetensors file; import takes a folder that export wrote.")
+    for file in files:
+        try:
+            key = key_bytes(file.stem)
+        except VoCoCacheError:
+            raise VoCoCacheError(f"{file} is not named by a key; import takes what export wrote.") from None
+        record = file.read_bytes()
+        parts = read_buffer(record, str(file), copy=False)
+        store._check_maker(parts.fingerprint, str(file))
+        if parts.values != store.values:
+            raise VoCoCacheError(
+                f"{file} has values={parts.values!r}, store {store.path} {store.values!r}; import it into a "
+                "store of its own."
+            )
+        yield key, record, parts.fingerprint
