@@ -226,7 +226,7 @@ def _check_tensors(entries: dict[str, Entry], record: dict[str, Any], where: str
             of = entries[name.removesuffix("_scale")].shape
             if len(of) != 3 or entry.shape != int8.scale_shape(of, record["group"]):
                 raise wrong(f"{name} has shape {entry.shape} beside {of}")
-            if entry.dtype != torch.float32:
+            if entry.dtype != int8.SCALE_DTYPE:
                 raise wrong(f"{name} is {entry.dtype}")
 
 

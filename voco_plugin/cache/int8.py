@@ -1,10 +1,11 @@
-"""Keys and values in 8 bits: symmetric, with one fp32 scale for each group of channels of a head and token.
+"""Keys and values in 8 bits: symmetric, with a bf16 scale for each 16 channels of a head and token.
 
-    x (T, H, D)  →  q (T, H, D) int8,  scale (T, H, ceil(D / GROUP)) fp32:   x ≈ q · scale
+    x (T, H, D)  →  q (T, H, D) int8,  scale (T, H, ceil(D / GROUP)) bf16:   x ≈ q · scale
 
-A scale per channel over the K tokens of a block, as int8 KV caches of long prompts have it, would be as large
-as the values where K is 1. Groups of channels cost 4 bytes a group whatever K is, and an outlying channel
-costs precision in its own group only.
+That is 1.125 bytes a value, whatever K is. A scale per channel over the K tokens of a block, as int8 caches
+of long prompts have it, would take more than the values at K = 1. One shared by all blocks of a store takes
+nothing, but clips what the first blocks did not show, and a record could not be read without its store.
+Nothing is clipped here: scales are rounded up. A channel that sticks out costs precision among its 16 only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 
 from .container import VoCoCacheError
 
-GROUP = 32
+GROUP = 16
+SCALE_DTYPE = torch.bfloat16
 
 
 def scale_shape(shape: tuple[int, ...], group: int) -> tuple[int, ...]:
@@ -22,15 +24,21 @@ def scale_shape(shape: tuple[int, ...], group: int) -> tuple[int, ...]:
 
 
 def _spread(scale: torch.Tensor, group: int, channels: int) -> torch.Tensor:
-    """``(T, H, G)`` → ``(T, H, D)``."""
-    return scale[..., torch.arange(channels) // group]
+    """``(T, H, G)`` → ``(T, H, D)``, fp32."""
+    return scale.float()[..., torch.arange(channels) // group]
+
+
+def _rounded_up(scale: torch.Tensor) -> torch.Tensor:
+    """Positive fp32 as bf16, never smaller."""
+    bits = scale.contiguous().view(torch.int32)
+    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32).to(SCALE_DTYPE)
 
 
 def quantize(tensors: dict[str, torch.Tensor], group: int = GROUP) -> dict[str, torch.Tensor]:
     """Each tensor ``name`` ``(T, H, D)`` as ``name`` in int8 and ``name_scale``.
 
     Raises:
-        VoCoCacheError: a value is not finite.
+        VoCoCacheError: a value is not finite, or beyond fp32.
     """
     out = {}
     for name, tensor in tensors.items():
@@ -40,7 +48,7 @@ def quantize(tensors: dict[str, torch.Tensor], group: int = GROUP) -> dict[str, 
         channels = exact.shape[-1]
         padded = torch.nn.functional.pad(exact, (0, -channels % group))
         largest = padded.unflatten(-1, (-1, group)).abs().amax(dim=-1)
-        scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = _rounded_up((largest / 127).clamp_min(torch.finfo(torch.float32).tiny))
         out[name] = (exact / _spread(scale, group, channels)).round().clamp(-127, 127).to(torch.int8)
         out[f"{name}_scale"] = scale
     return out

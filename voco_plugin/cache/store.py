@@ -1,15 +1,14 @@
 """``VoCoCacheStore``: compressed images by the content of the image, on disk, for many processes at once.
 
 An LMDB folder. A record is the bytes of a saved cache, so that a store and a file are read by the same
-checks; its key says which pixels, model, adapter, processor, rule and K it was made from (:mod:`.store_keys`).
+checks; its key says which pixels, model, adapter, processor, rule and K made it (:mod:`.store_keys`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import errno
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from .container import VoCoCacheError
 from .files import cache_to_bytes, read_buffer
 from .store_env import MAP_SIZE, Environment
 from .store_index import Index
-from .store_keys import fingerprint_of, image_key, key_bytes, other_makers
-from .store_meta import StoreMeta, open_meta, write_meta
+from .store_keys import fingerprint_of, image_key, key_bytes
+from .store_meta import StoreMeta, open_meta
+from .store_put import check_maker, put_records
+from .store_recency import Recency
+from .store_view import StoreView
 
-logger = logging.getLogger(__name__)
-
-_TOUCHES = 1024
 _KEYS_AT_ONCE = 10_000
 
 
@@ -76,8 +75,6 @@ class VoCoCacheStore:
         if readonly and max_bytes is not None:
             raise ValueError("a store opened with readonly=True keeps its limit; leave max_bytes out.")
         self._closed = False
-        self._touched: dict[bytes, None] = {}
-        self._guard = threading.Lock()
         self._env: Environment | None = None
         self._meta: StoreMeta
         self._reopen()
@@ -138,43 +135,26 @@ class VoCoCacheStore:
             VoCoCacheError: as :meth:`put`; all of them together must fit ``max_bytes``.
         """
         records: dict[bytes, bytes] = {}
-        made_by: dict[str, Any] = {}
+        makers: list[dict[str, Any]] = []
         for key, cache in items:
             raw = key_bytes(key)
-            self._check_maker(cache.fingerprint, f"the cache for {key}")
-            made_by = cache.fingerprint
+            check_maker(self.path, self._meta, cache.fingerprint, f"the cache for {key}")
+            if cache.fingerprint not in makers:
+                makers.append(cache.fingerprint)
             if raw not in records:
                 records[raw] = cache_to_bytes(cache, self.values)
-        return self._put_records(records, made_by)
+        return self._put_records(records, makers)
 
-    def _put_records(self, records: Mapping[bytes, bytes], made_by: dict[str, Any]) -> int:
-        if self.readonly:
-            raise PermissionError(f"store {self.path} was opened with readonly=True; open it for writing.")
-        env = self._environment()
-
-        def work(txn: Any) -> int:
-            meta = StoreMeta.read(txn, env.dbs, self.path)
-            learned = meta.learn(made_by)
-            if learned is not meta:
-                write_meta(txn, env.dbs, learned)
-            index = Index(txn, env.dbs)
-            index.touch(touched)
-            if learned.max_bytes is not None:
-                _check_fits(records, learned.max_bytes, self.path)
-                new = sum(len(record) for key, record in records.items() if key not in index)
-                index.touch(key for key in records if key in index)  # these must not make room for the others
-                index.evict(max(learned.max_bytes - new, 0))
-            count = sum(index.add(key, record) for key, record in records.items())
-            index.save()
-            self._meta = learned
-            return count
-
-        touched = self._take_touched()
-        return env.write(work) if records else 0
+    def _put_records(self, records: Mapping[bytes, bytes], makers: Sequence[dict[str, Any]]) -> int:
+        env = self._writable()
+        if not records:
+            return 0
+        count, self._meta = put_records(env, self.path, records, makers, self._recency.take())
+        return count
 
     def delete(self, keys: Iterable[str]) -> int:
         """Remove records; how many were there."""
-        env, raw = self._environment(), [key_bytes(key) for key in keys]
+        env, raw = self._writable(), [key_bytes(key) for key in keys]
 
         def work(txn: Any) -> int:
             index = Index(txn, env.dbs)
@@ -190,7 +170,7 @@ class VoCoCacheStore:
         """
         if max_bytes < 0:
             raise ValueError(f"max_bytes={max_bytes} is negative; give the bytes that may stay.")
-        env = self._environment()
+        env, touched = self._writable(), self._recency.take()
 
         def work(txn: Any) -> int:
             index = Index(txn, env.dbs)
@@ -199,7 +179,6 @@ class VoCoCacheStore:
             index.save()
             return count
 
-        touched = self._take_touched()
         return env.write(work)
 
     # -- reading
@@ -224,14 +203,19 @@ class VoCoCacheStore:
     def view(self) -> Iterator[StoreView]:
         """Reads without copies: inside the block, ``view[key]`` is a cache whose tensors lie in the memory
         map. They are read-only (writing to one ends the process) and end with the block: copy what must stay
-        (``cache.to("cuda")``, ``tensor.clone()``). See :class:`StoreView`.
+        (``cache.to("cuda")``, ``tensor.clone()``). See :class:`~voco_plugin.cache.store_view.StoreView`.
         """
-        with self._environment().read() as txn:
-            view = StoreView(self, txn)
-            try:
-                yield view
-            finally:
-                view.close()
+        view = None
+        try:
+            with self._environment().read() as txn:
+                view = StoreView(lambda key: self._read(txn, key, copy=False))
+                try:
+                    yield view
+                finally:
+                    view.close()
+        finally:
+            if view is not None and not self._closed:
+                self._touch(view.used)
 
     def _read(self, txn: Any, key: str, copy: bool) -> tuple[VoCoCache, int]:
         """A cache, and how many of its tensors a read without copies had to copy."""
@@ -240,7 +224,7 @@ class VoCoCacheStore:
             raise KeyError(key)
         where = f"record {key} of store {self.path}"
         parts = read_buffer(record, where, copy)
-        self._check_maker(parts.fingerprint, where)
+        check_maker(self.path, self._meta, parts.fingerprint, where)
         return VoCoCache(*parts[:4]), parts.copied
 
     def __contains__(self, key: str) -> bool:
@@ -306,13 +290,11 @@ class VoCoCacheStore:
         """Write down what was used last, and give the folder back. A closed store cannot be used."""
         if self._closed:
             return
-        try:
-            self._write_touched()
-        finally:
-            self._closed = True
-            if self._env is not None:
-                self._env.release()
-                self._env = None
+        if self._env is not None:
+            if not self.readonly and self._env.pid == os.getpid():
+                self._recency.write(self._env)
+            self._env.release()
+        self._env, self._closed = None, True
 
     def __enter__(self) -> VoCoCacheStore:
         return self
@@ -321,10 +303,7 @@ class VoCoCacheStore:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_env": None, "_guard": None, "_touched": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _guard=threading.Lock())
+        return {**vars(self), "_env": None, "_recency": None}
 
     def _environment(self) -> Environment:
         """The environment of this process; opened again after a fork or in another process."""
@@ -336,100 +315,21 @@ class VoCoCacheStore:
         return self._env
 
     def _reopen(self) -> None:
-        self._guard = threading.Lock()
-        self._touched = {}
+        self._recency = Recency()
         self._env, self._meta = open_meta(
             self.path, readonly=self.readonly, lock=self._lock, map_size=self._map_size, **self._options
         )
-        if self._options["max_bytes"] is not None:
-            self.prune(self._options["max_bytes"])
 
-    def _check_maker(self, made_by: dict[str, Any], what: str) -> None:
-        if not made_by:
-            raise VoCoCacheError(f"{what} has no fingerprint, so it cannot be told which model made it.")
-        wrong = other_makers(self._meta.fingerprint, made_by)
-        if wrong:
-            raise VoCoCacheError(f"{what} is not of store {self.path}: {'; '.join(wrong)}.")
-
-    # -- what was used last: collected, and written in batches, so that reading takes no lock
+    def _writable(self) -> Environment:
+        if self.readonly:
+            raise PermissionError(
+                errno.EACCES, f"store {self.path} was opened with readonly=True; open it for writing"
+            )
+        return self._environment()
 
     def _touch(self, keys: Iterable[str]) -> None:
-        if self.readonly:
-            return
-        with self._guard:
-            for key in keys:
-                raw = bytes.fromhex(key)
-                self._touched.pop(raw, None)
-                self._touched[raw] = None
-            full = len(self._touched) >= _TOUCHES
-        if full:
-            self._write_touched()
-
-    def _take_touched(self) -> list[bytes]:
-        with self._guard:
-            touched, self._touched = list(self._touched), {}
-        return touched
-
-    def _write_touched(self) -> None:
-        touched = self._take_touched()
-        if not touched or self.readonly:
-            return
-        env = self._environment()
-
-        def work(txn: Any) -> None:
-            index = Index(txn, env.dbs)
-            index.touch(touched)
-            index.save()
-
-        try:
-            env.write(work)
-        except OSError as error:  # reading goes on where writing cannot; only the order of eviction suffers
-            logger.warning("what was used last in store %s could not be noted: %s", self.path, error)
+        if not self.readonly and self._recency.note(bytes.fromhex(key) for key in keys):
+            self._recency.write(self._environment())
 
     def __repr__(self) -> str:
         return f"VoCoCacheStore({str(self.path)!r}, values={self.values!r}, max_bytes={self.max_bytes})"
-
-
-class StoreView:
-    """Records of one snapshot without copies; made by :meth:`VoCoCacheStore.view`.
-
-    Attributes:
-        copied: tensors that had to be copied all the same: their bytes are not aligned for their dtype in
-            the map (records under about 2 KB lie among others), or the store keeps 8 bits.
-    """
-
-    def __init__(self, store: VoCoCacheStore, txn: Any) -> None:
-        self._store: VoCoCacheStore | None = store
-        self._txn = txn
-        self._keys: dict[str, None] = {}
-        self.copied = 0
-
-    def __getitem__(self, key: str) -> VoCoCache:
-        """The cache of ``key``; errors as :meth:`VoCoCacheStore.get`."""
-        if self._store is None:
-            raise VoCoCacheError("this view has ended; read inside its block.")
-        cache, copied = self._store._read(self._txn, key, copy=False)
-        self.copied += copied
-        self._keys[key] = None
-        return cache
-
-    def close(self) -> None:
-        """End it; the keys it read count as used."""
-        if self._store is not None:
-            self._store._touch(self._keys)
-            self._store = self._txn = None
-
-
-def _check_fits(records: Mapping[bytes, bytes], limit: int, path: Path) -> None:
-    for key, record in records.items():
-        if len(record) > limit:
-            raise VoCoCacheError(
-                f"record {key.hex()} takes {len(record)} bytes, more than the max_bytes={limit} of store "
-                f"{path}; raise the limit."
-            )
-    total = sum(map(len, records.values()))
-    if total > limit:
-        raise VoCoCacheError(
-            f"{len(records)} records of one put_many take {total} bytes, more than the max_bytes={limit} of "
-            f"store {path}; put fewer at once, or raise the limit."
-        )

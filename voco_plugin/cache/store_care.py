@@ -71,7 +71,7 @@ def verify(store: VoCoCacheStore, progress: Callable[[int], Any] | None = None) 
 
 def note_error(store: VoCoCacheStore, error: dict[str, Any]) -> None:
     """See :meth:`~voco_plugin.cache.store.VoCoCacheStore.note_error`."""
-    env = store._environment()
+    env = store._writable()
 
     def work(txn: Any) -> None:
         meta = StoreMeta.read(txn, env.dbs, store.path)

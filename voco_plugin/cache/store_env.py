@@ -65,8 +65,8 @@ def acquire(path: Path, *, readonly: bool, map_size: int, lock: bool) -> Environ
             assert identity is not None
             found.identity = identity
             _open[identity] = found
-        elif found.readonly and not readonly:
-            found.make_writable()
+        elif (found.readonly and not readonly) or (lock and not found.lock):
+            found.open_anew(readonly=readonly and found.readonly, lock=True)
         found.refs += 1
         return found
 
@@ -105,6 +105,8 @@ class Environment:
                     self.env: Any = lmdb.open(
                         str(self.path), map_size=map_size, readonly=self.readonly, lock=self.lock, max_dbs=8,
                         max_readers=_MAX_READERS, create=not self.readonly, readahead=False, mode=0o666,
+                        # one kept for reuse would, when a forked child drops it, free the parent's place
+                        max_spare_txns=0,
                     )  # fmt: skip
                     break
                 except lmdb.MemoryError:  # a limit on the address space (ulimit -v)
@@ -127,19 +129,31 @@ class Environment:
             self.dbs = {}
         return bool(self.dbs)
 
-    def make_writable(self) -> None:
-        """Open it anew for writing; waits for this process's transactions to end."""
-        with self._alone("opened for writing"):
-            size = self.env.info()["map_size"]
+    def open_anew(self, *, readonly: bool, lock: bool) -> None:
+        """Close it and open it for more; waits for this process's transactions to end. Where that fails, it
+        is what it was.
+        """
+        with self._alone("opened anew"):
+            before, size = (self.readonly, self.lock), self.env.info()["map_size"]
             self.env.close()
-            self.readonly = False
-            self._open(size)
+            self.readonly, self.lock = readonly, lock
+            try:
+                self._open(size)
+            except BaseException:
+                self.readonly, self.lock = before
+                self._open(size)
+                raise
 
     def release(self) -> None:
         """Give it back; the last one closes it."""
         if self.pid != os.getpid():
             return
         with _lock:
+            if self.refs == 1 and self._inside:
+                raise VoCoCacheError(
+                    f"store {self.path} cannot be closed while a view of it is open; leave the view's block "
+                    "first."
+                )
             self.refs -= 1
             if self.refs == 0:
                 if self.identity is not None and _open.get(self.identity) is self:
@@ -269,9 +283,13 @@ class Environment:
                 errno.ENOSPC, f"the disk of store {self.path} is full; nothing of this write was kept"
             ) from None
         except lmdb.ReadonlyError:
-            raise PermissionError(
-                errno.EACCES, f"store {self.path} cannot be opened for writing, or its lock.mdb not at all"
-            ) from None
+            what = (
+                "its lock.mdb cannot be locked; ask for permission to write to lock.mdb, or open it with "
+                "lock=False while nobody writes"
+                if self.readonly
+                else "the folder or its files are read-only; open it with readonly=True"
+            )
+            raise PermissionError(errno.EACCES, f"store {self.path} cannot be opened: {what}") from None
         except lmdb.LockError as error:
             raise OSError(errno.EAGAIN, f"store {self.path} cannot be locked ({error})") from None
         except lmdb.ReadersFullError:

@@ -176,6 +176,9 @@ def _opened(
         def limit(txn: Any) -> StoreMeta:
             changed = dataclasses.replace(StoreMeta.read(txn, env.dbs, path), max_bytes=max_bytes)
             write_meta(txn, env.dbs, changed)
+            index = Index(txn, env.dbs)
+            index.evict(max_bytes)
+            index.save()
             return changed
 
         meta = env.write(limit)

@@ -11,6 +11,7 @@ from ..files import atomic_path
 from .container import VoCoCacheError
 from .files import read_buffer
 from .store_keys import key_bytes
+from .store_put import check_maker
 
 if TYPE_CHECKING:
     from .store import VoCoCacheStore
@@ -51,15 +52,19 @@ def import_(store: VoCoCacheStore, path: str | os.PathLike) -> int:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; import takes one that export wrote.")
-    count, waiting, size = 0, {}, 0
-    made_by: dict[str, Any] = {}
+    batch_bytes = min(_BATCH_BYTES, store.max_bytes or _BATCH_BYTES)
+    count, size = 0, 0
+    waiting: dict[bytes, bytes] = {}
+    makers: list[dict[str, Any]] = []
     for key, record, made_by in _records(store, folder):
+        if waiting and size + len(record) > batch_bytes:
+            count += store._put_records(waiting, makers)
+            waiting, size = {}, 0
         waiting[key] = record
         size += len(record)
-        if size >= min(_BATCH_BYTES, (store.max_bytes or _BATCH_BYTES) // 2):
-            count += store._put_records(waiting, made_by)
-            waiting, size = {}, 0
-    return count + store._put_records(waiting, made_by)
+        if made_by not in makers:
+            makers.append(made_by)
+    return count + store._put_records(waiting, makers)
 
 
 def _records(store: VoCoCacheStore, folder: Path) -> Iterator[tuple[bytes, bytes, dict[str, Any]]]:
@@ -73,7 +78,7 @@ def _records(store: VoCoCacheStore, folder: Path) -> Iterator[tuple[bytes, bytes
             raise VoCoCacheError(f"{file} is not named by a key; import takes what export wrote.") from None
         record = file.read_bytes()
         parts = read_buffer(record, str(file), copy=False)
-        store._check_maker(parts.fingerprint, str(file))
+        check_maker(store.path, store._meta, parts.fingerprint, str(file))
         if parts.values != store.values:
             raise VoCoCacheError(
                 f"{file} has values={parts.values!r}, store {store.path} {store.values!r}; import it into a "
