@@ -19,6 +19,7 @@ from voco_plugin.bulk import Counts
 
 _PARCELS_PER_WORKER = 16
 _PARCEL_BATCHES = 32
+_MOST_PARCELS = 20_000
 
 
 def compress_with_ray(
@@ -118,7 +119,7 @@ class Worker:
         from voco_plugin.bulk import compress_dataset
         from voco_plugin.data.image_sources import PickedImages
 
-        picked = PickedImages(self.source, [int(number) for number in parcel["id"]])
+        picked = PickedImages(self.source, range(int(parcel["first"][0]), int(parcel["last"][0])))
         report = compress_dataset(self.model, self.processor, picked, self.store, **self.options)
         return {name: [value] for name, value in report.items()}
 
@@ -133,11 +134,14 @@ def _run(
     context.enable_progress_bars = False  # the caller's bar knows hits and bytes
     batch = given[1]["batch_size"]
     # large enough to be worth sending and to make shards of a useful size, small enough to be shared out
-    parcel = max(batch, min(batch * _PARCEL_BATCHES, -(-total // (workers * _PARCELS_PER_WORKER))))
+    size = max(batch, min(batch * _PARCEL_BATCHES, -(-total // (workers * _PARCELS_PER_WORKER))))
+    size = max(size, -(-total // _MOST_PARCELS))
+    # rows that are there already: a dataset that is read (ray.data.range) would ask for a CPU of its own, and
+    # wait for ever where the workers have them all
+    parcels = [{"first": first, "last": min(first + size, total)} for first in range(0, total, size)]
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker need not find this file
-    numbers = ray.data.range(total, override_num_blocks=-(-total // parcel))
-    reports = numbers.map_batches(
-        Worker, fn_constructor_args=given, batch_size=parcel, num_cpus=None if on_gpu else 1,
+    reports = ray.data.from_items(parcels, override_num_blocks=len(parcels)).map_batches(
+        Worker, fn_constructor_args=given, batch_size=1, num_cpus=None if on_gpu else 1,
         num_gpus=1 if on_gpu else None, compute=ray.data.ActorPoolStrategy(size=workers),
     )  # fmt: skip
     start, counts = time.perf_counter(), Counts()

@@ -63,7 +63,13 @@ class Processes:
         import torch.distributed as dist
 
         found: list[Any] | None = [None] * self.world if self.first else None
-        dist.gather_object(report, found)
+        try:
+            dist.gather_object(report, found)
+        except RuntimeError:
+            raise ValueError(
+                f"another process of this job ended early; what process {self.rank} made is written. Start the "
+                "command again to go on."
+            ) from None
         return found
 
     def leave(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .container import VoCoCacheError
 from .files import VALUES
-from .store_env import Environment, acquire
+from .store_env import DATABASES, Environment, acquire
 from .store_index import Index
 from .store_keys import of_the_store, other_makers
 
@@ -146,8 +146,11 @@ def _opened(
         with env.read() as txn:
             there = txn.get(_KEY, db=env.dbs["meta"]) is not None
     if not there:
-        # a process may have died between making the folder and describing it; else it is not ours
-        if env.env.stat()["entries"] not in (0, len(env.dbs)) or fingerprint is None or readonly:
+        # a process may have died between making the folder and describing it, or another is doing so now; else
+        # it is not ours
+        with env.read() as txn:
+            foreign = {bytes(name) for name, _ in txn.cursor()} - {name.encode() for name in DATABASES}
+        if foreign or fingerprint is None or readonly:
             raise VoCoCacheError(f"{path} is an LMDB folder but no VoCo store.")
         env.open_databases(create=True)
         new = StoreMeta(of_the_store(fingerprint), values or "keep", max_bytes)
