@@ -58,7 +58,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DatasetDict({"train": single, "test": single.select([4])}).save_to_disk(str(folder / "splits"))
     single.to_parquet(str(folder / "table.parquet"))
     rows = [records[:2], [], None, [records[2], None, records[3]], records[4:]]
-    Dataset.from_dict({"images": rows}).cast_column("images", List(Image())).save_to_disk(str(folder / "lists"))
+    Dataset.from_dict({"images": rows}).cast_column("images", List(Image())).save_to_disk(
+        str(folder / "lists")
+    )
     names = [f"{'more/' if number > 2 else ''}{number}.png" for number in range(COUNT)]
     talk = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
     llava = [{"id": n, "image": n, "conversations": talk} for n in names + names[:2]]
@@ -144,7 +146,9 @@ def test_a_table_whose_images_are_bytes_reads_none_of_them_to_name_them(place, m
 def test_a_column_of_paths_starts_beside_its_table(place) -> None:
     table = place / "paths.csv"
     table.write_text("image\nphotos/0.png\nphotos/1.png\n")
-    assert [(np.asarray(i.open()) == pixels(n)).all() for n, i in enumerate(image_source(table))] == [True] * 2
+    assert [(np.asarray(i.open()) == pixels(n)).all() for n, i in enumerate(image_source(table))] == [
+        True
+    ] * 2
 
 
 def test_sources_are_joined_in_order(place, monkeypatch) -> None:
