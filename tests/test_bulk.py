@@ -409,9 +409,7 @@ def test_the_command_writes_shards(loaded, photos, tmp_path, capsys) -> None:
         (["--shards", "s4://x"], "Protocol not known"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(
-    arguments, message, loaded, photos, capsys, tmp_path, monkeypatch
-):
+def test_a_wrong_option_is_one_line(arguments, message, loaded, photos, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in error(capsys, "compress", loaded[2], photos[0], *arguments)
 
@@ -438,8 +436,6 @@ def test_sources_are_checked_before_the_model_loads(photos, capsys, tmp_path, mo
         (["--store", "s", "--name", "n", "--cache", "c"], "not allowed with"),
     ],
 )
-def test_answering_from_a_store_needs_one_and_a_name(
-    arguments, message, loaded, capsys, tmp_path, monkeypatch
-):
+def test_answering_needs_a_store_and_a_name(arguments, message, loaded, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in error(capsys, "generate", loaded[2], "--question", "x", *arguments)

@@ -1,4 +1,4 @@
-"""Sources of images: every kind gives the same pictures under stable names, and opens none before its turn."""
+"""Sources of images: every kind gives the same pictures under stable names, opening none before its turn."""
 
 from __future__ import annotations
 

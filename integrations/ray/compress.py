@@ -10,7 +10,11 @@ A store is a folder of one machine; on a cluster of several give shards.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -20,6 +24,7 @@ from voco_plugin.bulk import Counts
 _PARCELS_PER_WORKER = 16
 _PARCEL_BATCHES = 32
 _MOST_PARCELS = 20_000
+_USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 def compress_with_ray(
@@ -71,10 +76,13 @@ def compress_with_ray(
             "--engine ray needs images it can take by number; this source is read in order (compressed or "
             "remote tar, streaming). Use uncompressed local tars or tables, or --engine local."
         )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ours = not ray.is_initialized()
-    if ours:
-        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False, **_cluster(workers))
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # Ray prints what befalls workers
+        if ours:
+            stack.callback(ray.shutdown)
+            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False, **_cluster(workers))
         machines = sum(node["Alive"] for node in ray.nodes())
         if store is not None and machines > 1:
             raise ValueError(
@@ -89,9 +97,6 @@ def compress_with_ray(
         loading = {"dtype": dtype, "device": device or ("cuda" if on_gpu else "cpu")}
         given = (model, loading, list(plugins), source, store, {"max_bytes": max_bytes, "values": values})
         return _run(ray, workers, on_gpu, len(source), (given, options), progress, refused)
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 class Worker:
@@ -103,33 +108,48 @@ class Worker:
     """
 
     def __init__(self, given: tuple, options: dict[str, Any]) -> None:
-        import voco_plugin as vp
+        self.options, self.problem = options, ""
+        try:
+            self._load(*given)
+        except _USER_ERRORS as problem:  # raised here, Ray would start the worker again and again
+            self.problem = str(problem)
 
-        model, loading, plugins, self.source, store, store_options = given
+    def _load(
+        self, model: str, loading: dict[str, Any], plugins: Sequence[str], source: Any, store: str | None,
+        store_options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        import voco_plugin as vp
+        from voco_plugin.registry import load_plugin
+
         for file in plugins:
-            vp.registry.load_plugin(file)
+            load_plugin(file)
+        self.source = source
         self.model, self.processor = vp.load(model, **loading)
-        self.options = options
-        self.store = None if store is None else (
-            vp.VoCoCacheStore.for_model(store, self.model, **store_options)
-        )  # fmt: skip
+        self.store = None
+        if store is not None:
+            self.store = vp.VoCoCacheStore.for_model(store, self.model, **store_options)
 
     def __call__(self, parcel: dict[str, Any]) -> dict[str, list[Any]]:
-        """The images of a parcel; shards are written when it ends, as Ray will not ask for it again."""
+        """The images of a parcel; shards are written when it ends, as Ray will not ask for it again. What a
+        user can mend is reported, not raised: Ray would wrap it in three tracebacks.
+        """
         from voco_plugin.bulk import compress_dataset
         from voco_plugin.data.image_sources import PickedImages
 
+        if self.problem:
+            return {"report": [json.dumps({"error": self.problem})]}
         picked = PickedImages(self.source, range(int(parcel["first"][0]), int(parcel["last"][0])))
-        report = compress_dataset(self.model, self.processor, picked, self.store, **self.options)
-        return {name: [value] for name, value in report.items()}
+        try:
+            report = compress_dataset(self.model, self.processor, picked, self.store, **self.options)
+        except _USER_ERRORS as problem:
+            report = {"error": str(problem)}
+        return {"report": [json.dumps(report)]}
 
 
 def _run(
     ray: Any, workers: int, on_gpu: bool, total: int, given: tuple, progress: Any, refused: Any
 ) -> dict[str, Any]:
     """The job; counts are summed as parcels end."""
-    import time
-
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller's bar knows hits and bytes
     batch = given[1]["batch_size"]
@@ -147,19 +167,18 @@ def _run(
     start, counts = time.perf_counter(), Counts()
     left_out: list[dict[str, str]] = []
     evicted = 0
-    try:
-        for report in reports.iter_rows():
-            for field in fields(counts):
-                setattr(counts, field.name, getattr(counts, field.name) + int(report[field.name]))
-            evicted += int(report["evicted"])
-            for one in report["skipped_images"]:
-                left_out.append(dict(one))
-                if refused is not None:
-                    refused(one["image"], one["reason"])
-            if progress is not None:
-                progress(counts)
-    except ray.exceptions.RayError as problem:
-        raise _cause(problem) from None
+    for row in reports.iter_rows():
+        report = json.loads(row["report"])
+        if "error" in report:
+            raise ValueError(report["error"])
+        for field in fields(counts):
+            setattr(counts, field.name, getattr(counts, field.name) + report[field.name])
+        evicted += report["evicted"]
+        left_out += report["skipped_images"]
+        for one in report["skipped_images"] if refused is not None else ():
+            refused(one["image"], one["reason"])
+        if progress is not None:
+            progress(counts)
     seconds = time.perf_counter() - start
     return {
         **{field.name: getattr(counts, field.name) for field in fields(counts)}, "seconds": seconds,
@@ -184,14 +203,3 @@ def _check_room(ray: Any, workers: int, on_gpu: bool) -> None:
     there = int(ray.cluster_resources().get(kind, 0))
     if workers > there:
         raise ValueError(f"--workers {workers} need a {kind} each, and this Ray has {there}: give fewer.")
-
-
-def _cause(problem: BaseException) -> BaseException:
-    """What a worker raised, without Ray's wrapping, where it is something a user can mend."""
-    found: BaseException | None = problem
-    while found is not None:
-        inner = getattr(found, "cause", None) or found.__cause__
-        if isinstance(inner, (ValueError, OSError, ImportError)) and not hasattr(inner, "cause"):
-            return type(inner)(*inner.args)
-        found = inner if inner is not found else None
-    return problem

@@ -67,8 +67,8 @@ class Processes:
             dist.gather_object(report, found)
         except RuntimeError:
             raise ValueError(
-                f"another process of this job ended early; what process {self.rank} made is written. Start the "
-                "command again to go on."
+                f"another process of this job ended early; what process {self.rank} made is written. Start "
+                "the command again to go on."
             ) from None
         return found
 

@@ -146,7 +146,7 @@ def _opened(
         with env.read() as txn:
             there = txn.get(_KEY, db=env.dbs["meta"]) is not None
     if not there:
-        # a process may have died between making the folder and describing it, or another is doing so now; else
+        # a process may have died between making the folder and describing it, or another is at it now; else
         # it is not ours
         with env.read() as txn:
             foreign = {bytes(name) for name, _ in txn.cursor()} - {name.encode() for name in DATABASES}
