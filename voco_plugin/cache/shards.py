@@ -39,6 +39,7 @@ SHARD_BYTES = 1 << 28
 """A shard is written when its caches take so much, in bytes."""
 
 _METADATA = b"voco"
+_NAMES = ("name", "K", "key", "stamp")
 _FACTS = ("num_vision", "extent", "position", "order", "relocatable")
 _SINGLE_PUT = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory", "r2")
 _EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
@@ -208,7 +209,8 @@ def read_shard(data: bytes, where: str, sha256: str | None = None) -> list[Shard
         raise VoCoCacheError(f"{where} was changed since it was written: its hash is not its name.")
     table = _table(io.BytesIO(data), where, None, len(data))
     fingerprint = _metadata(table.schema, where)["fingerprint"]
-    return [_item(row, fingerprint, where) for row in table.to_pylist() if row["cache"] is not None]
+    rows = _checked_rows(table, where)
+    return [_item(row, fingerprint, where) for row in rows if row["cache"] is not None]
 
 
 def shard_names(folder: ShardFolder) -> Iterator[tuple[NameEntry, dict[str, Any]]]:
@@ -217,14 +219,12 @@ def shard_names(folder: ShardFolder) -> Iterator[tuple[NameEntry, dict[str, Any]
     Raises:
         VoCoCacheError: a shard is damaged or of another format.
     """
-    columns = ["name", "K", "key", "stamp"]
     for name in folder.shards():
         where = f"{folder.url}/{name}"
         with folder.fs.open(folder.path(name), "rb") as stream:
-            table = _table(stream, where, columns, folder.fs.size(folder.path(name)))
+            table = _table(stream, where, list(_NAMES), folder.fs.size(folder.path(name)))
         fingerprint = _metadata(table.schema, where)["fingerprint"]
-        for row in table.to_pylist():
-            _check_key(row, where)
+        for row in _checked_rows(table, where):
             yield NameEntry(row["name"], row["K"], row["key"], row["stamp"]), fingerprint
 
 
@@ -267,10 +267,19 @@ def _facts(cache: VoCoCache) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _schema(fingerprint: dict[str, Any]) -> Any:
+def names_hash(rows: Iterable[dict[str, Any]]) -> str:
+    """sha256 over the names and keys of rows: they are read without the rest, whose hash is the shard's
+    name."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(json.dumps([row[name] for name in _NAMES]).encode() + b"\n")
+    return sha.hexdigest()
+
+
+def _schema(fingerprint: dict[str, Any], names: str) -> Any:
     import pyarrow as pa
 
-    record = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint}
+    record = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "names": names}
     number = {name: pa.int64() for name in ("num_vision", "extent", "position", "order", "layers", "heads")}
     return pa.schema(
         [
@@ -283,14 +292,14 @@ def _schema(fingerprint: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def _parquet(rows: Iterable[dict[str, Any]], fingerprint: dict[str, Any]) -> bytes:
+def _parquet(rows: list[dict[str, Any]], fingerprint: dict[str, Any]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     out = io.BytesIO()
     # keys and values of 16 and 32 bits do not compress, and nothing then claims to be larger than it is
     pq.write_table(
-        pa.Table.from_pylist(list(rows), schema=_schema(fingerprint)), out, compression="none",
+        pa.Table.from_pylist(rows, schema=_schema(fingerprint, names_hash(rows))), out, compression="none",
         use_dictionary=False, row_group_size=256,
     )  # fmt: skip
     return out.getvalue()
@@ -307,7 +316,7 @@ def _table(stream: Any, where: str, columns: list[str] | None, size: int) -> Any
         if claimed > size or file.metadata.num_rows > size:
             raise VoCoCacheError(f"{where} claims {claimed} bytes of columns in a file of {size}.")
         record = _metadata(file.schema_arrow, where)
-        if not file.schema_arrow.equals(_schema(record["fingerprint"])):
+        if not file.schema_arrow.equals(_schema(record["fingerprint"], record["names"])):
             raise VoCoCacheError(f"{where} has other columns than a shard of caches.")
         return file.read(columns)
 
@@ -329,7 +338,7 @@ def _clear(where: str) -> Iterator[None]:
 def _metadata(schema: Any, where: str) -> dict[str, Any]:
     try:
         record = json.loads((schema.metadata or {})[_METADATA])
-        version, fingerprint = record["format_version"], record["fingerprint"]
+        version, fingerprint, _ = record["format_version"], record["fingerprint"], record["names"]
     except (KeyError, ValueError, TypeError):
         raise VoCoCacheError(f"{where} is a Parquet file but no shard of VoCo caches.") from None
     if version != FORMAT_VERSION or not isinstance(fingerprint, dict):
@@ -337,13 +346,18 @@ def _metadata(schema: Any, where: str) -> dict[str, Any]:
     return record
 
 
-def _check_key(row: dict[str, Any], where: str) -> None:
-    if not _KEY.fullmatch(row["key"]) or row["K"] < 1:
-        raise VoCoCacheError(f"{where} holds a row whose key is none.")
+def _checked_rows(table: Any, where: str) -> list[dict[str, Any]]:
+    """The rows, after checks of their names and keys."""
+    rows = table.to_pylist()
+    if names_hash(rows) != _metadata(table.schema, where)["names"]:
+        raise VoCoCacheError(f"{where}: its names and keys were changed since it was written.")
+    for row in rows:
+        if not _KEY.fullmatch(row["key"]) or row["K"] < 1:
+            raise VoCoCacheError(f"{where} holds a row whose key is none.")
+    return rows
 
 
 def _item(row: dict[str, Any], fingerprint: dict[str, Any], where: str) -> ShardItem:
-    _check_key(row, where)
     cache = cache_from_buffer(row["cache"], f"{where}, image {row['name'][:200]!r}")
     if len(cache) != 1 or cache.num_tokens != [row["K"]]:
         raise VoCoCacheError(f"{where}: the cache of {row['name'][:200]!r} is not of one image of K tokens.")
