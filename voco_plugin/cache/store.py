@@ -328,6 +328,8 @@ class VoCoCacheStore:
         return self._environment()
 
     def _touch(self, keys: Iterable[str]) -> None:
+        if self._env is None or self._env.pid != os.getpid():
+            return  # a child leaves its parent's view
         if not self.readonly and self._recency.note(bytes.fromhex(key) for key in keys):
             self._recency.write(self._environment())
 

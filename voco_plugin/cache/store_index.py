@@ -13,10 +13,24 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-_COUNTERS = struct.Struct(">QQ")
-_FACTS = struct.Struct(">QQ")
+from .container import VoCoCacheError
+
+_PAIR = struct.Struct(">QQ")
 _TICK = struct.Struct(">Q")
 _COUNTERS_KEY = b"counters"
+
+
+def _pair(data: Any) -> tuple[int, int]:
+    """Two whole numbers of the index.
+
+    Raises:
+        VoCoCacheError: the bytes are not that: the file was damaged.
+    """
+    try:
+        first, second = _PAIR.unpack(data)
+    except struct.error:
+        raise VoCoCacheError("the index of the store is damaged; `voco store verify` says more.") from None
+    return first, second
 
 
 class Index:
@@ -25,11 +39,11 @@ class Index:
     def __init__(self, txn: Any, dbs: dict[str, Any]) -> None:
         self.txn, self.dbs = txn, dbs
         counters = txn.get(_COUNTERS_KEY, db=dbs["meta"])
-        self.tick, self.bytes = _COUNTERS.unpack(counters) if counters is not None else (0, 0)
+        self.tick, self.bytes = _pair(counters) if counters is not None else (0, 0)
 
     def save(self) -> None:
         """Write the counters."""
-        self.txn.put(_COUNTERS_KEY, _COUNTERS.pack(self.tick, self.bytes), db=self.dbs["meta"])
+        self.txn.put(_COUNTERS_KEY, _PAIR.pack(self.tick, self.bytes), db=self.dbs["meta"])
 
     def __contains__(self, key: bytes) -> bool:
         return self.txn.get(key, db=self.dbs["facts"]) is not None
@@ -52,7 +66,7 @@ class Index:
         for key in keys:
             facts = self.txn.get(key, db=self.dbs["facts"])
             if facts is not None:
-                tick, size = _FACTS.unpack(facts)
+                tick, size = _pair(facts)
                 self.txn.delete(_TICK.pack(tick) + key, db=self.dbs["recent"])
                 self._use(key, size)
 
@@ -61,7 +75,7 @@ class Index:
         facts = self.txn.get(key, db=self.dbs["facts"])
         if facts is None:
             return False
-        tick, size = _FACTS.unpack(facts)
+        tick, size = _pair(facts)
         self.txn.delete(_TICK.pack(tick) + key, db=self.dbs["recent"])
         self.txn.delete(key, db=self.dbs["facts"])
         self.txn.delete(key, db=self.dbs["blocks"])
@@ -93,7 +107,7 @@ class Index:
     def size_of(self, key: bytes) -> int | None:
         """Bytes of a record as noted when it was written."""
         facts = self.txn.get(key, db=self.dbs["facts"])
-        return None if facts is None else int(_FACTS.unpack(facts)[1])
+        return None if facts is None else int(_pair(facts)[1])
 
     def faults(self) -> list[str]:
         """What in the index does not hold together (nothing, unless the file was damaged)."""
@@ -110,16 +124,16 @@ class Index:
                 found.append(f"{records} records are known, {name} holds {entries}")
         cursor = self.txn.cursor(db=self.dbs["recent"])
         for entry in cursor.iternext(keys=True, values=False):
-            tick, key = _TICK.unpack(entry[: _TICK.size])[0], bytes(entry[_TICK.size :])
-            if facts_of.get(key, (None,))[0] != tick:
-                found.append(f"the time of use of {key.hex()} is noted twice or not at all")
+            tick, key = bytes(entry[: _TICK.size]), bytes(entry[_TICK.size :])
+            if key not in facts_of or _TICK.pack(facts_of[key][0]) != tick:
+                found.append(f"the time of use of {key.hex()} is noted wrongly")
         return found
 
     def _all_facts(self) -> Iterator[tuple[bytes, tuple[int, int]]]:
         for key, facts in self.txn.cursor(db=self.dbs["facts"]):
-            yield bytes(key), _FACTS.unpack(facts)
+            yield bytes(key), _pair(facts)
 
     def _use(self, key: bytes, size: int) -> None:
         self.tick += 1
-        self.txn.put(key, _FACTS.pack(self.tick, size), db=self.dbs["facts"])
+        self.txn.put(key, _PAIR.pack(self.tick, size), db=self.dbs["facts"])
         self.txn.put(_TICK.pack(self.tick) + key, b"", db=self.dbs["recent"])

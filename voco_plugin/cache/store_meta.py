@@ -13,6 +13,7 @@ from .files import VALUES
 from .store_env import DATABASES, Environment, acquire
 from .store_index import Index
 from .store_keys import of_the_store, other_makers
+from .store_pages import check_length
 
 STORE_FORMAT = "voco-store"
 STORE_VERSION = 1
@@ -104,9 +105,14 @@ def open_meta(
     if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
         raise ValueError(f"max_bytes={max_bytes!r}: give a whole number of bytes, 1 or more.")
     try:
-        import lmdb  # noqa: F401
+        import lmdb
     except ImportError:
-        raise ImportError("a VoCoCacheStore needs the lmdb package: pip install lmdb.") from None
+        raise ImportError("a VoCoCacheStore needs the lmdb package: pip install 'lmdb>=2.0'.") from None
+    if int(lmdb.__version__.split(".")[0]) < 2:
+        raise ImportError(
+            f"a VoCoCacheStore needs lmdb 2.0 or newer, {lmdb.__version__} is installed, with which a forked "
+            "child gives up its parent's snapshots: pip install 'lmdb>=2.0'."
+        )
     _check_folder(path, fingerprint, readonly)
     env = acquire(path, readonly=readonly, map_size=map_size, lock=lock)
     try:
@@ -121,6 +127,7 @@ def _check_folder(path: Path, fingerprint: dict[str, Any] | None, readonly: bool
     if path.exists() and not path.is_dir():
         raise VoCoCacheError(f"{path} is a file; a store is a folder.")
     if (path / "data.mdb").exists():
+        check_length(path)
         return
     others = [p for p in path.iterdir() if p.name != "lock.mdb"] if path.exists() else []
     if others:

@@ -49,14 +49,11 @@ def import_(store: VoCoCacheStore, path: str | os.PathLike) -> int:
         VoCoCacheError: a file is no cache, of another model, in other values than the store's, or its name is
             no key.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; import takes one that export wrote.")
     batch_bytes = min(_BATCH_BYTES, store.max_bytes or _BATCH_BYTES)
     count, size = 0, 0
     waiting: dict[bytes, bytes] = {}
     makers: list[dict[str, Any]] = []
-    for key, record, made_by in _records(store, folder):
+    for key, record, made_by in _records(store, Path(path)):
         if waiting and size + len(record) > batch_bytes:
             count += store._put_records(waiting, makers)
             waiting, size = {}, 0
@@ -67,11 +64,17 @@ def import_(store: VoCoCacheStore, path: str | os.PathLike) -> int:
     return count + store._put_records(waiting, makers)
 
 
-def _records(store: VoCoCacheStore, folder: Path) -> Iterator[tuple[bytes, bytes, dict[str, Any]]]:
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; import takes one that export wrote.")
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" and not p.name.startswith("."))
     if not files:
         raise VoCoCacheError(f"{folder} holds no .safetensors file; import takes a folder that export wrote.")
-    for file in files:
+    return files
+
+
+def _records(store: VoCoCacheStore, folder: Path) -> Iterator[tuple[bytes, bytes, dict[str, Any]]]:
+    for file in _files(folder):
         try:
             key = key_bytes(file.stem)
         except VoCoCacheError:
@@ -85,3 +88,15 @@ def _records(store: VoCoCacheStore, folder: Path) -> Iterator[tuple[bytes, bytes
                 "store of its own."
             )
         yield key, record, parts.fingerprint
+
+
+def maker_of(path: str | os.PathLike) -> dict[str, Any]:
+    """``fingerprint`` and ``values`` of the first file of an exported folder: what a new store for it needs.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+        VoCoCacheError: it holds no cache.
+    """
+    file = _files(Path(path))[0]
+    parts = read_buffer(file.read_bytes(), str(file), copy=False)
+    return {"fingerprint": parts.fingerprint, "values": parts.values}

@@ -19,6 +19,7 @@ from . import output
 
 COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "convert",
+    "store",
 )  # fmt: skip
 _MODULE = {"eval": "evaluate"}
 
