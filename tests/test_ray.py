@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch) -> None:
-    from voco_plugin.data.image_sources import FileImages
+    from voco_plugin.data.image_items import FileImages
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'voco_plugin\[ray\]'"):

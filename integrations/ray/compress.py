@@ -134,7 +134,7 @@ class Worker:
         user can mend is reported, not raised: Ray would wrap it in three tracebacks.
         """
         from voco_plugin.bulk import compress_dataset
-        from voco_plugin.data.image_sources import PickedImages
+        from voco_plugin.data.image_items import PickedImages
 
         if self.problem:
             return {"report": [json.dumps({"error": self.problem})]}

@@ -22,7 +22,8 @@ from ..cache.shards import SHARD_BYTES
 from ..cache.store import VoCoCacheStore
 from ..cache.store_keys import fingerprint_of, image_key
 from ..cache.store_names import NameEntry
-from ..data.image_sources import ImageItem, image_source
+from ..data.image_items import ImageItem
+from ..data.image_sources import image_source
 from ..images import BadImageError, check_on_bad_sample
 from .ahead import map_ahead
 from .sinks import Finished, ShardSink, Sink, StoreSink
@@ -71,7 +72,7 @@ def compress_dataset(
     shards: str | None = None,
     num_tokens: int | None = None,
     batch_size: int = 8,
-    max_memory: int | str | None = None,
+    max_memory: int | None = None,
     on_bad_sample: str = "raise",
     threads: int = 2,
     shard_bytes: int = SHARD_BYTES,
@@ -89,7 +90,7 @@ def compress_dataset(
         shards: where Parquet shards go, as fsspec names it (``s3://bucket/prefix``, ``file:///folder``).
         num_tokens: K; ``None`` takes the model's.
         batch_size: images at a time.
-        max_memory: limit on what stage 1 may take at once (see ``compress_images``).
+        max_memory: bytes that one forward may take (see ``compress_images``).
         on_bad_sample: ``raise``, or ``skip`` images that cannot be used.
         threads: that decode images ahead of the model; 0 decodes in turn.
         shard_bytes: size of a shard.
@@ -124,6 +125,7 @@ def compress_dataset(
             sinks.append(kept)
         if shards is not None:
             sinks.append(ShardSink(shards, made_by, shard_bytes))
+            stack.callback(sinks[-1].close)  # after an error too: what is finished is worth a small shard
         job = _Job(
             compute=partial(
                 compress_images, model, processor, num_tokens=tokens, batch_size=batch_size,
@@ -134,8 +136,6 @@ def compress_dataset(
             progress=progress, refused=refused,
         )  # fmt: skip
         job.run(images.share(rank, world), threads)
-        if shards is not None:
-            sinks[-1].close()
         evicted = sum(key not in store for key in job.written) if store is not None else 0
     seconds = time.perf_counter() - start
     return {

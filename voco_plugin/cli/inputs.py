@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.image_sources import IMAGE_SUFFIXES
+from ..data.image_items import IMAGE_SUFFIXES
 from ..registry import load_plugin
 from .train import check_model_path
 

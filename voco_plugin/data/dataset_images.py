@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .image_sources import _URL, ImageItem, ImageSource, file_stamp
+from .image_items import URL, ImageItem, ImageSource, file_stamp
 
 NAMED = ("image", "images", "jpg", "png", "jpeg", "webp")
 """Columns taken for images where nothing else says so."""
@@ -187,7 +187,7 @@ def _stored(data: Any, column: str) -> tuple[bool, Any, bool]:
 
 def _located(value: Any, base: Path | None) -> Any:
     """A path in a text column, from where it starts; other values as they are."""
-    if not isinstance(value, str) or base is None or value.startswith("data:") or _URL.match(value):
+    if not isinstance(value, str) or base is None or value.startswith("data:") or URL.match(value):
         return value
     return str(base / value)
 

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from .image_sources import _URL, IMAGE_SUFFIXES, ImageItem, ImageSource, file_stamp
+from .image_items import IMAGE_SUFFIXES, URL, ImageItem, ImageSource, file_stamp
 
 
 class _StrictHeader(tarfile.TarInfo):
@@ -69,7 +69,7 @@ class TarStream(ImageSource):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        if not _URL.match(path) and not os.path.isfile(path):
+        if not URL.match(path) and not os.path.isfile(path):
             raise FileNotFoundError(f"{path} does not exist.")
 
     def __iter__(self) -> Iterator[ImageItem]:
@@ -96,7 +96,7 @@ class TarStream(ImageSource):
 def tar_images(path: str) -> ImageSource:
     """The images of a tar file, by its name: by place where it is local and uncompressed, else as a
     stream."""
-    remote = _URL.match(path)
+    remote = URL.match(path)
     path = path if remote else os.path.expanduser(path)
     return TarImages(path) if path.lower().endswith(".tar") and not remote else TarStream(path)
 
