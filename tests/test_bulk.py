@@ -244,12 +244,19 @@ def test_another_models_store_is_refused(loaded, photos, tmp_path) -> None:
         compress_dataset(model, processor, photos[0])
 
 
-def test_dropout_is_off_and_the_mode_comes_back(loaded, photos, tmp_path) -> None:
+def test_dropout_is_off_and_the_mode_comes_back(loaded, photos, tmp_path, monkeypatch) -> None:
     model, processor, _ = loaded
+    compress, seen = type(model).compress, []
+
+    def watched(self, *args, **inputs):
+        seen.append(self.training)
+        return compress(self, *args, **inputs)
+
+    monkeypatch.setattr(type(model), "compress", watched)
     model.train()
     try:
         compress_dataset(model, processor, photos[0], tmp_path / "store")
-        assert model.training
+        assert model.training and seen == [False]
     finally:
         model.eval()
 

@@ -140,6 +140,19 @@ def test_a_run_that_is_started_again_makes_no_finished_shard_again(loaded, photo
     assert len(list(read_shards(url))) == COUNT + 2
 
 
+def test_the_same_pixels_lie_in_shards_once_under_every_name(loaded, photos, url) -> None:  # noqa: F811
+    model, processor, _ = loaded
+    for name in ("000-twin.png", "zzz.png"):
+        (photos[0].parent / name).write_bytes(photos[0].read_bytes())
+    done = compress_dataset(model, processor, photos[0].parent, shards=url, batch_size=2)
+    assert (done["computed"], done["hits"]) == (COUNT, 2)
+    folder = ShardFolder(url)
+    rows = [row for n in folder.shards() for row in pq.read_table(io.BytesIO(folder.get(n))).to_pylist()]
+    assert len(rows) == COUNT + 2 and sum(row["cache"] is not None for row in rows) == COUNT
+    keys = {Path(row["name"]).name: row["key"] for row in rows}
+    assert keys["000.png"] == keys["000-twin.png"] == keys["zzz.png"] != keys["001.png"]
+
+
 def test_a_run_that_dies_keeps_its_finished_shards(loaded, photos, url, ran, monkeypatch) -> None:  # noqa: F811
     model, processor, _ = loaded
     put = ShardFolder.put

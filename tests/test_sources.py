@@ -50,6 +50,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(COUNT):
         (folder / "photos" / ("more" if number > 2 else "") / f"{number}.png").write_bytes(png(number))
     (folder / "photos" / ".hidden.png").write_bytes(b"no image")
+    (folder / "photos" / ".thumbnails").mkdir()
+    (folder / "photos" / ".thumbnails" / "0.png").write_bytes(png(9))
     (folder / "photos" / "notes.txt").write_text("no image")
     write_tar(folder / "a.tar")
     write_tar(folder / "a.tar.gz", "w:gz")

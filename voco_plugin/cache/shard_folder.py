@@ -1,4 +1,5 @@
-"""Where shards lie: a folder, or a prefix of an object store, through fsspec. Files are there whole or not."""
+"""Where shards lie: a folder, or a prefix of an object store, through fsspec. A file is there whole, or
+not."""
 
 from __future__ import annotations
 
