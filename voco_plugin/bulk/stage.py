@@ -201,9 +201,7 @@ class _Job:
             self.batch[entry.key].names.append(entry)
             self._hit()
         elif all(sink.has(entry.key) for sink in self.sinks):
-            self.new_names.append(entry)
-            if len(self.new_names) >= _NAMES_AT_ONCE:
-                self._write_names()
+            self._name(entry)
             self._hit()
         elif not self._copied(entry):
             self.batch[entry.key] = _Waiting(image, entry.key, [entry])
@@ -216,7 +214,9 @@ class _Job:
         if cache is None:
             return False
         for sink in self.sinks:
-            self.counts.bytes_written += sink.write([Finished([entry], entry.key, cache)])
+            if not sink.has(entry.key):
+                self.counts.bytes_written += sink.write([Finished([entry], entry.key, cache)])
+        self._name(entry)
         self._hit()
         return True
 
@@ -245,6 +245,11 @@ class _Job:
         self.counts.computed += len(finished)
         self.counts.images += len(finished)
         self._tick()
+
+    def _name(self, entry: NameEntry) -> None:
+        self.new_names.append(entry)
+        if len(self.new_names) >= _NAMES_AT_ONCE:
+            self._write_names()
 
     def _write_names(self) -> None:
         for sink in self.sinks:
