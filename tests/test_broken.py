@@ -7,20 +7,25 @@ from __future__ import annotations
 import copy
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import test_attach
 import test_cache
+import test_decoding
 import test_exactness
 import test_generation
 import test_layout
+import test_placing
 import test_rope
+import test_session
 from harness import inputs, shared
-from voco_plugin import isolation, layout
+from voco_plugin import isolation, layout, session
 from voco_plugin.attention import dense
 from voco_plugin.cache import files, relocation, stage_one, stage_two
 from voco_plugin.cache_state import CacheState
+from voco_plugin.families.base import Family
 from voco_plugin.layout import TokenKind
 from voco_plugin.masks import TokenTable, isolation_predicate
 
@@ -86,26 +91,28 @@ def positions_shifted(patch):
 
 
 def text_position_off(patch):
-    real = stage_two._walk
+    real = stage_two.plan_row
 
     def broken(*args):
-        text, placed = real(*args)
-        return [(c, p + (p > 3), o) for c, p, o in text], placed
+        plan = real(*args)
+        plan.positions = plan.positions + (plan.positions > 3)
+        return plan
 
-    patch.setattr(stage_two, "_walk", broken)
+    patch.setattr(stage_two, "plan_row", broken)
 
 
 def rotated_backwards(patch):
     real = relocation.Relocator._cos_sin
 
-    def broken(self, layer, delta, dtype, device):
-        return real(self, layer, -delta if abs(delta) != relocation._PROBE_SHIFT else delta, dtype, device)
+    def broken(self, layer, deltas, dtype):
+        probing = bool((deltas.abs() == relocation._PROBE_SHIFT).all())
+        return real(self, layer, deltas if probing else -deltas, dtype)
 
     patch.setattr(relocation.Relocator, "_cos_sin", broken)
 
 
 def not_rotated(patch):
-    patch.setattr(relocation.Relocator, "move", lambda self, block, target: (block.keys, block.values))
+    patch.setattr(relocation.Relocator, "move", lambda self, tensors, deltas: tensors)
 
 
 def slot_before(patch):
@@ -119,13 +126,13 @@ def slot_before(patch):
 
 
 def values_as_keys(patch):
-    real = files._blocks
+    real = files.blocks_of
 
-    def broken(tensors, record):
+    def broken(tensors, record, copy):
         names = {k: k.replace("key", "x").replace("value", "key").replace("x", "value") for k in tensors}
-        return real({names[k]: v for k, v in tensors.items()}, record)
+        return real({names[k]: v for k, v in tensors.items()}, record, copy)
 
-    patch.setattr(files, "_blocks", broken)
+    patch.setattr(files, "blocks_of", broken)
 
 
 def padding_ignored(patch):
@@ -138,7 +145,7 @@ def padding_ignored(patch):
 
 
 def checksum_ignored(patch):
-    patch.setattr(files, "_digest", lambda tensors, record: "same")
+    patch.setattr(files, "digest", lambda tensors, record: "same")
 
 
 def fingerprint_ignored(patch):
@@ -166,9 +173,7 @@ def rows_not_restored(patch):
 def latent_not_turned(patch):
     """Latent attention keeps the rotated part where other caches have the value."""
     real = relocation.Relocator.move
-    patch.setattr(
-        relocation.Relocator, "move", lambda self, block, to: (real(self, block, to)[0], block.values)
-    )
+    patch.setattr(relocation.Relocator, "move", lambda self, held, by: (real(self, held, by)[0], held[1]))
 
 
 def prefix_forgotten(patch):
@@ -187,6 +192,73 @@ def limit_forgotten(patch):
 
 def hook_does_nothing(patch):
     patch.setattr(isolation.Attachment, "prepare", lambda self, module, kwargs: None)
+
+
+def prefix_counted_from_zero(patch):
+    """What stands behind a prefix takes the positions of what stands at the start."""
+    real = stage_two._Past.of
+
+    def broken(before, *rest):
+        past = real(before, *rest)
+        past.next_position = np.zeros_like(past.next_position)
+        return past
+
+    patch.setattr(stage_two._Past, "of", broken)
+
+
+def prefix_seen_late(patch):
+    """Blocks count as standing before the prefix they follow."""
+    real = stage_two._Past.of
+
+    def broken(before, *rest):
+        past = real(before, *rest)
+        past.next_order = past.next_order - 4
+        return past
+
+    patch.setattr(stage_two._Past, "of", broken)
+
+
+def moved_once_for_all(patch):
+    """A block that stands at two places is moved to the first of them."""
+    real = relocation.Relocator.move
+    patch.setattr(
+        relocation.Relocator, "move", lambda self, held, by: real(self, held, by.sign() * by.abs().max())
+    )
+
+
+def window_forgotten_while_decoding(patch):
+    patch.setattr(Family, "windowed", lambda self, model: False)
+
+
+def session_forgets_the_unread(patch):
+    """The last token of an answer, which generate has not read, is lost."""
+    real = session.VoCoSession.ask
+
+    def broken(self, *args, **kwargs):
+        answer = real(self, *args, **kwargs)
+        self._unread = ()
+        return answer
+
+    patch.setattr(session.VoCoSession, "ask", broken)
+
+
+def draft_not_taken_back(patch):
+    """Drafted tokens that were refused stay counted in the positions."""
+    real = CacheState.synced
+
+    def broken(self, length, rows):
+        cut = self.table.length - length
+        state = real(self, length, rows)
+        if cut > 0:
+            state.next_position = state.next_position + cut
+        return state
+
+    patch.setattr(CacheState, "synced", broken)
+
+
+def session_test(patch):
+    with pytest.MonkeyPatch.context() as inner:
+        test_session.test_a_session_is_its_own_prompt(inner)
 
 
 LLAVA = ("llava_llama", "isolated", "sdpa")
@@ -208,6 +280,31 @@ if sys.version_info >= (3, 11):
     NOTICED += (builtins.BaseExceptionGroup,)  # hypothesis, where it finds two ways to fail
 
 CASES = {
+    "prefix counted from zero": (
+        prefix_counted_from_zero,
+        run(test_placing.test_a_prefix_read_once_equals_one_pass, "llava_llama"),
+    ),
+    "prefix seen late": (
+        prefix_seen_late,
+        run(test_placing.test_a_prefix_read_once_equals_one_pass, "llava_mistral"),
+    ),
+    "moved once for all": (
+        moved_once_for_all,
+        run(test_placing.test_any_order_and_any_text_equals_one_pass, "llava_llama", "isolated"),
+    ),
+    "window forgotten while decoding": (
+        window_forgotten_while_decoding,
+        run(test_generation.test_greedy_equals_single_pass, "llava_mistral", "isolated"),
+    ),
+    "drafts not taken back: assisted": (
+        draft_not_taken_back,
+        run(test_decoding.test_assisted_decoding_gives_the_same_answers, "llava_llama", "draft"),
+    ),
+    "drafts not taken back: static": (
+        draft_not_taken_back,
+        run(test_placing.test_generation_after_a_prefix, "llava_llama"),
+    ),
+    "unread token lost: session": (session_forgets_the_unread, session_test),
     "text sees vision: two-stage": (text_sees_vision, run(two_stage, *LLAVA, fp32)),
     "text sees vision: table": (text_sees_vision, with_patch(table, *LLAVA)),
     "voco sees earlier text: two-stage": (voco_sees_text, run(two_stage, *LLAVA, fp32)),

@@ -18,9 +18,9 @@ LAYERS: dict[int, tuple[str, ...]] = {
     1: ("attention",),
     2: ("families", "encoders", "llms", "projectors", "compressors", "composition", "registration"),
     3: ("isolation", "cache_state"),
-    4: ("cache", "generation"),
+    4: ("cache", "decoding", "generation"),
     5: ("modeling",),
-    6: ("collator", "video", "answering", "metrics"),
+    6: ("collator", "video", "answering", "metrics", "session", "session_file"),
     7: ("training", "benchmark", "study", "data", "reporting", "bulk"),
     8: ("cli",),
 }
@@ -29,6 +29,8 @@ OUTSIDE = ("examples", "recipes", "integrations")
 PUBLIC_MODULES = (
     "config",
     "answering",
+    "images",
+    "session",
     "registry",
     "metrics",
     "data",

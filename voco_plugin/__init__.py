@@ -28,6 +28,7 @@ _NAMES = {
     "VoCoCacheError": "cache",
     "VoCoCacheStore": "cache",
     "VoCoGenerationMixin": "generation",
+    "VoCoSession": "session",
     "VoCoDataCollator": "collator",
     "VoCoSFTConfig": "training",
     "VoCoSFTTrainer": "training",
@@ -66,4 +67,5 @@ if TYPE_CHECKING:
     from .generation import VoCoGenerationMixin
     from .layout import LayoutError, SequenceLayout, TokenVocabulary
     from .modeling import attach, attachment, compose, detach, is_attached, load, save_voco_config
+    from .session import VoCoSession
     from .training import VoCoSFTConfig, VoCoSFTTrainer

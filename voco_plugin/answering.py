@@ -46,10 +46,16 @@ def encode(
         ValueError: the processor has no chat template.
     """
     texts = render(processor, batch)
+    return _tokenized(processor, texts, images, _adds_special_tokens(processor, texts))
+
+
+def _tokenized(
+    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]] | None, special: bool
+) -> dict[str, Any]:
     more = {} if images is None else {"images": [list(row) for row in images]}
     out = processor(
-        text=texts, return_tensors="pt", padding=True, padding_side="left",
-        add_special_tokens=_adds_special_tokens(processor, texts), **more,
+        text=list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special,
+        **more,
     )  # fmt: skip
     return dict(out)
 
@@ -82,18 +88,36 @@ def stream_of(
     is its own affair, and only the text that stays in the stream is kept. Row ``b`` gets the K of each block
     that ``cache`` holds for it.
     """
+    places = [sum(part.get("type") == "image" for turn in talk for part in _parts(turn)) for talk in batch]
+    texts = render(processor, batch)
+    return stream_of_texts(model, processor, texts, places, cache, _adds_special_tokens(processor, texts))
+
+
+def stream_of_texts(
+    model: Any,
+    processor: Any,
+    texts: Sequence[str],
+    places: Sequence[int],
+    cache: VoCoCache,
+    special: bool = False,
+) -> dict[str, torch.Tensor]:
+    """As :func:`stream_of`, of texts that a chat template has rendered already.
+
+    Args:
+        places: how many images each text has.
+        special: whether the tokenizer puts its own special tokens around them.
+    """
     vocab = attachment(model).vocab
     blank = Image.new("RGB", _BLANK)
-    places = [sum(part.get("type") == "image" for turn in talk for part in _parts(turn)) for talk in batch]
     blanks = [[blank] * count for count in places] if any(places) else None
     pad = getattr(processor, "tokenizer", processor).pad_token_id or 0
     encoded = insert_voco_tokens(
-        encode(processor, batch, blanks),
+        _tokenized(processor, texts, blanks, special),
         vocab,
         1,
         pad_token_id=pad,
         padding_side="left",
-        images_per_row=places,
+        images_per_row=list(places),
     )
     layout = SequenceLayout.from_ids(encoded["input_ids"], encoded["attention_mask"], vocab)
     rows = []
@@ -127,6 +151,7 @@ def compress_images(
     *,
     num_tokens: int | None = None,
     batch_size: int = 8,
+    max_memory: int | None = None,
     tick: Tick | None = None,
     refused: Callable[[int, str], Any] | None = None,
 ) -> Iterator[VoCoCache]:
@@ -135,12 +160,16 @@ def compress_images(
     Args:
         images: PIL images; read as they are needed.
         num_tokens: K; ``None`` takes the model's.
+        batch_size: images read and prepared at a time; those of one size run together.
+        max_memory: bytes of working memory that one forward may take (``model.compress``); fewer images then
+            run together.
         tick: called with the number of images just done.
         refused: called with the number of an image that the image processor does not take, and the reason;
             it is left out. ``None``: it raises.
 
     Raises:
         BadImageError: the image processor does not take an image.
+        ValueError: ``max_memory`` is below what one image takes.
     """
     before = 0
     for whole in _chunks(images, batch_size):
@@ -149,7 +178,7 @@ def compress_images(
         if not chunk:
             continue
         inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
-        cache = model.compress(**_on(model, inputs))
+        cache = model.compress(**_on(model, inputs), max_memory=max_memory)
         for row in range(len(chunk)):
             yield cache.row(row)
         if tick is not None:

@@ -28,6 +28,8 @@ class CacheState:
         planned_positions: ``(B, T)`` int64, their positions.
         planned_prefix: ``(B, L + T)`` bool, slots and planned tokens that see each other both ways in a
             prefix-LM, else ``None``.
+        settled: every slot may be read by whatever text comes after it, so that the backbone's own mask says
+            all there is to say: no vision token among them, no window that asks where a slot stood.
     """
 
     table: TokenTable
@@ -37,6 +39,7 @@ class CacheState:
     planned: TokenTable | None = None
     planned_positions: torch.Tensor | None = None
     planned_prefix: torch.Tensor | None = None
+    settled: bool = False
 
     @classmethod
     def starting_at(cls, order: torch.Tensor) -> CacheState:
@@ -74,6 +77,7 @@ class CacheState:
                 state.next_position - dropped,
                 state.next_order - dropped,
                 state.num_blocks,
+                settled=state.settled,
             )
         elif cut < 0:
             raise ValueError(
@@ -91,6 +95,20 @@ class CacheState:
             self.planned.repeat_rows(times) if self.planned is not None else None,
             planned.repeat_interleave(times, dim=0) if planned is not None else None,
             None if self.planned_prefix is None else self.planned_prefix.repeat_interleave(times, dim=0),
+            self.settled,
+        )
+
+    def go_on(self, mask: torch.Tensor) -> CacheState:
+        """The state after new text tokens under ``mask`` ``(B, N)``, right after what is there."""
+        kind = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD)
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        new = TokenTable(kind, torch.full_like(kind, -1), self.next_order[:, None] + steps)
+        return CacheState(
+            self.table.append(new),
+            self.next_position + mask.long().sum(dim=1),
+            self.next_order + mask.shape[1],
+            self.num_blocks,
+            settled=self.settled,
         )
 
     def take_planned(self, tokens: int) -> tuple[torch.Tensor, CacheState]:
@@ -115,4 +133,5 @@ class CacheState:
             self.num_blocks,
             rest,
             self.planned_positions[:, tokens:] if rest is not None else None,
+            settled=self.settled,
         )

@@ -5,11 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import Cache, DynamicCache
 
 from .cache import VoCoCache
+from .cache.groups import Limits
 from .cache.stage_one import compress
-from .cache.stage_two import Placed, place
+from .cache.stage_two import place
 from .cache_state import CacheState
+from .decoding import (
+    check_draft,
+    expansion,
+    head_start,
+    is_assisted,
+    only_new,
+    refuse_static_in_one_pass,
+    setting,
+    shift_lengths,
+    static_kind,
+    to_static,
+    with_prompt,
+)
 from .injection import insert_voco_tokens
 from .isolation import Attachment
 from .layout import SequenceLayout
@@ -46,11 +61,21 @@ class VoCoGenerationMixin:
         )
 
     @torch.no_grad()
-    def compress(self, num_tokens: int | None = None, **inputs: Any) -> VoCoCache:
-        """Stage 1: the keys and values of every block's VoCo tokens.
+    def compress(
+        self,
+        num_tokens: int | None = None,
+        max_memory: int | None = None,
+        max_batch_tokens: int | None = None,
+        **inputs: Any,
+    ) -> VoCoCache:
+        """Stage 1: the keys and values of every block's VoCo tokens. Blocks of one length share a forward.
 
         Args:
-            num_tokens: the K each block must have; ``None`` takes what the inputs hold.
+            num_tokens: the K each block gets, whatever number the inputs hold (elastic K, paper, Table 4);
+                ``None`` takes what they hold.
+            max_memory: bytes that one forward may take on top of the weights, as estimated from the config
+                (``cache/memory.py``); blocks run in chunks that fit. ``None``: no limit.
+            max_batch_tokens: vision and VoCo tokens that one forward may hold.
             inputs: what the model's forward takes: ``input_ids`` ``(B, N)`` with vision and VoCo tokens,
                 ``attention_mask``, pixels.
 
@@ -60,14 +85,10 @@ class VoCoGenerationMixin:
 
         Raises:
             LayoutError: the ids do not form blocks.
-            ValueError: the rule does not isolate.
+            ValueError: the rule does not isolate, or a limit is below what one block (or the images that
+                cannot be told apart) takes.
         """
-        state = self._voco_attachment
-        if num_tokens is not None and inputs.get("input_ids") is not None:
-            SequenceLayout.from_ids(
-                inputs["input_ids"], inputs.get("attention_mask"), state.vocab, num_tokens=num_tokens
-            )
-        return compress(self, state, inputs)
+        return compress(self, self._voco_attachment, inputs, num_tokens, Limits(max_memory, max_batch_tokens))
 
     def stream_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The compressed stream of ``inputs``: ``input_ids`` and ``attention_mask`` (and a prefix-LM's
@@ -95,23 +116,64 @@ class VoCoGenerationMixin:
     # -- stage 2
     # -------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, voco_cache: VoCoCache | None = None, **kwargs: Any) -> Any:
+    @torch.no_grad()
+    def prefix_cache(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        voco_cache: VoCoCache | None = None,
+        prefix_cache: Cache | None = None,
+    ) -> DynamicCache:
+        """The keys and values of what many prompts begin with (a system prompt, or a conversation so far),
+        read once. ``forward`` and ``generate`` take it as ``prefix_cache``, with any blocks after it.
+
+        Args:
+            input_ids: ``(B, S)``, its stream; ``B`` is 1 where the prompts share it.
+            attention_mask: ``(B, S)``.
+            voco_cache: the blocks of its VoCo tokens, if it has any.
+            prefix_cache: what stands before it, if anything does; it is not changed.
+
+        Returns:
+            a transformers ``DynamicCache`` that remembers its rows' positions and what made it.
+        """
+        output = self._stage_two(
+            VoCoCache() if voco_cache is None else voco_cache, input_ids, attention_mask,
+            prefix_cache=prefix_cache, logits_to_keep=1,
+        )  # fmt: skip
+        return output.past_key_values
+
+    def forward(
+        self,
+        *args: Any,
+        voco_cache: VoCoCache | None = None,
+        prefix_cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The model's own forward; with ``voco_cache``, stage 2.
 
         Args:
             voco_cache: the compressed images. ``input_ids`` ``(B, S)`` is then the stream, text and VoCo
                 tokens; the VoCo runs say where each block goes.
+            prefix_cache: what the stream goes on from (:meth:`prefix_cache`); it is not changed.
 
         Returns:
             the model's own output. With ``voco_cache``, ``logits`` has a row per stream token, ``(B, S,
             vocabulary)``; those of VoCo tokens and padding are NaN: they were computed in stage 1, or never.
         """
-        if voco_cache is None:
+        if voco_cache is None and prefix_cache is None:
             return super().forward(*args, **kwargs)
-        return self._stage_two(voco_cache, *args, **kwargs)
+        voco_cache = VoCoCache() if voco_cache is None else voco_cache
+        return self._stage_two(voco_cache, *args, prefix_cache=prefix_cache, **kwargs)
 
     def _stage_two(
-        self, cache: VoCoCache, input_ids: torch.Tensor, attention_mask=None, **kwargs: Any
+        self,
+        cache: VoCoCache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        prefix_cache: Cache | None = None,
+        **kwargs: Any,
     ) -> Any:
         for name in ("past_key_values", "inputs_embeds", "position_ids"):
             if kwargs.get(name) is not None:
@@ -121,14 +183,15 @@ class VoCoGenerationMixin:
         labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
         return_dict = kwargs.pop("return_dict", None)
         types = kwargs.pop("token_type_ids", None)
-        placed = place(self, self._voco_attachment, input_ids, attention_mask, cache, types)
+        placed = place(self, self._voco_attachment, input_ids, attention_mask, cache, types, prefix_cache)
         if types is not None:
             kwargs["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))
         state = self._voco_attachment
-        hooked_here = state.family.backbone(self) is self
-        run = self.__call__ if hooked_here else super().forward
+        last = placed.columns[:, -1] == input_ids.shape[1] - 1
+        if isinstance(keep, int) and keep == 1 and labels is None and bool(last.all()):
+            kwargs["logits_to_keep"] = 1  # the head on one token only
         with state.positions("own"):
-            output = run(
+            output = self._read(
                 input_ids=placed.input_ids,
                 attention_mask=placed.attention_mask,
                 past_key_values=placed.past_key_values,
@@ -140,6 +203,8 @@ class VoCoGenerationMixin:
                 },
             )
         logits = output.logits
+        if logits.shape[1] == 1 and kwargs.get("logits_to_keep"):
+            return output if return_dict is not False else output.to_tuple()
         full = logits.new_full((*input_ids.shape, logits.shape[-1]), float("nan"))
         row, column = (placed.columns >= 0).nonzero(as_tuple=True)
         full = full.index_put((row, placed.columns[row, column]), logits[row, column])
@@ -147,6 +212,11 @@ class VoCoGenerationMixin:
             output["loss"] = self.loss_function(logits=full, labels=labels, vocab_size=full.shape[-1])
         output["logits"] = full[:, -keep:] if isinstance(keep, int) and keep else full
         return output if return_dict is not False else output.to_tuple()
+
+    def _read(self, **kwargs: Any) -> Any:
+        """The model's own forward on placed blocks, through the hook where the model is its own backbone."""
+        hooked_here = self._voco_attachment.family.backbone(self) is self
+        return self.__call__(**kwargs) if hooked_here else super().forward(**kwargs)
 
     # -- both
     # ----------------------------------------------------------------------------------------------------
@@ -164,6 +234,9 @@ class VoCoGenerationMixin:
 
         Args:
             voco_cache: answer from these blocks; ``input_ids`` is the stream. The cache is not changed.
+                ``prefix_cache`` (see :meth:`prefix_cache`) stands before it.
+                ``cache_implementation="static"`` decodes on a static cache (compiled where transformers
+                compiles).
             two_stage: without ``voco_cache`` and with images: compress first, then answer from the blocks.
                 ``False`` keeps the vision tokens' keys in memory and masks them (the reference; the same
                 tokens).
@@ -175,58 +248,85 @@ class VoCoGenerationMixin:
             kwargs["input_ids"] = inputs
         ids = kwargs.get("input_ids")
         state = self._voco_attachment
+        prefix = kwargs.pop("prefix_cache", None)
+        if voco_cache is None and prefix is None and (ids is None or not state.config.isolates):
+            return super().generate(*args, **kwargs)
+        if ids is None:
+            raise ValueError("generate(voco_cache=…) needs input_ids: the stream of text and VoCo tokens.")
         if voco_cache is None:
-            if ids is None or not state.config.isolates:
-                return super().generate(*args, **kwargs)
             past = kwargs.get("past_key_values")
             layout = SequenceLayout.from_ids(ids, _mask_of(kwargs, ids), state.vocab)
-            if not layout.spans or past is not None or not two_stage:
+            if prefix is None and (not layout.spans or past is not None or not two_stage):
                 if layout.spans or CacheState.of(past) is not None:
-                    _refuse_static(kwargs, args)
+                    refuse_static_in_one_pass(args, kwargs)
                     self._suppress(kwargs, args)
                 with state.positions("own"):
                     return super().generate(*args, **kwargs)
-            vision = {k: v for k, v in kwargs.items() if _is_model_input(k, v)}
-            voco_cache = self.compress(**vision)
-            stream = self.stream_inputs(vision)
-            rest = {k: v for k, v in kwargs.items() if k not in vision}
-            return self._generate_from(voco_cache, stream, ids, args, rest)
-        if ids is None:
-            raise ValueError("generate(voco_cache=…) needs input_ids: the stream of text and VoCo tokens.")
+            if layout.spans:
+                vision = {k: v for k, v in kwargs.items() if _is_model_input(k, v)}
+                stream = self.stream_inputs(vision)
+                rest = {k: v for k, v in kwargs.items() if k not in vision}
+                return self._generate_from(self.compress(**vision), stream, ids, args, rest, prefix)
+            voco_cache = VoCoCache()
         stream = {"input_ids": ids, "attention_mask": _mask_of(kwargs, ids)}
         rest = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
-        return self._generate_from(voco_cache, stream, ids, args, rest)
+        return self._generate_from(voco_cache, stream, ids, args, rest, prefix)
 
-    def _generate_from(self, cache, stream, shown: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+    def _generate_from(
+        self, cache: VoCoCache, stream: dict, shown: torch.Tensor, args: tuple, kwargs: dict, prefix: Any
+    ) -> Any:
         """Stock ``generate`` on the placed blocks; the output starts with the ids the caller gave."""
-        _refuse_static(kwargs, args)
-        if len(cache):
+        state = self._voco_attachment
+        static, assisted = static_kind(args, kwargs), is_assisted(self, args, kwargs)
+        if assisted:
+            check_draft(self, kwargs)
+        if len(cache) or prefix is not None:
             self._suppress(kwargs, args)
-        types = stream.get("token_type_ids", kwargs.pop("token_type_ids", None))
-        placed = place(
-            self, self._voco_attachment, stream["input_ids"], stream["attention_mask"], cache, types
-        )
-        if types is not None:
-            kwargs["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))
-        if kwargs.get("max_length") is not None:
-            kwargs["max_length"] = kwargs["max_length"] - shown.shape[1] + placed.input_ids.shape[1]
-        times = _expansion(self, args, kwargs)
-        if times > 1 and placed.past_key_values.get_seq_length():
-            placed.past_key_values.batch_repeat_interleave(times)
-        with self._voco_attachment.positions("own"):
-            output = super().generate(
-                *args,
-                input_ids=placed.input_ids,
-                attention_mask=placed.attention_mask,
-                past_key_values=placed.past_key_values,
-                **kwargs,
+        if not _last_is_text(state, stream["input_ids"], stream["attention_mask"]):
+            raise ValueError(
+                "a prompt ends with an image, and its answer would follow from a VoCo token that was read in "
+                "stage 1; put text after the image, or use generate(…, two_stage=False)."
             )
-        return _with_prompt(output, shown, placed)
+        types = stream.get("token_type_ids", kwargs.pop("token_type_ids", None))
+        placed = place(self, state, stream["input_ids"], stream["attention_mask"], cache, types, prefix)
+        if types is not None:
+            types = types.gather(1, placed.columns.clamp_min(0))
+        times = expansion(self, args, kwargs)
+        if static is not None or assisted:
+            start = head_start(self, state, placed, types, self._read)
+        else:
+            start = {
+                "input_ids": placed.input_ids,
+                "attention_mask": placed.attention_mask,
+                "past_key_values": placed.past_key_values,
+            }
+            if types is not None:
+                kwargs["token_type_ids"] = types
+        length = start["input_ids"].shape[1]
+        shift_lengths(args, kwargs, length - shown.shape[1])
+        if times > 1 and start["past_key_values"].get_seq_length():
+            start["past_key_values"].batch_repeat_interleave(times)
+        if static is not None:
+            kwargs["cache_implementation"] = None
+            most = setting(self, args, kwargs, "max_new_tokens")
+            most = length + most if most is not None else setting(self, args, kwargs, "max_length", 0)
+            most = max(most, length + 1, setting(self, args, kwargs, "max_cache_len", 0))
+            kwargs.pop("max_cache_len", None)
+            start = to_static(self, state, start, placed.position_ids[:, -1], most)
+        with state.positions("own"):
+            output = super().generate(*args, **start, **kwargs)
+        return with_prompt(output, shown, length)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; ids that stand for cached slots are left out."""
+        if kwargs.get("next_sequence_length") is None:
+            kwargs["next_sequence_length"] = only_new(kwargs.get("past_key_values"), input_ids)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _suppress(self, kwargs: dict, args: tuple) -> None:
         """VoCo and image tokens are input only: after images they are never generated."""
         vocab = self._voco_attachment.vocab
-        listed = _setting(self, args, kwargs, "suppress_tokens", [])
+        listed = setting(self, args, kwargs, "suppress_tokens", [])
         kwargs["suppress_tokens"] = sorted({*listed, vocab.voco_id, *vocab.placeholders})
 
     # -- saving
@@ -256,8 +356,16 @@ _GENERATION_ONLY = {
     "negative_prompt_attention_mask",
     "suppress_tokens",
     "past_key_values",
+    "prefix_cache",
     "tokenizer",
 }
+
+
+def _last_is_text(state: Attachment, ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the last real token of every row is text."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    last = mask.long().cumsum(dim=1).argmax(dim=1, keepdim=True)
+    return bool((ids.gather(1, last) != state.vocab.voco_id).all())
 
 
 def _is_model_input(name: str, value: Any) -> bool:
@@ -275,46 +383,6 @@ def _mask_of(kwargs: dict, ids: torch.Tensor) -> torch.Tensor:
     if mask is None:
         return torch.ones_like(ids)
     return mask[:, -ids.shape[1] :] if past is not None else mask
-
-
-def _setting(model: Any, args: tuple, kwargs: dict, name: str, default: Any) -> Any:
-    config = (
-        kwargs.get("generation_config")
-        or (args[0] if args else None)
-        or getattr(model, "generation_config", None)
-    )
-    value = kwargs.get(name)
-    if value is None:
-        value = getattr(config, name, None)
-    return default if value is None else value
-
-
-def _expansion(model: Any, args: tuple, kwargs: dict) -> int:
-    """How often ``generate`` repeats each row."""
-    beams = _setting(model, args, kwargs, "num_beams", 1)
-    returned = _setting(model, args, kwargs, "num_return_sequences", 1)
-    return max(beams, returned)
-
-
-def _refuse_static(kwargs: dict, args: tuple) -> None:
-    kind = _setting(None, args, kwargs, "cache_implementation", None)
-    if kind is not None and kind not in ("dynamic", "dynamic_full"):
-        raise ValueError(
-            f"cache_implementation={kind!r} builds its masks outside the model, where the isolation rule is "
-            "not seen; leave it out."
-        )
-
-
-def _with_prompt(output: Any, shown: torch.Tensor, placed: Placed) -> Any:
-    """The caller's ids in place of the placed text tokens at the head of the generated sequences."""
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    new = sequences[:, placed.input_ids.shape[1] :]
-    times = sequences.shape[0] // shown.shape[0]
-    joined = torch.cat([shown.repeat_interleave(times, dim=0).to(new.device), new], dim=1)
-    if isinstance(output, torch.Tensor):
-        return joined
-    output.sequences = joined
-    return output
 
 
 __all__ = ["VoCoGenerationMixin"]

@@ -65,7 +65,8 @@ class Attachment:
         """How ``position_ids`` given to the backbone are taken inside the block.
 
         ``check`` (the default): refused where they contradict the rule's. ``own``: ignored, the rule's are
-        used. ``trust``: used as they are.
+        used. ``trust``: used as they are. ``alone``: as ``trust``, and the rule is not put in force: stage 1
+        says so of rows that are one whole block each, which hides nothing from itself.
         """
         before = getattr(self._local, "policy", "check")
         self._local.policy = policy
@@ -104,12 +105,15 @@ class Attachment:
             named = {**dict(zip(names, args, strict=False)), **kwargs}
         # where the whole model is its own backbone (Llama 4), stage 2 calls it again without the cache
         staged = named.get("voco_cache") is not None
-        prepared = self.prepare(module, named) if self.config.isolates and not staged else None
+        alone = getattr(self._local, "policy", "check") == "alone"
+        ruled = self.config.isolates and not staged and not alone
+        prepared = self.prepare(module, named) if ruled else None
         if prepared is None:
             self._stack().append((None, None, None, None))
             return None
         kwargs, active, state = prepared
-        self._stack().append((activate(active), active, state, kwargs.get("past_key_values")))
+        token = None if active is None else activate(active)
+        self._stack().append((token, active, state, kwargs.get("past_key_values")))
         return (), kwargs
 
     @torch.compiler.disable
@@ -118,12 +122,11 @@ class Attachment:
         if not self._stack():
             return  # the pre-hook itself raised
         token, active, state, past = self._stack().pop()
-        if token is None:
-            return
-        deactivate(token)
-        if output is None:
-            return  # the forward raised
-        if active.masks_built == 0:
+        if token is not None:
+            deactivate(token)
+        if state is None or output is None:
+            return  # no rule applied, or the forward raised
+        if active is not None and active.masks_built == 0:
             raise RuntimeError(
                 f"{type(module).__name__} built no attention mask through transformers' mask interface, so "
                 "the isolation rule was not applied; this family is not supported."
@@ -136,9 +139,11 @@ class Attachment:
     # -- what the hooks compute
     # ----------------------------------------------------------------------------------
 
-    def prepare(self, backbone: torch.nn.Module, kwargs: dict) -> tuple[dict, ActiveRule, CacheState] | None:
+    def prepare(
+        self, backbone: torch.nn.Module, kwargs: dict
+    ) -> tuple[dict, ActiveRule | None, CacheState] | None:
         """New keyword arguments, the rule and the cache state of one forward; ``None`` where no rule
-        applies.
+        applies. The rule is ``None`` where text goes on from slots it may all read.
         """
         past = kwargs.get("past_key_values")
         length = past.get_seq_length() if isinstance(past, Cache) else 0
@@ -171,6 +176,14 @@ class Attachment:
             )
         device = input_ids.device
         state = self._past_state(state, mask[:, :length], length, rows, device)
+        if state.settled and state.planned is None and not (layout.has_vision or layout.has_voco):
+            new = mask[:, length:]
+            own = self.family.sequential(backbone, input_ids, new, {}).to(device)
+            kwargs = dict(kwargs)
+            kwargs["attention_mask"] = mask
+            positions = own + state.next_position[:, None]
+            kwargs["position_ids"] = self._agree(kwargs.get("position_ids"), positions, layout, backbone)
+            return kwargs, None, state.go_on(new)
         prefix = state.planned_prefix
         positions, state = self._extend(backbone, layout, mask[:, length:], input_ids, kwargs, state)
         kwargs = dict(kwargs)

@@ -150,6 +150,7 @@ def evaluate(
     max_new_tokens: int = 16,
     batch_size: int = 32,
     tick: Callable[[int], Any] | None = None,
+    caches: Mapping[int, Any] | None = None,
 ) -> Score:
     """Ask ``questions`` about the images of ``dataset``'s rows.
 
@@ -159,35 +160,57 @@ def evaluate(
         mode: ``images`` puts them into the prompt; ``cache`` compresses each row's images once and asks every
             question from the cache; ``blind`` shows none.
         tick: called with the number of questions just answered.
+        caches: for ``cache``: per row the cache of its images, where they are compressed already
+            (:func:`compress_rows`).
 
     Raises:
         ValueError: the mode is unknown, or the model cannot do it.
     """
-    from .answering import answer, compress_images
-    from .cache import VoCoCache
+    from .answering import answer
 
     if mode not in ("images", "cache", "blind"):
         raise ValueError(f"mode={mode!r} is not known; use images, cache or blind.")
     start = time.perf_counter()
     more: dict[str, Any] = {}
-    if mode != "blind":
-        rows = sorted({q.row for q in questions})
-        pictures = {row: images_of(dataset[row]) for row in rows}
-        if mode == "cache":
-            flat = [(row, image) for row in rows for image in pictures[row]]
-            blocks = compress_images(model, processor, (image for _, image in flat), batch_size=batch_size)
-            parts: dict[int, list[VoCoCache]] = defaultdict(list)
-            for (row, _), block in zip(flat, blocks, strict=True):
-                parts[row].append(block)
-            joined = {row: VoCoCache.cat(parts[row]) for row in rows}
-            more["caches"] = [joined[q.row] for q in questions]
-        else:
-            more["images"] = [pictures[q.row] for q in questions]
+    if mode == "cache":
+        joined = caches or compress_rows(model, processor, dataset, questions, batch_size=batch_size)
+        more["caches"] = [joined[q.row] for q in questions]
+    elif mode == "images":
+        pictures = {row: images_of(dataset[row]) for row in sorted({q.row for q in questions})}
+        more["images"] = [pictures[q.row] for q in questions]
     texts = [q.text for q in questions]
     answers = answer(
         model, processor, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick, **more
     )  # fmt: skip
     return score(questions, answers, time.perf_counter() - start)
+
+
+def compress_rows(
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    questions: Sequence[Question],
+    *,
+    num_tokens: int | None = None,
+    batch_size: int = 32,
+) -> dict[int, Any]:
+    """The cache of each row that is asked about: its images, each compressed alone, in order.
+
+    Args:
+        num_tokens: K; ``None`` takes the model's.
+    """
+    from .answering import compress_images
+    from .cache import VoCoCache
+
+    rows = sorted({q.row for q in questions})
+    flat = [(row, image) for row in rows for image in images_of(dataset[row])]
+    blocks = compress_images(
+        model, processor, (image for _, image in flat), num_tokens=num_tokens, batch_size=batch_size
+    )
+    parts: dict[int, list[VoCoCache]] = defaultdict(list)
+    for (row, _), block in zip(flat, blocks, strict=True):
+        parts[row].append(block)
+    return {row: VoCoCache.cat(parts[row]) for row in rows}
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:

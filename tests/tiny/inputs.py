@@ -124,9 +124,10 @@ def make_inputs(
     """A batch for `build(name)`.
 
     Each row is a list of segments: "t3" three random ordinary tokens (no special id, no newline), "c2" two
-    VoCo tokens, "img" or "img:big" an image, "vid" a video (qwen2_vl, qwen2_5_vl), "bos", "nl" a newline,
-    "nl2" a double newline, or an int, the id itself. Content depends on `seed` and the row's number alone, so
-    row i of a batch comes back unpadded from `make_inputs(name, [rows[i]], first_row=i)`.
+    VoCo tokens, "img" or "img:big" an image ("img@3": the same pixels wherever it stands), "vid" a video
+    (qwen2_vl, qwen2_5_vl), "bos", "nl" a newline, "nl2" a double newline, or an int, the id itself. Content
+    depends on `seed` and the row's number alone, so row i of a batch comes back unpadded from
+    `make_inputs(name, [rows[i]], first_row=i)`.
 
     Returns input_ids and attention_mask [B, N] and the vision arguments of the model's forward. With no image
     in any row, only text arguments are there.
@@ -141,17 +142,19 @@ def make_inputs(
         ids: list[int] = []
         sizes: list[str] = []
         row_images, row_videos = [], []
-        alone = sum(isinstance(s, str) and s.split(":")[0] == "img" for s in row) == 1
+        alone = sum(isinstance(s, str) and s.startswith("img") for s in row) == 1
         for segment in row:
-            kind, _, size = segment.partition(":") if isinstance(segment, str) else ("id", "", "")
+            spec, _, which = segment.partition("@") if isinstance(segment, str) else ("id", "", "")
+            kind, _, size = spec.partition(":")
+            pixels = torch.Generator().manual_seed(7919 + int(which)) if which else generator
             if kind == "id":
                 ids.append(int(segment))
             elif kind == "img":
                 ids += image_run(name, size, alone)
                 if name in BACKBONES:
-                    row_images.append(BACKBONES[name].pixels(generator))
+                    row_images.append(BACKBONES[name].pixels(pixels))
                 else:
-                    row_images.append(_pixels(name, size, alone, generator))
+                    row_images.append(_pixels(name, size, alone, pixels))
                 sizes.append(size)
             elif kind == "vid":
                 ids += _video_run(name)

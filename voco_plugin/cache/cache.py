@@ -84,6 +84,45 @@ class VoCoCache:
                 raise ValueError(f"cache {number} was made otherwise than the first: {'; '.join(wrong)}.")
         return VoCoCache([b for c in caches for b in c.blocks], fingerprint=first.fingerprint)
 
+    def _one_row(self, what: str) -> VoCoCache:
+        if self.num_rows > 1:
+            raise ValueError(f"{what} works on one row, this cache holds {self.num_rows}; take cache.row(i).")
+        return self
+
+    def insert(self, index: int, other: VoCoCache) -> VoCoCache:
+        """The blocks of ``other`` before block ``index`` (as ``list.insert`` counts).
+
+        Raises:
+            ValueError: several rows, or made by another model or rule.
+        """
+        index = range(len(self))[slice(index, None)].start  # clamped, and from the end where negative
+        before, after = self._one_row("insert")[:index], self[index:]
+        return VoCoCache.cat([before, other._one_row("insert"), after])
+
+    def drop(self, index: int | Iterable[int]) -> VoCoCache:
+        """Without the named blocks (an index or several; negative ones count from the end).
+
+        Raises:
+            IndexError: there is no such block.
+            ValueError: several rows.
+        """
+        gone = {range(len(self))[i] for i in ([index] if isinstance(index, int) else index)}
+        return self._one_row("drop")[[i for i in range(len(self)) if i not in gone]]
+
+    def reorder(self, order: Iterable[int]) -> VoCoCache:
+        """The blocks in another order.
+
+        Args:
+            order: every index once. (``cache[[…]]`` takes some, or one several times.)
+
+        Raises:
+            ValueError: an index is missing or named twice; several rows.
+        """
+        order = [range(len(self))[i] for i in order]
+        if sorted(order) != list(range(len(self))):
+            raise ValueError(f"reorder({order}): name each of the {len(self)} blocks once.")
+        return self._one_row("reorder")[order]
+
     @staticmethod
     def stack(caches: Iterable[VoCoCache]) -> VoCoCache:
         """A batch: each cache's blocks become one row."""

@@ -87,16 +87,7 @@ def _chunks(
 ) -> list[Any]:
     if values not in VALUES:
         raise ValueError(f"values={values!r} is not known; use {' or '.join(VALUES)}.")
-    tensors: dict[str, torch.Tensor] = {}
-    if blocks:
-        layers = {b.num_layers for b in blocks}
-        dtypes = {b.dtype for b in blocks}
-        if len(layers) > 1 or len(dtypes) > 1:
-            raise ValueError(f"blocks differ in layers {sorted(layers)} or dtype {sorted(map(str, dtypes))}.")
-        for layer in range(layers.pop()):
-            for name in ("key", "value"):
-                parts = [getattr(b, f"{name}s")[layer].detach().cpu().transpose(0, 1) for b in blocks]
-                tensors[f"layers.{layer}.{name}"] = torch.cat(parts).contiguous()
+    tensors = block_tensors(blocks)
     record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "blocks": [{f: getattr(b, f) for f in BLOCK_FIELDS} for b in blocks],
@@ -109,16 +100,36 @@ def _chunks(
         record |= {"format_version": INT8_VERSION, "values": "int8", "dtype": dtype, "group": int8.GROUP}
         tensors = int8.quantize(tensors)
     check_record(record, "this cache cannot be saved")
-    facts = [(n, t.dtype, tuple(t.shape), _bytes_of(t)) for n, t in tensors.items()]
-    metadata = {"voco": json.dumps(record, sort_keys=True), "sha256": _digest(facts, record)}
+    facts = [(n, t.dtype, tuple(t.shape), bytes_of(t)) for n, t in tensors.items()]
+    metadata = {"voco": json.dumps(record, sort_keys=True), "sha256": digest(facts, record)}
     return to_chunks(tensors, metadata)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def block_tensors(blocks: Sequence[VoCoBlock]) -> dict[str, torch.Tensor]:
+    """The blocks' keys and values, on the CPU, laid out as a file has them: ``layers.{l}.key`` ``(T, H, D)``.
+
+    Raises:
+        ValueError: the blocks differ in layers or dtype.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    if not blocks:
+        return tensors
+    layers = {b.num_layers for b in blocks}
+    dtypes = {b.dtype for b in blocks}
+    if len(layers) > 1 or len(dtypes) > 1:
+        raise ValueError(f"blocks differ in layers {sorted(layers)} or dtype {sorted(map(str, dtypes))}.")
+    for layer in range(layers.pop()):
+        for name in ("key", "value"):
+            parts = [getattr(b, f"{name}s")[layer].detach().cpu().transpose(0, 1) for b in blocks]
+            tensors[f"layers.{layer}.{name}"] = torch.cat(parts).contiguous()
+    return tensors
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _digest(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], Any]], record: dict[str, Any]) -> str:
+def digest(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], Any]], record: dict[str, Any]) -> str:
     """sha256 over the record and every tensor's name, dtype, shape and bytes."""
     sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name, dtype, shape, data in sorted(tensors, key=lambda entry: entry[0]):
@@ -169,14 +180,14 @@ def read_buffer(buffer: Any, where: str, copy: bool = True) -> Parts:
     record = _record(contents.metadata["voco"], where)
     _check_tensors(contents.entries, record, where)
     facts = [(n, e.dtype, e.shape, view[e.start : e.stop]) for n, e in contents.entries.items()]
-    if _digest(facts, record) != contents.metadata["sha256"]:
+    if digest(facts, record) != contents.metadata["sha256"]:
         raise VoCoCacheError(f"{where} was changed since it was written: its checksum does not match.")
     quantized = record["format_version"] == INT8_VERSION
-    tensors, copied = _tensors(view, contents, copy and not quantized)
+    tensors, copied = tensors_of(view, contents, copy and not quantized)
     if quantized:
         tensors = int8.dequantize(tensors, getattr(torch, record["dtype"]), record["group"])
         copied = len(tensors)
-    blocks = _blocks(tensors, record, copy)
+    blocks = blocks_of(tensors, record, copy)
     values = "int8" if quantized else "keep"
     return Parts(
         blocks, list(record["rows"]), record["num_rows"], dict(record["fingerprint"]), values, copied
@@ -230,7 +241,7 @@ def _check_tensors(entries: dict[str, Entry], record: dict[str, Any], where: str
                 raise wrong(f"{name} is {entry.dtype}")
 
 
-def _tensors(view: memoryview, contents: Contents, copy: bool) -> tuple[dict[str, torch.Tensor], int]:
+def tensors_of(view: memoryview, contents: Contents, copy: bool) -> tuple[dict[str, torch.Tensor], int]:
     """The tensors, and how many were copied although none was to be."""
     tensors, copied = {}, 0
     mapped = None if copy or not contents.entries else _writable(view)
@@ -252,12 +263,12 @@ def _writable(view: memoryview) -> Any:
     import numpy as np
 
     array = np.frombuffer(view, dtype=np.uint8)
-    mapped = (ctypes.c_ubyte * len(view)).from_address(array.ctypes.data)
+    mapped: Any = (ctypes.c_ubyte * len(view)).from_address(array.ctypes.data)
     mapped.owner = array  # the tensors keep `mapped`, which keeps the memory
     return mapped
 
 
-def _blocks(tensors: dict[str, torch.Tensor], record: dict[str, Any], copy: bool) -> list[VoCoBlock]:
+def blocks_of(tensors: dict[str, torch.Tensor], record: dict[str, Any], copy: bool) -> list[VoCoBlock]:
     counts = [block["num_tokens"] for block in record["blocks"]]
     layers = sum(name.endswith(".key") for name in tensors)
     alone = len(counts) == 1  # else a block that stays would keep the memory of all

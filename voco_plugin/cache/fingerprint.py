@@ -8,8 +8,10 @@ row. It tells models apart; it is no proof against an attacker who knows which v
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import weakref
 from typing import Any
 
 import torch
@@ -34,25 +36,65 @@ def _is_adapter(name: str) -> bool:
     )
 
 
-def _is_tuner(module: torch.nn.Module) -> bool:
-    """Whether this is a PEFT layer, whose adapter can be switched (a transformers model has methods so
-    named).
+@functools.cache
+def _is_tuner(kind: type) -> bool:
+    """Whether modules of this class are PEFT layers, whose adapters can be switched (a transformers model has
+    methods so named).
     """
-    return hasattr(module, "disable_adapters") and isinstance(getattr(module, "active_adapters", None), list)
+    return isinstance(getattr(kind, "disable_adapters", None), property)
+
+
+def _state(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[tuple]]:
+    """Every parameter once, and which adapters are on in each PEFT layer. It runs for every prompt, so no
+    names are built.
+    """
+    parameters: dict[int, torch.nn.Parameter] = {}
+    switched = []
+    stack = [model]
+    seen = set()
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameters[id(parameter)] = parameter
+        if _is_tuner(type(module)):
+            switched.append((tuple(module.active_adapters), module.disable_adapters))
+        stack.extend(m for m in module._modules.values() if m is not None)
+    return list(parameters.values()), switched
+
+
+class _Seen:
+    """The state a hash was computed for; weak references, so that it keeps no weight in memory."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], switched: list[tuple], voco_id: int) -> None:
+        self.parameters = [(weakref.ref(p), p._version, p.dtype) for p in parameters]
+        self.switched, self.voco_id = switched, voco_id
+
+    def __reduce__(self) -> tuple:
+        return _Seen, ([], [], -1)  # a copied or unpickled model computes its own
+
+    def still(self, parameters: list[torch.nn.Parameter], switched: list[tuple], voco_id: int) -> bool:
+        return (
+            voco_id == self.voco_id
+            and switched == self.switched
+            and len(parameters) == len(self.parameters)
+            and all(
+                ref() is p and version == p._version and dtype == p.dtype
+                for p, (ref, version, dtype) in zip(parameters, self.parameters, strict=True)
+            )
+        )
 
 
 def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
     """``{"model": …, "adapter": …}`` of a transformers model; computed anew only when a weight changed."""
-    named = dict(model.named_parameters())
-    switched = sorted(
-        f"{name}:{m.active_adapters}:{m.disable_adapters}"
-        for name, m in model.named_modules()
-        if _is_tuner(m)
-    )
-    key = (tuple((n, id(p), p._version, p.dtype) for n, p in named.items()), tuple(switched), voco_id)
+    parameters, switched = _state(model)
     cached = getattr(model, "_voco_hashes", None)
-    if cached is not None and cached[0] == key:
+    if cached is not None and cached[0].still(parameters, switched, voco_id):
         return cached[1]
+    named = dict(model.named_parameters())
     base, adapter = hashlib.sha256(), hashlib.sha256()
     has_adapter = False
     for name in sorted(named):
@@ -63,9 +105,14 @@ def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
             _hash_tensor(base, name.replace(".base_layer", ""), named[name])
     embedding = model.get_input_embeddings().weight
     base.update(embedding[voco_id].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    adapter.update("\n".join(switched).encode())
+    tuners = sorted(
+        f"{name}:{m.active_adapters}:{m.disable_adapters}"
+        for name, m in model.named_modules()
+        if _is_tuner(type(m))
+    )
+    adapter.update("\n".join(tuners).encode())
     hashes = {"model": base.hexdigest()[:32], "adapter": adapter.hexdigest()[:32] if has_adapter else "none"}
-    object.__setattr__(model, "_voco_hashes", (key, hashes))
+    object.__setattr__(model, "_voco_hashes", (_Seen(parameters, switched, voco_id), hashes))
     return hashes
 
 

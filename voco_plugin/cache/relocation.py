@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from .block import VoCoBlock
 from .turns import Turn, turns
+
+Layers = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""Keys and values of every layer."""
 
 _PROBE_TOKENS, _PROBE_SHIFT = 3, 5
 _NONLINEAR = {"dynamic": "dynamic NTK scaling", "longrope": "longrope"}
@@ -56,19 +59,19 @@ class Relocator:
         return rotary
 
     def _cos_sin(
-        self, layer: int, delta: int, dtype: torch.dtype, device: torch.device
+        self, layer: int, deltas: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unscaled cos and sin of an angle of ``delta`` positions, ``(1, 1, R)`` each; ``(1, 1, R/2)`` where
-        the backbone rotates complex pairs.
+        """Unscaled cos and sin of the angles of ``deltas`` ``(T,)`` positions, ``(1, T, R)`` each; ``(1, T,
+        R/2)`` where the backbone rotates complex pairs.
         """
         rotary = self._rotary(layer)
-        position = torch.full((1, 1), delta, device=device, dtype=torch.long)
+        position = deltas[None]
         if self.multi_axis:
-            position = position.expand(3, 1, 1)
+            position = position.expand(3, 1, -1)
         kwargs = {}
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             kwargs["layer_type"] = self._layer_type(layer)
-        found = rotary(torch.empty(1, 1, 1, dtype=dtype, device=device), position, **kwargs)
+        found = rotary(torch.empty(1, 1, 1, dtype=dtype, device=deltas.device), position, **kwargs)
         if isinstance(found, torch.Tensor):
             found = (found.real.to(dtype), found.imag.to(dtype))
         cos, sin = found
@@ -77,11 +80,16 @@ class Relocator:
         scale = torch.sqrt(cos * cos + sin * sin)
         return cos / scale, sin / scale
 
-    def _rotate(self, layer: int, turn: Turn, tensor: torch.Tensor, delta: int) -> torch.Tensor:
-        """``tensor`` ``(H, K, D)`` moved by ``delta`` positions."""
+    def _rotate(self, layer: int, turn: Turn, tensor: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+        """``tensor`` ``(…, H, T, D)`` moved by ``deltas`` ``(T,)`` positions; of several layers that rotate
+        alike, ``layer`` names one.
+        """
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        cos, sin = self._cos_sin(layer, delta, dtype, tensor.device)
-        return turn(tensor.to(dtype)[None], cos, sin)[0].to(tensor.dtype)
+        cos, sin = self._cos_sin(layer, deltas, dtype)
+        stacked = tensor if tensor.dim() == 4 else tensor[None]
+        moved = turn(stacked.to(dtype), cos, sin).to(tensor.dtype)
+        moved = torch.where((deltas == 0)[:, None], stacked, moved)  # what stays where it was changes no bit
+        return moved if tensor.dim() == 4 else moved[0]
 
     # -- what each layer does
     # ----------------------------------------------------------------------------------------
@@ -130,7 +138,8 @@ class Relocator:
         errors = []
         for turn in turns(sys.modules[type(self.text).__module__]):
             try:
-                moved = self._rotate(layer, turn, here, _PROBE_SHIFT)
+                shift = torch.full((here.shape[-2],), _PROBE_SHIFT, device=here.device)
+                moved = self._rotate(layer, turn, here, shift)
             except (RuntimeError, TypeError, ValueError, IndexError):  # a layout of another shape
                 continue
             errors.append(float((moved - there).abs().max() / size))
@@ -189,25 +198,37 @@ class Relocator:
                 "use generate(…, two_stage=False)."
             )
 
-    def move(
-        self, block: VoCoBlock, target: int
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """A block's keys and values as they would be at position ``target``, per layer ``(H, K, D)``.
+    def move(self, tensors: Layers, deltas: torch.Tensor) -> Layers:
+        """Keys and values turned by ``deltas`` positions.
+
+        Args:
+            tensors: keys and values, per layer ``(H, T, D)``: the tokens of any number of blocks, end to end.
+            deltas: ``(T,)`` int64, how far each token moves.
 
         Raises:
             RelocationError: the backbone's rope type does not allow it.
         """
-        if block.position == target:
-            return block.keys, block.values
-        self.check_range(max(block.position, target) + block.num_tokens - 1)
         if self._turns is None:
             self._turns = self._probe()
-        delta = target - block.position
-        moved: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for index, pair in enumerate(zip(block.keys, block.values, strict=True)):
-            for tensors, turn, tensor in zip(moved, self._turns[index], pair, strict=True):
-                tensors.append(tensor if turn is None else self._rotate(index, turn, tensor, delta))
-        return tuple(moved[0]), tuple(moved[1])
+        moved = (list(tensors[0]), list(tensors[1]))
+        for which in (0, 1):
+            for turn, layers in self._alike(which, tensors[which]):
+                if turn is None:
+                    continue
+                stack = torch.stack([tensors[which][layer] for layer in layers])
+                for layer, tensor in zip(layers, self._rotate(layers[0], turn, stack, deltas), strict=True):
+                    moved[which][layer] = tensor
+        return moved
+
+    def _alike(self, which: int, tensors: Sequence[torch.Tensor]) -> list[tuple[Turn | None, list[int]]]:
+        """Layers that turn alike, so that they turn in one go: ``[(turn, layers)]``."""
+        assert self._turns is not None
+        groups: dict[tuple, list[int]] = {}
+        for layer, tensor in enumerate(tensors):
+            turn = self._turns[layer][which]
+            key = (turn, None if turn is None else (id(self._rotary(layer)), self._layer_type(layer)))
+            groups.setdefault((*key, tensor.shape), []).append(layer)
+        return [(key[0], layers) for key, layers in groups.items()]
 
 
 def relocator_for(state: Any, text_model: torch.nn.Module, backbone: torch.nn.Module) -> Relocator:

@@ -2,12 +2,16 @@
 values stay.
 
 With ``block_context="self"`` every block is a row of its own, whatever prompt it stood in: nothing of the
-text is computed, and the LM head never runs. With ``"prefix"`` the stream before a block belongs to what it
-computes, so the rows run as they are, up to the last block.
+text is computed, the LM head never runs, and the last layer runs over the VoCo tokens alone. Blocks of one
+length share a forward, in chunks of a size the caller may limit, each with its own rows of the vision inputs:
+nothing is padded. With ``"prefix"`` the stream before a block belongs to what it computes, so the rows run as
+they are, up to the last block.
 """
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +22,11 @@ from ..layout import BlockSpan, SequenceLayout, compact_positions
 from .block import VoCoBlock
 from .cache import VoCoCache
 from .fingerprint import fingerprint
+from .groups import Limits, chunks_of
+from .last_layer import last_rows
+from .pixels import VisionInputs, is_per_token, vision_inputs
+from .recut import recut
+from .slots import LastSlotsCache
 
 _DROPPED = (
     "labels",
@@ -30,8 +39,17 @@ _DROPPED = (
 )
 
 
-def _per_token(value: Any, shape: tuple[int, int]) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 2 and tuple(value.shape) == shape
+@dataclass
+class _Batch:
+    """What a batch's blocks are cut from. ``tokens``: the per-token inputs by name, ``(R, N)``."""
+
+    model: torch.nn.Module
+    state: Any
+    tokens: dict[str, torch.Tensor]
+    vision: VisionInputs
+    layout: SequenceLayout
+    positions: torch.Tensor
+    first_real: torch.Tensor
 
 
 def _pad_id(model: torch.nn.Module, vocab: Any) -> int:
@@ -43,93 +61,162 @@ def _pad_id(model: torch.nn.Module, vocab: Any) -> int:
     return vocab.voco_id
 
 
-def _blocks_as_rows(inputs: dict[str, Any], spans: list[BlockSpan], positions: torch.Tensor, pad: int):
-    """Each block's tokens as one right-padded row: inputs, mask ``(b, M)`` and positions ``(…, b, M)``."""
-    ids = inputs["input_ids"]
-    shape = tuple(ids.shape)
+def _blocks_as_rows(
+    tokens: dict[str, torch.Tensor], spans: list[BlockSpan], positions: torch.Tensor, pad: int
+) -> dict[str, torch.Tensor]:
+    """Each block's tokens as one row, right-padded where lengths differ: inputs, mask ``(b, M)`` and
+    positions ``(…, b, M)``.
+    """
+    ids = tokens["input_ids"]
     longest = max(s.stop - s.start for s in spans)
     offsets = torch.arange(longest, device=ids.device)
     starts = torch.tensor([s.start for s in spans], device=ids.device)
     lengths = torch.tensor([s.stop - s.start for s in spans], device=ids.device)
     rows = torch.tensor([s.row for s in spans], device=ids.device)[:, None]
     mask = (offsets < lengths[:, None]).long()
-    columns = (starts[:, None] + offsets).clamp_max(shape[1] - 1)
+    columns = (starts[:, None] + offsets).clamp_max(ids.shape[1] - 1)
 
     def take(value: torch.Tensor) -> torch.Tensor:
         return value[..., rows, columns]
 
-    gathered = {}
-    for name, value in inputs.items():
-        if name in ("input_ids", "attention_mask") or name in _DROPPED or value is None:
-            continue
-        gathered[name] = take(value) * mask.to(value.dtype) if _per_token(value, shape) else value
+    gathered = {name: take(value) * mask.to(value.dtype) for name, value in tokens.items()}
     gathered["input_ids"] = torch.where(mask.bool(), take(ids), pad)
     gathered["attention_mask"] = mask
     gathered["position_ids"] = take(positions)
     return gathered
 
 
-def compress(model: torch.nn.Module, state: Any, inputs: dict[str, Any]) -> VoCoCache:
+def compress(
+    model: torch.nn.Module,
+    state: Any,
+    inputs: dict[str, Any],
+    num_tokens: int | None = None,
+    limits: Limits | None = None,
+) -> VoCoCache:
     """Compress every block of a batch; see :meth:`~voco_plugin.generation.VoCoGenerationMixin.compress`."""
     if not state.config.isolates:
         raise ValueError(
             "rule='causal' lets text read the vision tokens, so there is nothing to compress; use "
             "rule='isolated'."
         )
-    ids = inputs.get("input_ids")
-    if ids is None:
+    if inputs.get("input_ids") is None:
         raise ValueError("compress needs input_ids that hold the vision and VoCo tokens.")
+    layout = SequenceLayout.from_ids(inputs["input_ids"], inputs.get("attention_mask"), state.vocab)
+    if num_tokens is not None:
+        inputs = recut(inputs, layout, num_tokens, _pad_id(model, state.vocab))
+        layout = SequenceLayout.from_ids(inputs["input_ids"], inputs.get("attention_mask"), state.vocab)
+    ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    layout = SequenceLayout.from_ids(ids, mask, state.vocab)
     made_by = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
     if state.family.prefix_lm:
         made_by["attention"] = "causal" if inputs.get("token_type_ids") is None else "prefix"
     if not layout.spans:
         return VoCoCache([], [], ids.shape[0], made_by)
-    backbone = state.family.backbone(model)
-    sequential = state.family.sequential(backbone, ids, mask, inputs).to(ids.device)
-    compact = state.config.positions == "compact"
-    positions = compact_positions(layout, sequential) if compact else sequential
-    first_real = mask.long().argmax(dim=1)  # left padding is no part of the sequence
-    cache = DynamicCache()  # a config-built cache would crop windowed layers to their window
     whole = state.config.block_context == "prefix"
     if whole and made_by.get("attention") == "prefix":
         raise ValueError(
             "block_context='prefix' cannot be cached for a backbone that reads its prompt both ways: what a "
             "block sees before it has read the text after it; use block_context='self'."
         )
+    backbone = state.family.backbone(model)
+    sequential = state.family.sequential(backbone, ids, mask, inputs).to(ids.device)
+    compact = state.config.positions == "compact"
+    positions = compact_positions(layout, sequential) if compact else sequential
+    shape = (ids.shape[0], ids.shape[1])
+    given = {k: v for k, v in inputs.items() if k not in _DROPPED and v is not None}
+    tokens = {k: v for k, v in given.items() if is_per_token(k, v, shape)}
+    others = {k: v for k, v in given.items() if k not in tokens}
     if whole:
-        stop = max(s.stop for s in layout)
-        shape = tuple(ids.shape)
-        run = {k: v for k, v in inputs.items() if k not in _DROPPED and v is not None}
-        run["attention_mask"] = mask
-        run = {k: v[:, :stop] if _per_token(v, shape) else v for k, v in run.items()}
-        run["position_ids"] = positions[..., :stop]
-    else:
-        run = _blocks_as_rows(inputs, layout.spans, positions, _pad_id(model, state.vocab))
-        if state.family.chunk_size(model) is not None:  # chunks are cut where the block stands in its prompt
-            orders = [s.start - int(first_real[s.row]) for s in layout.spans]
-            CacheState.starting_at(torch.tensor(orders, device=ids.device)).put_on(cache)
-    run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
-    with state.positions("trust"):
-        backbone(**run, past_key_values=cache, use_cache=True)
-    flat = positions if positions.dim() == 2 else positions[0]
-    blocks = []
-    for number, span in enumerate(layout.spans):
-        row = span.row if whole else number
-        start, stop = (span.voco, span.stop) if whole else (span.num_vision, span.stop - span.start)
-        first = int(flat[span.row, span.voco])
-        extent = first - int(positions[..., span.row, span.start].amax())
-        blocks.append(
-            VoCoBlock(
-                keys=tuple(layer.keys[row, :, start:stop].clone() for layer in cache.layers),
-                values=tuple(layer.values[row, :, start:stop].clone() for layer in cache.layers),
-                position=first,
-                extent=extent,
-                num_vision=span.num_vision,
-                relocatable=not whole,
-                order=span.voco - int(first_real[span.row]),
-            )
+        vision = VisionInputs(
+            others, {}, [0, len(layout.spans)], "block_context='prefix' computes whole rows"
         )
-    return VoCoCache(blocks, [s.row for s in layout.spans], ids.shape[0], made_by)
+    else:
+        vision = vision_inputs({**others, "input_ids": ids}, layout.spans, state.vocab, model.config,
+                               by_row=state.family.images_by_row)  # fmt: skip
+    first_real = mask.long().argmax(dim=1)  # left padding is no part of the sequence
+    batch = _Batch(model, state, {**tokens, "attention_mask": mask}, vision, layout, positions, first_real)
+    limits = limits or Limits()
+    blocks: list[VoCoBlock | None] = [None] * len(layout.spans)
+    if whole:
+        limits.check_whole(model, layout, vision)
+        for number, block in enumerate(_run_prefix(batch)):
+            blocks[number] = block
+    else:
+        for chunk in chunks_of(model, layout.spans, vision, limits):
+            numbers = [n for first, stop in chunk for n in range(first, stop)]
+            for number, block in zip(numbers, _run_alone(batch, chunk, numbers), strict=True):
+                blocks[number] = block
+    made = [block for block in blocks if block is not None]
+    return VoCoCache(made, [s.row for s in layout.spans], ids.shape[0], made_by)
+
+
+def _run_alone(batch: _Batch, chunk: list[tuple[int, int]], numbers: list[int]) -> list[VoCoBlock]:
+    """One forward over the blocks of ``chunk``, each a row of its own."""
+    state, model = batch.state, batch.model
+    spans = [batch.layout.spans[n] for n in numbers]
+    run: dict[str, Any] = _blocks_as_rows(batch.tokens, spans, batch.positions, _pad_id(model, state.vocab))
+    run |= batch.vision.take(chunk)
+    length, kept = spans[0].stop - spans[0].start, spans[0].num_voco
+    even = all((s.stop - s.start, s.num_voco) == (length, kept) for s in spans)
+    slim = even and not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    cache = LastSlotsCache(kept) if slim else DynamicCache()  # a config-built one would crop windowed layers
+    chunked = state.family.chunk_size(model) is not None
+    if chunked:  # chunks are cut where the block stands in its prompt
+        orders = [s.start - int(batch.first_real[s.row]) for s in spans]
+        CacheState.starting_at(torch.tensor(orders, device=batch.positions.device)).put_on(cache)
+    # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
+    text = state.family.text_model(model)
+    own_mask = even and not chunked and state.config.rule == "isolated" and _is_causal(text)
+    cutting = last_rows(text, kept, length) if slim else contextlib.nullcontext()
+    with cutting:
+        _forward(state, model, run, cache, "alone" if own_mask else "trust")
+    found = []
+    for row, span in enumerate(spans):
+        start = 0 if slim else span.num_vision
+        found.append(_block(batch, span, cache, row, start))
+    return found
+
+
+def _is_causal(text_model: torch.nn.Module) -> bool:
+    """Whether every attention layer is causal where it is given no mask, as sdpa reads it (PaliGemma's is
+    not).
+    """
+    layers = getattr(text_model, "layers", text_model)
+    return all(getattr(module, "is_causal", True) for module in layers.modules())
+
+
+def _run_prefix(batch: _Batch) -> list[VoCoBlock]:
+    """One forward over the rows of the batch as they are, up to the last block."""
+    stop = max(s.stop for s in batch.layout)
+    run: dict[str, Any] = {k: v[:, :stop] for k, v in batch.tokens.items()}
+    run |= batch.vision.shared
+    run["position_ids"] = batch.positions[..., :stop]
+    cache = DynamicCache()
+    _forward(batch.state, batch.model, run, cache, "trust")
+    return [_block(batch, span, cache, span.row, span.voco) for span in batch.layout]
+
+
+def _forward(
+    state: Any, model: torch.nn.Module, run: dict[str, Any], cache: DynamicCache, policy: str
+) -> None:
+    backbone = state.family.backbone(model)
+    run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
+    with state.positions(policy):
+        backbone(**run, past_key_values=cache, use_cache=True)
+
+
+def _block(batch: _Batch, span: BlockSpan, cache: DynamicCache, row: int, start: int) -> VoCoBlock:
+    """The block whose VoCo tokens stand at the slots from ``start`` on of ``row``."""
+    flat = batch.positions if batch.positions.dim() == 2 else batch.positions[0]
+    first = int(flat[span.row, span.voco])
+    slots = slice(start, start + span.num_voco)
+    return VoCoBlock(
+        keys=tuple(layer.keys[row, :, slots].clone() for layer in cache.layers),
+        values=tuple(layer.values[row, :, slots].clone() for layer in cache.layers),
+        position=first,
+        extent=first - int(batch.positions[..., span.row, span.start].amax()),
+        num_vision=span.num_vision,
+        relocatable=batch.state.config.block_context == "self",
+        order=span.voco - int(batch.first_real[span.row]),
+    )

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ..cache_state import CacheState
 from ..layout import TokenKind
@@ -19,7 +20,11 @@ from ..masks import TokenTable
 from .block import VoCoBlock
 from .cache import VoCoCache
 from .fingerprint import differences, fingerprint
+from .plan import RowPlan, plan_row
 from .relocation import relocator_for
+
+MADE_BY = "_voco_made_by"
+"""Attribute of a KV cache: the fingerprint of what made it."""
 
 
 @dataclass
@@ -42,27 +47,39 @@ class Placed:
     columns: torch.Tensor
 
 
-def _check(model, state, cache: VoCoCache) -> None:
+def made_by(model, state) -> dict[str, Any]:
+    """The fingerprint of what this attached model makes now."""
+    return fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+
+
+def check_cache(model, state, cache: VoCoCache) -> dict[str, Any]:
+    """The model's fingerprint; refuses a cache that this model did not make under this rule.
+
+    Raises:
+        ValueError: it says what differs.
+    """
     if not state.config.isolates:
         raise ValueError(
             "rule='causal' has no cached inference: text reads the vision tokens; use rule='isolated'."
         )
+    mine = made_by(model, state)
     if not len(cache):
-        return
+        return mine
     if not cache.fingerprint:
         raise ValueError(
             "this cache has no fingerprint, so it cannot be told which model made it; make it with "
             "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
         )
-    mine = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+    expected = dict(mine)
     if state.family.prefix_lm and "attention" in cache.fingerprint:
-        mine["attention"] = cache.fingerprint["attention"]  # told by the inputs of stage 1, not by the model
-    wrong = differences(mine, cache.fingerprint)
+        expected["attention"] = cache.fingerprint["attention"]  # told by stage 1's inputs, not by the model
+    wrong = differences(expected, cache.fingerprint)
     if wrong:
         raise ValueError(
             f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images "
             "again."
         )
+    return mine
 
 
 def _rows_of_blocks(cache: VoCoCache, rows: int) -> list[list[VoCoBlock]]:
@@ -75,48 +92,6 @@ def _rows_of_blocks(cache: VoCoCache, rows: int) -> list[list[VoCoBlock]]:
     )
 
 
-def _walk(row: int, kinds: list[int], blocks: list[VoCoBlock], compact: bool) -> tuple[list, list]:
-    """Positions and sequence indices of one row: text ``[(column, position, order)]``, blocks ``[(position,
-    order)]``.
-    """
-    text, placed = [], []
-    position = order = column = 0
-    while column < len(kinds):
-        kind = kinds[column]
-        if kind == TokenKind.TEXT:
-            text.append((column, position, order))
-            position, order, column = position + 1, order + 1, column + 1
-        elif kind == TokenKind.VOCO:
-            if len(placed) == len(blocks):
-                raise ValueError(
-                    f"sample {row}, position {column}: a VoCo token with no block for it; the cache holds "
-                    f"{len(blocks)} block(s) for this row."
-                )
-            block = blocks[len(placed)]
-            length = 0
-            while length < block.num_tokens and column < len(kinds) and kinds[column] == TokenKind.VOCO:
-                length, column = length + 1, column + 1
-            if length < block.num_tokens:
-                raise ValueError(
-                    f"sample {row}, position {column - length}: {length} VoCo token(s) for block "
-                    f"{len(placed)}, which holds {block.num_tokens}; use {block.num_tokens} in the prompt, "
-                    f"or cache.first({length})."
-                )
-            position += 0 if compact else block.extent
-            order += block.num_vision
-            placed.append((position, order))
-            position, order = position + length, order + length
-        else:
-            column += 1
-    if len(placed) < len(blocks):
-        raise ValueError(
-            f"sample {row}: the cache holds {len(blocks)} block(s) and the prompt VoCo tokens for "
-            f"{len(placed)}; put each block's VoCo tokens into the prompt, or take a part of the cache "
-            "(cache[:n])."
-        )
-    return text, placed
-
-
 def place(
     model,
     state,
@@ -124,94 +99,136 @@ def place(
     attention_mask: torch.Tensor | None,
     cache: VoCoCache,
     token_types: torch.Tensor | None = None,
+    before: Cache | None = None,
 ) -> Placed:
     """Put ``cache`` under the stream ``input_ids`` ``(B, S)``.
 
     Args:
         token_types: ``(B, S)``, a prefix-LM's ``token_type_ids`` of the stream; ``None`` takes all of it for
             the prefix where stage 1 was given token types, as the processor does for a prompt.
+        before: a KV cache that the stream goes on from (of ``model.prefix_cache``, or of an earlier turn), of
+            one row or ``B``; it is not changed. ``P`` counts its slots.
 
     Raises:
         ValueError: another model's cache, another K, blocks and VoCo tokens that do not match, vision tokens
             in the stream, a row without text, or a block that cannot be moved to where the prompt puts it.
     """
-    _check(model, state, cache)
+    mine = check_cache(model, state, cache)
     rows, columns = input_ids.shape
     device = input_ids.device
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if tuple(mask.shape) != (rows, columns):
         raise ValueError(f"attention_mask must be 2-D of shape {(rows, columns)}, not {tuple(mask.shape)}.")
-    kinds = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD)
-    kinds = torch.where((input_ids == state.vocab.voco_id) & mask.bool(), TokenKind.VOCO, kinds)
-    vision = (
-        torch.isin(input_ids, torch.tensor(sorted(state.vocab.placeholders), device=device)) & mask.bool()
-    )
-    if bool(vision.any()):
-        row, column = (int(v) for v in vision.nonzero()[0])
-        raise ValueError(
-            f"sample {row}, position {column}: the stream holds an image token; with voco_cache the prompt "
-            "holds only text and VoCo tokens (model.stream_inputs drops the vision tokens)."
-        )
+    kinds = _kinds(state.vocab, input_ids, mask)
     per_row = _rows_of_blocks(cache, rows)
+    past = _Past.of(before, mine, rows)
     compact = state.config.positions == "compact"
-    walked = [_walk(r, kinds[r].tolist(), per_row[r], compact) for r in range(rows)]
-    empty = next((r for r, (text, _) in enumerate(walked) if not text), None)
+    plans = [
+        plan_row(r, kinds[r], per_row[r], compact, past.next_position[r], past.next_order[r])
+        for r in range(rows)
+    ]
+    empty = next((r for r, plan in enumerate(plans) if not len(plan.columns)), None)
     if empty is not None:
         raise ValueError(
             f"sample {empty}: the prompt holds no text token to answer from; add one after the images."
         )
 
-    text_length = max(len(text) for text, _ in walked)
+    text_length = max(len(plan.columns) for plan in plans)
     slots = max((sum(b.num_tokens for b in blocks) for blocks in per_row), default=0)
-    ids = input_ids.new_full((rows, text_length), int(_any_text_id(input_ids, kinds)))
-    full_mask = torch.zeros(rows, slots + text_length, dtype=torch.long, device=device)
-    position_ids = torch.zeros(rows, text_length, dtype=torch.long, device=device)
-    source = torch.full((rows, text_length), -1, dtype=torch.long, device=device)
-    kind = torch.full((rows, slots), TokenKind.PAD, dtype=torch.long)
-    block_of = torch.full((rows, slots), -1, dtype=torch.long)
-    order_of = torch.zeros(rows, slots, dtype=torch.long)
-    starts = torch.zeros(rows, dtype=torch.long)
-    orders = torch.zeros(rows, text_length, dtype=torch.long)
-    for row, (text, placed) in enumerate(walked):
-        pad = text_length - len(text)
-        at = torch.tensor(text, device=device)
-        source[row, pad:], position_ids[row, pad:] = at[:, 0], at[:, 1]
-        ids[row, pad:] = input_ids[row, at[:, 0]]
-        orders[row, pad:] = at[:, 2].cpu()
-        full_mask[row, slots + pad :] = 1
-        slot = slots - sum(b.num_tokens for b in per_row[row])
-        full_mask[row, slot:slots] = 1
-        for number, (block, (_, order)) in enumerate(zip(per_row[row], placed, strict=True)):
-            end = slot + block.num_tokens
-            kind[row, slot:end], block_of[row, slot:end] = TokenKind.VOCO, number
-            order_of[row, slot:end] = torch.arange(order, order + block.num_tokens)
-            slot = end
-        starts[row] = text[-1][1] + 1
-    # a chunked backbone counts its chunks from the mask's first real slot, and the slots before it as order
-    leading = (full_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True).cpu()
-    orders, order_of = orders + leading, order_of + leading
-    past = _key_values(
-        model,
-        state,
-        per_row,
-        [placed for _, placed in walked],
-        slots,
-        int(position_ids.max()),
-        int(orders.max()) + 1,
-    )
-    table = TokenTable(kind, block_of, order_of).to(device)
+    text = np.full((3, rows, text_length), 0, dtype=np.int64)  # source column, position, order
+    text[0] = -1
+    held = np.zeros((3, rows, slots), dtype=np.int64)  # kind, block, order of the blocks' slots
+    held[0], held[1] = TokenKind.PAD, -1
+    for row, plan in enumerate(plans):
+        pad = text_length - len(plan.columns)
+        text[:, row, pad:] = plan.columns, plan.positions, plan.orders
+        counts = np.array([b.num_tokens for b in per_row[row]], dtype=np.int64)
+        slot = slots - int(counts.sum())
+        held[0, row, slot:] = TokenKind.VOCO
+        held[1, row, slot:] = np.repeat(np.arange(len(counts)), counts) + past.num_blocks[row]
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        held[2, row, slot:] = np.repeat(plan.block_orders, counts) + np.arange(counts.sum()) - first
+    if before is None:
+        # a chunked backbone counts its chunks from the mask's first real slot, and slots before it as order
+        filled = np.concatenate([held[0] != TokenKind.PAD, text[0] >= 0], axis=1)
+        leading = filled.argmax(axis=1)[:, None]
+        held[2] += leading
+        text[2] += leading
+    _check_reach(model, state, plans, per_row, int(text[1].max()), int(text[2].max()) + 1)
+    key_values = _key_values(model, state, per_row, plans, slots, before)
+
+    source, position_ids, orders = torch.from_numpy(text).to(device)
+    table = past.table.append(TokenTable(*torch.from_numpy(held))).to(device)
     text_kind = torch.where(source >= 0, TokenKind.TEXT, TokenKind.PAD)
-    planned = TokenTable(text_kind, torch.full_like(text_kind, -1), orders.to(device))
+    planned = TokenTable(text_kind, torch.full_like(text_kind, -1), orders)
+    ids = torch.where(source >= 0, input_ids.gather(1, source.clamp_min(0)), _any_text_id(input_ids, kinds))
+    counted = [len(blocks) for blocks in per_row]
     CacheState(
         table=table,
-        next_position=starts.to(device),
-        next_order=planned.order[:, -1] + 1,
-        num_blocks=torch.tensor([len(b) for b in per_row], device=device),
+        next_position=torch.tensor([plan.end for plan in plans], device=device),
+        next_order=orders[:, -1] + 1,
+        num_blocks=torch.from_numpy(past.num_blocks + counted).to(device),
         planned=planned,
         planned_positions=position_ids,
         planned_prefix=_prefix(state, cache, table, source, token_types),
-    ).put_on(past)
-    return Placed(ids, full_mask, position_ids, past, source)
+        settled=past.settled and not (state.config.hide_prefix or state.family.windowed(model)),
+    ).put_on(key_values)
+    setattr(key_values, MADE_BY, mine)
+    full_mask = torch.cat([table.kind != TokenKind.PAD, source >= 0], dim=1).long()
+    return Placed(ids, full_mask, position_ids, key_values, source)
+
+
+def _kinds(vocab, input_ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """:class:`TokenKind` of the stream's tokens ``(B, S)``, on the CPU."""
+    ids, real = input_ids.cpu().numpy(), mask.cpu().numpy().astype(bool)
+    vision = np.isin(ids, sorted(vocab.placeholders)) & real
+    if vision.any():
+        row, column = (int(v) for v in np.argwhere(vision)[0])
+        raise ValueError(
+            f"sample {row}, position {column}: the stream holds an image token; with voco_cache the prompt "
+            "holds only text and VoCo tokens (model.stream_inputs drops the vision tokens)."
+        )
+    kinds = np.where(real, TokenKind.TEXT, TokenKind.PAD)
+    return np.where((ids == vocab.voco_id) & real, TokenKind.VOCO, kinds).astype(np.int64)
+
+
+@dataclass
+class _Past:
+    """What stands in the KV cache before the stream: ``B`` rows, on the CPU."""
+
+    table: TokenTable
+    next_position: np.ndarray
+    next_order: np.ndarray
+    num_blocks: np.ndarray
+    settled: bool
+
+    @classmethod
+    def of(cls, before: Cache | None, mine: dict[str, Any], rows: int) -> _Past:
+        if before is None:
+            none = torch.zeros(rows, 0, dtype=torch.long)
+            zeros = np.zeros(rows, dtype=np.int64)
+            return cls(TokenTable(none, none, none), zeros, zeros, zeros, True)
+        held = CacheState.of(before)
+        if held is None:
+            raise ValueError(
+                "prefix_cache holds a KV cache of which nothing is known; make it with model.prefix_cache."
+            )
+        wrong = differences(mine, getattr(before, MADE_BY, {}))
+        if wrong:
+            raise ValueError(
+                f"prefix_cache was not made by this model under this rule: {'; '.join(wrong)}; make it again "
+                "with model.prefix_cache."
+            )
+        if held.table.num_rows not in (1, rows):
+            raise ValueError(f"prefix_cache holds {held.table.num_rows} rows and input_ids {rows}.")
+        held = held.synced(before.get_seq_length(), rows)
+        if held.planned is not None:
+            raise ValueError("prefix_cache belongs to a prompt that has not been read to its end.")
+        return cls(
+            held.table.to("cpu"),
+            *(v.cpu().numpy() for v in (held.next_position, held.next_order, held.num_blocks)),
+            held.settled,
+        )
 
 
 def _prefix(state, cache: VoCoCache, table: TokenTable, source: torch.Tensor, token_types) -> Any:
@@ -226,30 +243,28 @@ def _prefix(state, cache: VoCoCache, table: TokenTable, source: torch.Tensor, to
     return torch.cat([table.kind == TokenKind.VOCO, text], dim=1)
 
 
-def _any_text_id(input_ids: torch.Tensor, kinds: torch.Tensor) -> int:
+def _any_text_id(input_ids: torch.Tensor, kinds: np.ndarray) -> torch.Tensor:
     """An id of the batch that is plain text: what the left padding is filled with (it is masked)."""
-    return int(input_ids[kinds == TokenKind.TEXT][0])
+    row, column = np.argwhere(kinds == TokenKind.TEXT)[0]
+    return input_ids[row, column]
 
 
-def _key_values(model, state, per_row, placed, slots: int, last: int, tokens: int) -> DynamicCache:
-    """The relocated blocks of every row, left-padded to ``slots``; fresh tensors, the given cache stays as it
-    is. ``last`` is the largest position of the prompt, ``tokens`` its length with vision tokens.
+def _check_reach(model, state, plans: list[RowPlan], per_row, last: int, tokens: int) -> None:
+    """Refuse what no rotation can give. ``last`` is the largest position of the prompt, ``tokens`` its length
+    with vision tokens.
     """
-    past = DynamicCache()
-    example = next((b for blocks in per_row for b in blocks), None)
-    if example is None:
-        return past
-    backbone, text = state.family.backbone(model), state.family.text_model(model)
+    if not any(per_row):
+        return
     weight = model.get_input_embeddings().weight
-    relocator = relocator_for(state, text, backbone)
+    relocator = relocator_for(state, state.family.text_model(model), state.family.backbone(model))
     chunk = state.family.chunk_size(model)
-    relocator.check_range(last)
+    example = next(b for blocks in per_row for b in blocks)
+    far = max(b.position + b.num_tokens - 1 for blocks in per_row for b in blocks)
+    relocator.check_range(max(last, far))
     relocator.check_length(tokens)
-    rows = []
-    for row, (blocks, places) in enumerate(zip(per_row, placed, strict=True)):
-        keys: list[list[torch.Tensor]] = [[] for _ in range(example.num_layers)]
-        values: list[list[torch.Tensor]] = [[] for _ in range(example.num_layers)]
-        for number, (block, (position, order)) in enumerate(zip(blocks, places, strict=True)):
+    for row, (plan, blocks) in enumerate(zip(plans, per_row, strict=True)):
+        for number, block in enumerate(blocks):
+            position, order = int(plan.block_positions[number]), int(plan.block_orders[number])
             if block.num_layers != example.num_layers or block.dtype != weight.dtype:
                 raise ValueError(
                     f"sample {row}, block {number}: {block.num_layers} layers in {block.dtype}, the model "
@@ -268,21 +283,57 @@ def _key_values(model, state, per_row, placed, slots: int, last: int, tokens: in
                     f"cut the image differently at token {order} than at token {block.order}, where it was "
                     "compressed; compress it in this prompt."
                 )
-            block = block.to(weight.device)
-            for layer, (key, value) in enumerate(zip(*relocator.move(block, position), strict=True)):
-                keys[layer].append(key)
-                values[layer].append(value)
-        rows.append((keys, values))
-    for layer in range(example.num_layers):
-        parts = []
-        for which, source in enumerate((example.keys, example.values)):
-            heads, _, dim = source[layer].shape
-            padded = []
-            for row in rows:
-                kept = row[which][layer]
-                missing = slots - sum(t.shape[1] for t in kept)
-                zeros = weight.new_zeros(heads, missing, dim)
-                padded.append(torch.cat([zeros, *kept], dim=1))
-            parts.append(torch.stack(padded))
-        past.update(parts[0], parts[1], layer)
+
+
+def _key_values(
+    model, state, per_row, plans: list[RowPlan], slots: int, before: Cache | None
+) -> DynamicCache:
+    """``before`` and the relocated blocks of every row, left-padded to ``slots``; fresh tensors, what was
+    given stays as it is.
+    """
+    past = DynamicCache()
+    device = model.get_input_embeddings().weight.device
+    if before is not None:
+        for index, layer in enumerate(before.layers):
+            rows = len(per_row) // layer.keys.shape[0]
+            past.update(layer.keys.repeat_interleave(rows, 0), layer.values.repeat_interleave(rows, 0), index)
+    # a block that stands at one place in many rows is moved once
+    columns: dict[tuple[int, int], int] = {}
+    chosen: list[VoCoBlock] = []
+    deltas: list[int] = []
+    index = np.full((len(per_row), slots), -1, dtype=np.int64)
+    for row, (blocks, plan) in enumerate(zip(per_row, plans, strict=True)):
+        slot = slots - sum(b.num_tokens for b in blocks)
+        for block, position in zip(blocks, plan.block_positions.tolist(), strict=True):
+            count = block.num_tokens
+            start = columns.setdefault((id(block), position), len(deltas))
+            if start == len(deltas):
+                chosen.append(block)
+                deltas += [position - block.position] * count
+            index[row, slot : slot + count] = np.arange(start, start + count)
+            slot += count
+    if not chosen:
+        return past
+    layers = range(chosen[0].num_layers)
+    tensors = tuple(
+        [torch.cat([getattr(b, name)[layer].to(device) for b in chosen], dim=1) for layer in layers]
+        for name in ("keys", "values")
+    )
+    if any(deltas):
+        relocator = relocator_for(state, state.family.text_model(model), state.family.backbone(model))
+        tensors = relocator.move(tensors, torch.tensor(deltas, device=device))
+    gather = torch.from_numpy(np.where(index < 0, len(deltas), index)).to(device)
+    in_order = len(per_row) == 1 and bool((index == np.arange(slots)).all())
+    for layer in layers:
+        past.update(*(_laid_out(t[layer], gather, in_order) for t in tensors), layer)
     return past
+
+
+def _laid_out(flat: torch.Tensor, gather: torch.Tensor, in_order: bool) -> torch.Tensor:
+    """``(B, H, slots, D)`` of the tokens ``flat`` ``(H, T, D)`` that ``gather`` ``(B, slots)`` names; ``T``
+    stands for padding.
+    """
+    if in_order:
+        return flat[None]
+    padded = torch.nn.functional.pad(flat, (0, 0, 0, 1))
+    return padded[:, gather].transpose(0, 1).contiguous()

@@ -68,7 +68,7 @@ class VoCoCacheStore:
         map_size: int = MAP_SIZE,
     ) -> None:
         self.path, self.readonly = Path(path), readonly
-        self._options = {"fingerprint": fingerprint, "max_bytes": max_bytes, "values": values}
+        self._options: dict[str, Any] = {"fingerprint": fingerprint, "max_bytes": max_bytes, "values": values}
         self._lock, self._map_size = lock, map_size
         if not lock and not readonly:
             raise ValueError("lock=False is for reading only: add readonly=True.")

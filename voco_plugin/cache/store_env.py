@@ -142,8 +142,6 @@ class Environment:
                     if map_size < _SMALLEST_MAP:
                         raise
             self.dbs: dict[str, Any] = {}
-            if self.lock:
-                self.env.reader_check()  # slots of readers that were killed
             self.open_databases(create=False)
 
     def open_databases(self, create: bool) -> bool:
@@ -209,6 +207,7 @@ class Environment:
 
         while True:
             with self._clear_errors():
+                self.env.reader_check()  # a reader that was killed would keep freed pages from being used
                 txn = self._begin(write=True)
                 try:
                     result = work(txn)

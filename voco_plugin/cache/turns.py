@@ -7,6 +7,7 @@ backbone's own function says otherwise.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -51,7 +52,10 @@ def complex_pairs(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
     return torch.cat((mixed, rest), dim=-1)
 
 
+@functools.cache
 def turns(module: ModuleType) -> list[Turn]:
-    """The candidates for a backbone whose text model lives in ``module``, its own function first."""
+    """The candidates for a backbone whose text model lives in ``module``, its own function first. The same
+    objects each time: layers that turn alike are told by them.
+    """
     apply = getattr(module, "apply_rotary_pos_emb", None)
     return [*([] if apply is None else [_own(apply)]), halves, pairs, complex_pairs]

@@ -9,6 +9,9 @@ from typing import Any
 from . import output
 from .inputs import add_bad_sample_option, add_model_options, is_voco_checkpoint, load_model, positive
 
+K_MODES = ("voco", "lower", "single")
+"""Modes that read VoCo tokens, and so take a K."""
+
 MODES = {
     "voco": "compress each image once, ask every question from the cache",
     "single": "the masked single pass over image and question (equals voco, slower)",
@@ -26,7 +29,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         description="Ask every question of a visual question answering set alone, and compare with the "
         "exact answer.\n" + "\n".join(f"  {name:7} {text}" for name, text in MODES.items()),
         epilog="examples:\n  voco eval runs/gridworld_voco --data runs/gridworld/test.json\n"
-        "  voco eval runs/gridworld_base --data runs/gridworld/test.json --mode base --mode lower --json\n",
+        "  voco eval runs/gridworld_base --data runs/gridworld/test.json --mode base --mode lower --json\n"
+        "  voco eval runs/gridworld_k4 --data runs/gridworld/test.json --num-tokens 1,2,4\n"
+        "  voco eval runs/gridworld_k4 --data runs/gridworld/test.json --num-tokens 4 --first 1,2,4\n",
     )
     add_model_options(parser)
     parser.add_argument("--data", required=True, metavar="SET", help="LLaVA JSON, datasets folder or hub id")
@@ -36,7 +41,16 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--mode", action="append", choices=tuple(MODES), help="default: voco; may be repeated"
     )
     parser.add_argument(
-        "--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)"
+        "--num-tokens",
+        type=counts,
+        metavar="K[,K…]",
+        help="VoCo tokens an image (default: the model's); several give one row each",
+    )
+    parser.add_argument(
+        "--first",
+        type=counts,
+        metavar="K[,K…]",
+        help="compress into --num-tokens, read the first K of each image only: one row each",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N images only")
     parser.add_argument(
@@ -50,8 +64,32 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
+def counts(text: str) -> list[int]:
+    """``1,2,4`` as a list of whole numbers of at least 1, for argparse; a repeated one counts once."""
+    return list(dict.fromkeys(positive(part.strip()) for part in text.split(",")))
+
+
+def check_counts(args: argparse.Namespace, modes: list[str]) -> None:
+    """Refuse ``--first`` where it means nothing.
+
+    Raises:
+        ValueError: several ``--num-tokens`` with it, or a mode that reads no cache.
+    """
+    if args.first is None:
+        return
+    if args.num_tokens is not None and len(args.num_tokens) > 1:
+        raise ValueError("--first cuts what one --num-tokens K compressed; give one K, or leave --first out.")
+    if args.num_tokens is not None and max(args.first) > args.num_tokens[0]:
+        raise ValueError(
+            f"--first {max(args.first)} is more than --num-tokens {args.num_tokens[0]}; compress into more."
+        )
+    if "single" in modes:
+        raise ValueError("--first reads a cache, and --mode single has none; leave one of the two out.")
+
+
 def run(args: argparse.Namespace) -> int:
     modes = list(dict.fromkeys(args.mode or ["voco"]))
+    check_counts(args, modes)
     if "lower" in modes and Path(args.model).is_dir() and is_voco_checkpoint(args.model):
         raise ValueError(
             f"{args.model} is trained with VoCo tokens; the lower bound is its base model's, read through "
@@ -90,11 +128,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
     kinds = sorted({kind for entry in result["scores"].values() for kind in entry["by_type"]})
     kinds = [] if kinds == ["all"] else kinds
+    several = args.first is not None or (args.num_tokens is not None and len(args.num_tokens) > 1)
     rows = [
-        [name, 100 * entry["accuracy"], *(100 * entry["by_type"][kind] for kind in kinds)]
-        for name, entry in result["scores"].items()
+        [
+            entry["mode"],
+            *([entry["num_tokens"] or "-"] if several else []),
+            100 * entry["accuracy"],
+            *(100 * entry["by_type"][kind] for kind in kinds),
+        ]
+        for entry in result["scores"].values()
     ]
-    output.emit(output.table(rows, ("mode", "all", *kinds)))
+    output.emit(output.table(rows, ("mode", *(["K"] if several else []), "all", *kinds)))
     if skipped:
         output.emit(f"{len(skipped)} rows skipped (--on-bad-sample skip): their questions are not counted")
     return 0
@@ -118,7 +162,7 @@ def bad_rows(dataset: Any, processor: Any) -> dict[int, str]:
 
 
 def _voco_of(args: argparse.Namespace) -> Any:
-    """The config to load with: the checkpoint's, unless K is given."""
+    """The config to load with: the checkpoint's, unless K is given (of several, the largest)."""
     if args.num_tokens is None:
         return None
     from ..config import CONFIG_NAME, VoCoConfig
@@ -126,7 +170,7 @@ def _voco_of(args: argparse.Namespace) -> Any:
     saved = {}
     if Path(args.model).is_dir() and (Path(args.model) / CONFIG_NAME).is_file():
         saved = VoCoConfig.load(args.model)[0].to_dict()
-    return VoCoConfig.from_dict({**saved, "num_tokens": args.num_tokens})
+    return VoCoConfig.from_dict({**saved, "num_tokens": max(args.num_tokens)})
 
 
 def evaluate_modes(
@@ -146,17 +190,85 @@ def evaluate_modes(
     for mode in sorted(modes, key=lambda m: m in ("base", "blind")):
         if mode in ("base", "blind") and is_attached(model):
             model = _plain(model, detach)
-        with output.progress(total=len(questions), unit="question", quiet=quiet) as bar:
-            bar.set_description(mode)
-            found = evaluate(
-                model, processor, dataset, questions, mode=ways[mode],
-                max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, tick=bar.update,
-            )  # fmt: skip
-        scores[mode] = {**found.to_dict(), "answers": found.answers}
+        takes_k = mode in K_MODES
+        listed = (args.first or args.num_tokens) if takes_k else None
+        caches = CutCaches(model, processor, dataset, questions, args)
+        for k in listed or [None]:
+            name = mode if k is None or len(listed or []) == 1 and args.first is None else f"{mode} K={k}"
+            with output.progress(total=len(questions), unit="question", quiet=quiet) as bar:
+                bar.set_description(name)
+                if mode == "single" and k is not None:
+                    set_num_tokens(model, k)
+                found = evaluate(
+                    model, processor, dataset, questions, mode=ways[mode],
+                    caches=caches.of(k) if ways[mode] == "cache" and name != mode else None,
+                    max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, tick=bar.update,
+                )  # fmt: skip
+            shown = k or (own_num_tokens(model) if takes_k else None)
+            made = (caches.compressed_with or shown) if ways[mode] == "cache" else shown
+            scores[name] = {
+                "mode": mode, "num_tokens": shown, "compressed_with": made, **found.to_dict(),
+                "answers": found.answers,
+            }  # fmt: skip
+    order = sorted(scores, key=lambda name: modes.index(scores[name]["mode"]))
     return {
         "model": args.model, "data": args.data, "images": len(dataset), "questions": len(questions),
-        "scores": {mode: scores[mode] for mode in modes},
+        "scores": {name: scores[name] for name in order},
     }  # fmt: skip
+
+
+class CutCaches:
+    """The images of every row, compressed once into the largest K, and cut to the first k as asked.
+
+    Attributes:
+        compressed_with: that K, once images were compressed here.
+    """
+
+    def __init__(self, model: Any, processor: Any, dataset: Any, questions: Any, args: argparse.Namespace):
+        self.parts = (model, processor, dataset, questions)
+        self.args = args
+        self.compressed_with: int | None = None
+        self._made: dict[int, Any] = {}
+
+    def of(self, k: int) -> dict[int, Any]:
+        """Per row the cache with ``k`` VoCo tokens an image.
+
+        ``--first`` cuts a compression into more. ``--num-tokens`` asks for one into ``k``, which is the same
+        under causal attention (a VoCo token sees none after it); a backbone that reads its prompt both ways
+        compresses again.
+        """
+        from ..metrics import compress_rows
+
+        largest = max(self.args.num_tokens) if self.args.num_tokens else own_num_tokens(self.parts[0])
+        if self.args.first is not None and k > largest:
+            raise ValueError(f"--first {k}: this model compresses into {largest}; give --num-tokens {k}.")
+        if not self._made:
+            self._made = self._compressed(compress_rows, largest)
+        both_ways = any(c.fingerprint.get("attention") == "prefix" for c in self._made.values())
+        if both_ways and self.args.first is None and k != self.compressed_with:
+            self._made = self._compressed(compress_rows, k)
+        return {row: cache.first(k) for row, cache in self._made.items()}
+
+    def _compressed(self, compress_rows: Any, num_tokens: int) -> dict[int, Any]:
+        self.compressed_with = num_tokens
+        return compress_rows(*self.parts, num_tokens=num_tokens, batch_size=self.args.batch_size)
+
+
+def own_num_tokens(model: Any) -> int:
+    """K of an attached model."""
+    from ..modeling import attachment
+
+    return attachment(model).config.num_tokens
+
+
+def set_num_tokens(model: Any, num_tokens: int) -> None:
+    """Let an attached model put ``num_tokens`` VoCo tokens after each image of a prompt."""
+    import dataclasses
+
+    from ..modeling import attachment
+
+    state = attachment(model)
+    state.config = dataclasses.replace(state.config, num_tokens=num_tokens)
 
 
 def _plain(model: Any, detach: Any) -> Any:

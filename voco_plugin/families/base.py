@@ -48,9 +48,12 @@ class Family:
 
     Attributes:
         prefix_lm: whether the backbone reads its prompt both ways where it is given ``token_type_ids``.
+        images_by_row: whether its pixels are laid out by batch row, ``(rows, tiles, 3, H, W)``, with tiles
+            of zeros as padding, and not listed image after image.
     """
 
     prefix_lm = False
+    images_by_row = False
 
     def prefix(self, token_types: torch.Tensor) -> torch.Tensor:
         """Which tokens a prefix-LM reads both ways, of its ``token_type_ids`` ``(B, N)``."""
@@ -73,6 +76,14 @@ class Family:
         config = self.text_model(model).config
         chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
         return getattr(config, "attention_chunk_size", None) if chunked else None
+
+    def windowed(self, model: torch.nn.Module) -> bool:
+        """Whether any layer attends within a window or a chunk, so that it asks where a slot stood."""
+        config = self.text_model(model).config
+        types = getattr(config, "layer_types", None)
+        if types:
+            return bool({"sliding_attention", "chunked_attention"} & set(types))
+        return getattr(config, "sliding_window", None) is not None
 
     def refusal(self, model: torch.nn.Module) -> str | None:
         """Why the isolation rule cannot hold in this model, or ``None``.

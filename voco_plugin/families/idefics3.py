@@ -13,6 +13,8 @@ _MARKER = re.compile(r"<row_\d+_col_\d+>|<global-img>|<fake_token_around_image>"
 class Idefics3(Family):
     """Markers come from the tokenizer's added tokens; the newlines between tile rows are glue."""
 
+    images_by_row = True
+
     def markers(self, config: Any, processor: Any) -> tuple[set[int], set[int]]:
         starts, others = super().markers(config, processor)
         tokenizer = getattr(processor, "tokenizer", None)

@@ -1,0 +1,25 @@
+"""The benchmarks run at a small size on a CPU, and say what they claim to say."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    found = importlib.import_module("cache").main(["--quick", "--out", str(tmp_path / "cache.json")])
+    (first,) = found["first_token"]
+    assert first["stream_tokens"] == 8 + 1 + 8 and first["ratio_to_floor"]["floor"] == 1
+    # stage 2 reads one token less than the floor, and attends to as many
+    assert 0.8 < first["flops"]["VoCo"] / first["flops"]["floor"] <= 1
+    assert first["flops"]["no cache"] > 20 * first["flops"]["VoCo"]
+    assert found["bytes_an_image"]["all vision tokens"] == 576 * found["bytes_an_image"]["VoCo"]
+    assert found["bytes_an_image"]["VoCo"] == found["store"][0]["values_bytes"]
+    assert all(rate > 0 for stored in found["store"] for rate in stored["a_second"].values())
+    assert [point["images"] for point in found["memory"]] == [2, 4]

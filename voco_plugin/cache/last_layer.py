@@ -1,0 +1,201 @@
+"""The last decoder layer of stage 1, run over the VoCo tokens alone.
+
+What stays of a block are the VoCo tokens' keys and values in each layer. In the last layer these come from
+the VoCo tokens' own hidden states, and nothing reads what else it computes: so it gets the last ``K`` rows of
+its input, and its output is put back to full length with zeros. In the layer before, only the VoCo tokens'
+output is read: its feed-forward block, which works token by token, runs over those rows alone too.
+
+Two hooks do it, for as long as a compression runs, and act in its own thread only. A layer given anything
+that is not known to be cut this way runs over the whole block, as it would without them (logged at debug
+level).
+
+Shapes: ``B`` blocks, ``N`` tokens of a block, ``K`` VoCo tokens, ``H`` hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+_ALONG_LAST = ("position_ids", "text_position_ids", "cache_position")
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+_UNSHARED = ("shared_kv_states",)  # empty where no layer shares keys; such models are not cut at all
+
+
+class NotCut(Exception):
+    """A layer's input cannot be cut; the message says which."""
+
+
+@dataclass
+class LastRows:
+    """One compression's plan.
+
+    Attributes:
+        layer: the last decoder layer.
+        feed_forward: the feed-forward block of the layer before it, or ``None``.
+        keep: K.
+        length: N.
+        cut: whether the last layer was cut, and ``reason`` why not.
+    """
+
+    layer: torch.nn.Module
+    feed_forward: torch.nn.Module | None
+    keep: int
+    length: int
+    cut: bool = False
+    reason: str | None = None
+    running: list[torch.nn.Module] = field(default_factory=list)
+
+
+_PLAN: ContextVar[LastRows | None] = ContextVar("voco_last_rows", default=None)
+_LOCK = threading.Lock()
+_USERS: dict[int, list] = {}  # id of a hooked module → [compressions that run, its hooks]
+
+
+@contextlib.contextmanager
+def last_rows(text_model: torch.nn.Module, keep: int, length: int) -> Iterator[LastRows | None]:
+    """Inside the block, this thread's forwards of ``text_model`` cut its last layer to ``keep`` rows.
+
+    Gives the plan, which says afterwards whether it was cut; ``None`` where there is no layer to cut.
+    """
+    layers = getattr(text_model, "layers", None)
+    config = getattr(text_model, "config", None)
+    if not isinstance(layers, torch.nn.ModuleList) or not len(layers) or keep >= length:
+        yield None
+        return
+    if getattr(config, "num_kv_shared_layers", 0):
+        _log.debug("last layer not cut: layers share keys and values")
+        yield None
+        return
+    before = getattr(layers[-2], "mlp", None) if len(layers) > 1 else None
+    plan = LastRows(layers[-1], before if isinstance(before, torch.nn.Module) else None, keep, length)
+    modules = [m for m in (plan.layer, plan.feed_forward) if m is not None]
+    token = _PLAN.set(plan)
+    try:
+        for module in modules:
+            _hook(module)
+        yield plan
+    finally:
+        for module in modules:
+            _unhook(module)
+        _PLAN.reset(token)
+    if plan.reason:
+        _log.debug("last layer not cut: %s", plan.reason)
+
+
+def _hook(module: torch.nn.Module) -> None:
+    with _LOCK:
+        entry = _USERS.setdefault(id(module), [0, []])
+        entry[0] += 1
+        if entry[0] == 1:
+            entry[1] = [
+                module.register_forward_pre_hook(_before, with_kwargs=True),
+                module.register_forward_hook(_after, with_kwargs=True),
+            ]
+
+
+def _unhook(module: torch.nn.Module) -> None:
+    with _LOCK:
+        entry = _USERS.get(id(module))
+        if entry is None:
+            return
+        entry[0] -= 1
+        if entry[0] <= 0:
+            for handle in entry[1]:
+                handle.remove()
+            del _USERS[id(module)]
+
+
+def _before(module: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+    plan = _PLAN.get()
+    if plan is None or kwargs is None:  # another thread's forward (kwargs are gone if the hooks just went)
+        return None
+    try:
+        if module is plan.layer:
+            made = _cut_layer(module, args, kwargs, plan)
+            plan.cut = True
+        elif module is plan.feed_forward:
+            made = _cut_tokens(args, kwargs, plan)
+        else:
+            return None
+    except NotCut as problem:
+        if module is plan.layer:
+            plan.reason = str(problem)
+        return None
+    plan.running.append(module)
+    return made
+
+
+def _after(module: torch.nn.Module, args: tuple, *rest: Any) -> Any:
+    plan = _PLAN.get()
+    if plan is None or module not in plan.running:
+        return None
+    plan.running.remove(module)
+    output = rest[-1]
+    if isinstance(output, tuple):
+        return (_whole(output[0], plan), *output[1:])
+    return _whole(output, plan)
+
+
+def _whole(short: torch.Tensor, plan: LastRows) -> torch.Tensor:
+    """``(B, K, H)`` → ``(B, N, H)``, zeros in front."""
+    whole = short.new_zeros(short.shape[0], plan.length, *short.shape[2:])
+    whole[:, -plan.keep :] = short
+    return whole
+
+
+def _cut_tokens(args: tuple, kwargs: dict, plan: LastRows) -> tuple[tuple, dict]:
+    """A feed-forward block that is given one ``(B, N, H)``."""
+    if kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
+        raise NotCut("the feed-forward block is given more than hidden states")
+    return (_rows(args[0], 1, "hidden states", plan),), {}
+
+
+def _cut_layer(module: torch.nn.Module, args: tuple, kwargs: dict, plan: LastRows) -> tuple[tuple, dict]:
+    names = list(inspect.signature(module.forward).parameters)
+    if len(args) > len(names):
+        raise NotCut("its arguments have no names")
+    new_args = tuple(_cut(name, value, plan) for name, value in zip(names, args, strict=False))
+    return new_args, {name: _cut(name, value, plan) for name, value in kwargs.items()}
+
+
+def _rows(tensor: torch.Tensor, dim: int, name: str, plan: LastRows) -> torch.Tensor:
+    if tensor.shape[dim] != plan.length:
+        raise NotCut(f"{name} has the shape {tuple(tensor.shape)}")
+    return tensor.narrow(dim, plan.length - plan.keep, plan.keep).contiguous()
+
+
+def _cut(name: str, value: Any, plan: LastRows) -> Any:
+    """One argument of the layer, for its last rows."""
+    if name.startswith("position_embeddings"):
+        if isinstance(value, (tuple, list)):
+            return type(value)(_cut(name, part, plan) for part in value)
+        if isinstance(value, dict):
+            return {key: _cut(name, part, plan) for key, part in value.items()}
+        return value if value is None else _rows(value, value.dim() - 2, name, plan)
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, (tuple, list, dict)) and len(value) and name not in _UNSHARED:
+            raise NotCut(f"{name} is a {type(value).__name__}")
+        return value
+    if name == "hidden_states":
+        if value.dim() != 3:
+            raise NotCut(f"{name} has the shape {tuple(value.shape)}")
+        return _rows(value, 1, name, plan)
+    if name == "per_layer_input" and value.dim() == 3:
+        return _rows(value, 1, name, plan)
+    if name in _ALONG_LAST or (name in _TOKEN_TYPES and value.dim() == 2):
+        return _rows(value, value.dim() - 1, name, plan)
+    if name == "attention_mask" and value.dim() in (2, 4):
+        cut = _rows(value, value.dim() - 1, name, plan)
+        return cut if value.dim() == 2 else _rows(cut, 2, name, plan)
+    raise NotCut(f"{name} is not known")
