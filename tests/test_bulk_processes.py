@@ -158,6 +158,21 @@ def test_workers_are_processes_and_one_that_fails_ends_the_others(place, tmp_pat
     assert (done["skipped_samples"], done["images"]) == (1, 4)
 
 
+def test_a_new_store_may_be_made_by_several_processes_at_once(tmp_path) -> None:
+    rounds, world = 40, 4
+    script = str(ROOT / "tests" / "store_makers.py")
+    command = [sys.executable, script, str(tmp_path), str(rounds), str(world)]
+    makers = [
+        subprocess.Popen([*command, str(rank)], env=environment(), stderr=subprocess.PIPE, text=True)
+        for rank in range(world)
+    ]
+    assert [maker.communicate()[1] for maker in makers] == [""] * world
+    for number in range(rounds):
+        where = tmp_path / str(number)
+        with vp.VoCoCacheStore(where, readonly=True) as store, StoreNames(where, readonly=True) as names:
+            assert len(store) == len(names) == world
+
+
 def test_two_killed_of_two_and_a_third_alone_finishes(place, tmp_path) -> None:
     """Both processes killed half-way; one process then finishes what they left."""
     log, store = tmp_path / "log", tmp_path / "store"

@@ -129,7 +129,7 @@ def compress_dataset(
         job = _Job(
             compute=partial(
                 compress_images, model, processor, num_tokens=tokens, batch_size=batch_size,
-                **({} if max_memory is None else {"max_memory": max_memory}),
+                max_memory=max_memory,
             ),
             key=partial(image_key, made_by=made_by, num_tokens=tokens),
             tokens=tokens, sinks=sinks, kept=kept, batch_size=batch_size, skip=on_bad_sample == "skip",

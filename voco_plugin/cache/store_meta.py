@@ -129,7 +129,8 @@ def _check_folder(path: Path, fingerprint: dict[str, Any] | None, readonly: bool
     if (path / "data.mdb").exists():
         check_length(path)
         return
-    others = [p for p in path.iterdir() if p.name != "lock.mdb"] if path.exists() else []
+    lmdb_files = ("lock.mdb", "data.mdb")  # the second where another process has made it just now
+    others = [p for p in path.iterdir() if p.name not in lmdb_files] if path.exists() else []
     if others:
         raise VoCoCacheError(f"{path} is no VoCo store: it holds {others[0].name!r} and no data.mdb.")
     if readonly or fingerprint is None:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 
 from .inputs import positive
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+from .store import size
 
 ONLY_IN_BULK: dict[str, Any] = {
     "split": None, "image_column": None, "image_folder": None, "streaming": False, "max_memory": None,
@@ -66,12 +62,3 @@ def check_bulk_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is of a store: give --store DIR.")
     if args.threads < 0:
         raise ValueError(f"--threads {args.threads} is negative; 0 decodes in turn.")
-
-
-def size(text: str) -> int:
-    """Bytes, for argparse: ``1000``, ``512MiB``, ``20GB``."""
-    match = _SIZE.fullmatch(text.strip())
-    found = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
-    if found < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give bytes, or a number with KB … TiB")
-    return found

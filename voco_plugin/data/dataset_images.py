@@ -197,4 +197,4 @@ def _stamp(value: Any, fingerprint: str) -> str | None:
         if value.get("bytes") is not None:
             return fingerprint
         value = value.get("path")
-    return file_stamp(value) if isinstance(value, (str, os.PathLike)) else None
+    return file_stamp(os.fspath(value)) if isinstance(value, (str, os.PathLike)) else None

@@ -38,7 +38,7 @@ class TarImages(ImageSource):
                 for member in tar:
                     if _is_image(member):
                         self.members.append((member.name, member.offset_data, member.size))
-                    tar.members.clear()  # tarfile keeps every header it has seen
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all headers
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} does not exist.") from None
         except tarfile.TarError as problem:
@@ -86,7 +86,7 @@ class TarStream(ImageSource):
                         found = True
                         data = tar.extractfile(member).read()  # type: ignore[union-attr]
                         yield ImageItem(f"{self.path}/{member.name}", _given(data))
-                    tar.members.clear()
+                    tar.members.clear()  # type: ignore[attr-defined]
         except tarfile.TarError as problem:
             raise ValueError(f"{self.path} is no tar file that can be read to its end: {problem}.") from None
         if not found:
