@@ -171,6 +171,22 @@ def test_a_run_that_dies_keeps_its_finished_shards(loaded, photos, url, ran, mon
     assert (done["computed"], done["hits"]) == (COUNT - 3, 3) and len(list(read_shards(url))) == COUNT
 
 
+def test_an_error_leaves_a_shard_of_what_was_finished(loaded, photos, url, monkeypatch) -> None:  # noqa: F811
+    model, processor, _ = loaded
+    compress, calls = type(model).compress, []
+
+    def fails(self, *args, **inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return compress(self, *args, **inputs)
+
+    monkeypatch.setattr(type(model), "compress", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compress_dataset(model, processor, photos[0].parent, shards=url, batch_size=2)
+    assert len(list(read_shards(url))) == 4
+
+
 # -- what cannot be trusted
 
 

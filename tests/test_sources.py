@@ -173,6 +173,15 @@ def test_sources_with_random_access_travel_to_other_processes(place) -> None:
         assert (np.asarray(source[4].open()) == pixels(4)).all()
 
 
+def test_a_tar_of_an_object_store_is_read_in_order(place) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/shards/b.tar", (place / "a.tar").read_bytes())
+    items = list(image_source("memory://shards/b.tar"))
+    assert [item.name for item in items] == [f"memory://shards/b.tar/{n:03d}.png" for n in range(COUNT)]
+    assert all((np.asarray(item.open()) == pixels(n)).all() for n, item in enumerate(items))
+
+
 def test_stamps_change_with_the_file(place, tmp_path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(png(0))
