@@ -391,6 +391,18 @@ def test_the_command_in_words_and_with_a_limit(loaded, photos, tmp_path, capsys)
     assert "driven out again" in found.err and "bad.png" in found.err
 
 
+def test_the_command_keeps_8_bits_when_asked(loaded, photos, tmp_path, capsys) -> None:
+    _, _, folder = loaded
+    start = ["compress", folder, tmp_path / "photos", "--store"]
+    exact = command(capsys, *start, tmp_path / "exact", "--max-memory", "1GB")
+    small = command(capsys, *start, tmp_path / "small", "--int8", "--num-tokens", "2")
+    assert (exact["store"]["values"], small["store"]["values"]) == ("keep", "int8")
+    ask = ["generate", folder, "--store", tmp_path / "small", "--question", "x", "--max-new-tokens", "2"]
+    assert len(command(capsys, *ask, "--name", photos[0], "--num-tokens", "2")) == 1
+    assert "with K=1" in error(capsys, *ask, "--name", photos[0])
+    assert "has values='keep', not 'int8'" in error(capsys, *start, tmp_path / "exact", "--int8")
+
+
 def test_the_command_writes_shards(loaded, photos, tmp_path, capsys) -> None:
     start = ["compress", loaded[2], tmp_path / "photos", "--shards", f"file://{tmp_path}/shards"]
     first, second = command(capsys, *start), command(capsys, *start)
