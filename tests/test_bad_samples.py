@@ -15,27 +15,13 @@ from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
 import voco_plugin as vp
-from odd_images import BAD, ODD, RED, collator, rows_of, talk, write_bad, write_odd
+from odd_images import BAD, ODD, RED, collator, rows_of, talk
 from test_cli import error_of, here, out_of, world  # noqa: F401
+from test_images import bad, odd  # noqa: F401
 from test_training import LORA, bases, losses, trainer  # noqa: F401
 from voco_plugin.cli import main
 from voco_plugin.data.undecoded import name_rows, undecoded
 from voco_plugin.images import BadImageError
-
-
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory):
-    made = write_odd(tmp_path_factory.mktemp("odd"))
-    assert tuple(made) == ODD
-    return made
-
-
-@pytest.fixture(scope="module")
-def bad(tmp_path_factory):
-    made = write_bad(tmp_path_factory.mktemp("bad"))
-    assert tuple(made) == BAD
-    return made
-
 
 # -- the collator
 

@@ -250,7 +250,7 @@ def answer(
         )
     generate.setdefault("do_sample", False)
     out: list[str] = []
-    with _eval(model):
+    with evaluating(model):
         for start in range(0, len(questions), batch_size):
             part = slice(start, start + batch_size)
             inputs = prompt(model, processor, questions[part], _part(images, part), _part(caches, part))
@@ -308,8 +308,8 @@ def _on(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _eval(model: Any) -> Iterator[None]:
-    """Evaluation mode, and back to what it was."""
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode (a cache is the same whenever it is made), and back to what it was."""
     training = model.training
     model.eval()
     try:

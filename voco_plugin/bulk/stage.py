@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from ..answering import compress_images
+from ..answering import compress_images, evaluating
 from ..cache import VoCoCache
 from ..cache.shards import SHARD_BYTES
 from ..cache.store import VoCoCacheStore
@@ -117,7 +117,7 @@ def compress_dataset(
     with contextlib.ExitStack() as stack:
         if store is not None and not isinstance(store, VoCoCacheStore):
             store = stack.enter_context(VoCoCacheStore.for_model(store, model))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         sinks: list[Sink] = []
         kept = StoreSink(store) if store is not None else None
         if kept is not None:
@@ -278,14 +278,3 @@ class _Job:
 
 def _vision_bytes(cache: VoCoCache) -> int:
     return sum(block.nbytes // block.num_tokens * block.num_vision for block in cache)
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Dropout off: a cache is the same whenever it is made."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
