@@ -1,0 +1,150 @@
+"""The backends, registered with transformers under names of their own when a model is first attached.
+
+    attention=     on sdpa               on eager
+    dense          voco_sdpa             voco_eager              one N × N mask (:mod:`.dense`)
+    segmented      voco_segmented_sdpa   voco_segmented_eager    calls without a mask (:mod:`.segmented`)
+    auto           voco_auto_sdpa        voco_auto_eager         of the two, forward by forward
+    flex           voco_flex             voco_flex               FlexAttention with a block mask
+
+Each is a pair: a mask function, which sees the whole batch once a forward and says what the layers get as
+their mask, and an attention function, which each layer calls with it. Stock names are untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, eager_mask, flex_attention_mask, sdpa_mask
+
+from .context import active_rule
+from .dense import eager_forward, with_rule
+from .segmented import run_plan
+from .segments import SegmentMask, plan_segments
+
+logger = logging.getLogger(__name__)
+
+KERNELS: dict[str, tuple[Callable, Callable]] = {
+    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "eager": (eager_forward, eager_mask),
+}
+"""transformers' attention and mask functions of the backbone's implementation."""
+
+SEGMENTED_FROM = 512
+"""Tokens of a row from which ``auto`` cuts into segments (``voco bench attention``, docs/performance.md)."""
+
+_chosen: set[str] = set()
+
+
+def _by_segments(kernel: str, always: bool) -> tuple[Callable, Callable]:
+    """The pair that gives the layers a :class:`SegmentMask` where a forward has no past."""
+    forward, stock = KERNELS[kernel]
+    dense = with_rule(stock)
+    additive = kernel == "eager"
+
+    def mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Callable = causal_mask_function,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        active = active_rule()
+        # behind a past (decoding, stage 2) the rows are few and hide nothing worth cutting: one dense mask
+        alone = q_length == kv_length and not int(q_offset) and not int(kv_offset)
+        if active is not None and alone and active.in_slot_order and active.prefix is None:
+            if always or _pays(q_length):
+                active.masks_built += 1
+                table = active.table.to(kwargs.get("device", "cpu"))
+                dtype = kwargs.get("dtype", torch.float32)
+                plan = plan_segments(active.config, table, mask_function, dtype)
+                return SegmentMask.of(plan, batch_size, q_length)
+        return dense(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
+    def attention(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        attention_mask: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if isinstance(attention_mask, SegmentMask):
+            return run_plan(attention_mask.plan, forward, additive, module, query, key, value, **kwargs)
+        return forward(module, query, key, value, attention_mask, **kwargs)
+
+    return mask, attention
+
+
+def _pays(tokens: int) -> bool:
+    choice = "segmented" if tokens >= SEGMENTED_FROM else "dense"
+    if choice not in _chosen:
+        _chosen.add(choice)
+        logger.info(
+            "attention='auto' runs %s from here: %s tokens a row, segments pay from %s on",
+            choice, tokens, SEGMENTED_FROM,
+        )  # fmt: skip
+    return choice == "segmented"
+
+
+def _names() -> dict[tuple[str, str], str]:
+    names = {}
+    for kernel in KERNELS:
+        names["dense", kernel] = f"voco_{kernel}"
+        names["segmented", kernel] = f"voco_segmented_{kernel}"
+        names["auto", kernel] = f"voco_auto_{kernel}"
+        names["flex", kernel] = "voco_flex"
+    return names
+
+
+NAMES = _names()
+"""``(attention, the backbone's implementation)`` → the registered name."""
+
+
+def register() -> None:
+    """Make the backends known to transformers (idempotent)."""
+    for kernel, (forward, stock) in KERNELS.items():
+        pairs = {
+            "dense": (with_rule(stock), forward),
+            "segmented": _by_segments(kernel, always=True),
+            "auto": _by_segments(kernel, always=False),
+        }
+        for attention, (mask, function) in pairs.items():
+            AttentionMaskInterface.register(NAMES[attention, kernel], mask)
+            AttentionInterface.register(NAMES[attention, kernel], function)
+    AttentionMaskInterface.register("voco_flex", with_rule(flex_attention_mask))
+    AttentionInterface.register("voco_flex", flex_attention_forward)
+
+
+def backend_for(implementation: str | None, attention: str = "auto") -> str:
+    """The registered name for a backbone's attention implementation.
+
+    Args:
+        implementation: ``sdpa`` or ``eager``; a name registered here stays.
+        attention: ``VoCoConfig.attention``.
+
+    Raises:
+        ValueError: the implementation cannot take the rule (FlashAttention would silently drop it).
+    """
+    if implementation in NAMES.values():
+        return str(implementation)
+    name = NAMES.get((attention, implementation or "sdpa"))
+    if name is None:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot honour the isolation rule (it drops dense "
+            "masks); load the language model with attn_implementation='sdpa' or 'eager'."
+        )
+    return name
