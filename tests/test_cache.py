@@ -15,6 +15,7 @@ import voco_plugin as vp
 from harness import attached, inputs, shared
 from tiny.processors import processor
 from voco_plugin.cache import VoCoCacheError
+from voco_plugin.cache.files import cache_from_buffer, cache_to_bytes
 
 
 @pytest.fixture
@@ -161,6 +162,72 @@ def test_another_file_or_version_is_refused(cache, tmp_path):
     save_file(tensors, tmp_path / "v.safetensors", metadata=metadata)
     with pytest.raises(VoCoCacheError, match="format version 8"):
         vp.VoCoCache.load(tmp_path / "v.safetensors")
+
+
+def container(header: dict, body: bytes, separators=(",", ":")) -> bytes:
+    text = json.dumps(header, separators=separators, ensure_ascii=False).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def split(data: bytes) -> tuple[dict, bytes]:
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def test_safetensors_own_reader_reads_it_and_its_writer_is_read(cache, tmp_path):
+    """The container is safetensors', not one of our own."""
+    from safetensors.torch import load
+
+    data = cache_to_bytes(cache)
+    tensors = load(data)
+    assert len(tensors) == 4 and tensors["layers.1.value"].shape == (sum(cache.num_tokens), 2, 16)
+    assert struct.unpack("<Q", data[:8])[0] % 8 == 0, "tensors are aligned"
+    save_file(tensors, tmp_path / "x.safetensors", metadata=split(data)[0]["__metadata__"])
+    assert same(vp.VoCoCache.load(tmp_path / "x.safetensors"), cache)
+
+
+def test_a_header_that_says_the_same_in_other_bytes_is_refused(cache):
+    """Else a byte of it could change unseen."""
+    data = cache_to_bytes(cache)
+    header, body = split(data)
+    assert same(cache_from_buffer(container(header, body)), cache)
+    with pytest.raises(VoCoCacheError, match="not written as one is"):
+        cache_from_buffer(container(header, body, (", ", ":")))
+    (length,) = struct.unpack("<Q", data[:8])
+    for blank in b"\t", b"\n", b"\r":
+        padded = struct.pack("<Q", length + 8) + data[8 : 8 + length] + b"       " + blank + body
+        with pytest.raises(VoCoCacheError, match="not written as one is"):
+            cache_from_buffer(padded)
+    for more in ({"format": "pt"}, {"a": "b"}):
+        longer = {**header, "__metadata__": {**header["__metadata__"], **more}}
+        with pytest.raises(VoCoCacheError, match="holds more than a cache writes"):
+            cache_from_buffer(container(longer, body))
+
+
+def test_tensors_that_overlap_or_leave_gaps_are_refused(cache):
+    header, body = split(cache_to_bytes(cache))
+    size = header["layers.0.key"]["data_offsets"][1] - header["layers.0.key"]["data_offsets"][0]
+    gap = {
+        name: {**facts, "data_offsets": [o + 8 for o in facts["data_offsets"]]} if name[0] == "l" else facts
+        for name, facts in header.items()
+    }
+    with pytest.raises(VoCoCacheError, match="overlap or leave gaps"):
+        cache_from_buffer(container(gap, bytes(8) + body))
+    twice = {**header, "layers.1.key": {**header["layers.1.key"], "data_offsets": [0, size]}}
+    with pytest.raises(VoCoCacheError, match="overlap or leave gaps"):
+        cache_from_buffer(container(twice, body))
+
+
+def test_what_no_reader_would_take_is_not_written(cache):
+    for wrong, message in (
+        ({"fingerprint": {"model": ["a"]}}, "fingerprint is no short text"),
+        ({"num_rows": 1 << 21}, "num_rows is not within"),
+    ):
+        made = vp.VoCoCache(cache.blocks, cache.rows, wrong.get("num_rows", 4), wrong.get("fingerprint"))
+        with pytest.raises(VoCoCacheError, match=message):
+            cache_to_bytes(made)
+    with pytest.raises(ValueError, match="values='int4' is not known"):
+        cache_to_bytes(cache, "int4")
 
 
 # -- whose cache it is

@@ -127,9 +127,18 @@ def test_groups_equal_the_single_pass_and_nothing_is_padded(name, monkeypatch):
     padded = [f for f in seen["forwards"] if not f[2]]
     assert len(padded) == (name in UNDIVIDED), "padded only where two images of a row run together"
     assert sum(rows for rows, *_ in seen["forwards"]) == 6
-    own = "trust" if name == "llama4" else "alone"  # its chunks are cut where the block stands in its prompt
+    # Llama 4's chunks are cut where the block stands in its prompt; PaliGemma without a mask is not causal
+    own = "trust" if name in ("llama4", "paligemma", "paligemma2") else "alone"
     assert {policy for *_, full, policy in seen["forwards"] if full} == {own}
     assert all(plan.cut and plan.reason is None for plan in seen["plans"]), "the last layer is cut"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "token_type_ids" in inputs(n, [["t1"]])])
+def test_without_token_types_too(name):
+    """What a prompt read both ways, or an image, is when its types are left out: causal."""
+    model = shared(name)
+    batch = {k: v for k, v in inputs(name, sized(name)).items() if k != "token_type_ids"}
+    assert against_single_pass(model, batch, model.compress(**batch)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -522,29 +531,89 @@ def test_an_argument_of_unknown_meaning_leaves_the_layer_whole(monkeypatch, capl
 
 
 def test_another_threads_forward_is_not_cut():
-    """While one thread compresses, another reads the same model: its hidden states stay whole."""
-    model, batch = shared("llava_llama"), inputs("llava_llama", [["bos", "img", "c2", "t3"]])
-    expected = model(**batch).logits
-    alone = model.compress(**batch)
-    wrong: list[str] = []
+    """While one thread compresses, another reads a text as long as the block, whole."""
+    model, batch = shared("llava_llama"), inputs("llava_llama", [["img", "c2", "t1"]])
+    text = inputs("llava_llama", [["t11"]])
+    expected, seen = model(**text).logits, []
 
     def read():
-        for _ in range(30):
-            with torch.no_grad():
-                if not torch.equal(model(**batch).logits, expected):
-                    wrong.append("logits")
+        with torch.no_grad():
+            seen.append(torch.equal(model(**text).logits, expected))
 
-    def squeeze():
-        for _ in range(30):
-            if difference(model.compress(**batch).blocks[0], alone.blocks[0]) > 0:
-                wrong.append("block")
+    def meanwhile(module, args):
+        if not seen and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=read)
+            thread.start()
+            thread.join()
 
-    threads = [threading.Thread(target=t) for t in (read, squeeze, read, squeeze)]
+    handle = shared_layers(model)[0].register_forward_pre_hook(meanwhile)
+    try:
+        cache = model.compress(**batch)
+    finally:
+        handle.remove()
+    assert seen == [True] and against_single_pass(model, batch, cache) <= 1e-5
+
+
+def test_threads_that_compress_at_once_do_not_disturb_each_other():
+    model = shared("llava_llama")
+    batches = [inputs("llava_llama", [["img", f"c{k}", "t1"]]) for k in (1, 2)]
+    alone, wrong = [model.compress(**batch) for batch in batches], []
+
+    def squeeze(which):
+        for _ in range(30):
+            if difference(model.compress(**batches[which]).blocks[0], alone[which].blocks[0]) > 0:
+                wrong.append(which)
+
+    threads = [threading.Thread(target=squeeze, args=(which,)) for which in (0, 1, 0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and hooks_of(model) == 0
+    assert not wrong and hooks_of(model) == 0 and not last_layer._USERS
+
+
+@pytest.mark.parametrize(("layers", "sharing"), [(3, 0), (4, 2)])
+def test_layers_that_share_keys_get_them_whole(layers, sharing, monkeypatch):
+    """Gemma 4's last layers may read the keys of earlier ones: nothing is cut, and stage 1 is the same."""
+    import transformers
+
+    import voco_plugin as vp
+    from harness import vocabulary
+    from tiny import voco_id
+
+    config = BACKBONES["gemma4"].config()
+    text = config.text_config.to_dict()
+    text |= {"num_kv_shared_layers": sharing, "num_hidden_layers": layers}
+    text["layer_types"] = ["sliding_attention", "full_attention"] * 2 if layers == 4 else text["layer_types"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = transformers.Gemma4Config(**{**config.to_dict(), "text_config": text})
+        model = transformers.AutoModelForImageTextToText.from_config(made, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            if not torch.isfinite(parameter).all():
+                torch.nn.init.normal_(parameter, std=0.2)
+    rule = vp.VoCoConfig(token_id=voco_id("gemma4"))
+    model = vp.attach(model, rule, vocabulary=vocabulary("gemma4", model, rule))
+    batch = inputs("gemma4", sized("gemma4"))
+    with watched(monkeypatch) as seen:
+        cache = model.compress(**batch)
+    assert cache.blocks[0].num_layers == layers - sharing and len(seen["plans"]) == (0 if sharing else 2)
+    assert against_single_pass(model, batch, cache) <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_speed_and_memory(tmp_path):
+    import json
+
+    from benchmarks.stage_one import main
+
+    more = ["--batch", "1", "--repeats", "1", "--counts", "1,20", "--out", str(tmp_path / "x.json")]
+    assert main(more) == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [entry["tower"] for entry in found["speed"]] == [True, False]
+    assert all(entry["ratio"] > 0 and entry["tokens"] == 578 for entry in found["speed"])
+    assert [entry["images"] for entry in found["memory"]] == [1, 20]
+    assert all(0 < entry["peak_bytes"] < entry["estimate_bytes"] for entry in found["memory"])
 
 
 def test_every_family_is_here():

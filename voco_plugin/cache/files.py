@@ -271,8 +271,8 @@ def _writable(view: memoryview) -> Any:
 def blocks_of(tensors: dict[str, torch.Tensor], record: dict[str, Any], copy: bool) -> list[VoCoBlock]:
     counts = [block["num_tokens"] for block in record["blocks"]]
     layers = sum(name.endswith(".key") for name in tensors)
-    parts = {name: tensor.split(counts) for name, tensor in tensors.items()}
     alone = len(counts) == 1  # else a block that stays would keep the memory of all
+    parts = {name: (tensor,) if alone else tensor.split(counts) for name, tensor in tensors.items()}
 
     def take(name: str, number: int) -> torch.Tensor:
         part = parts[name][number].transpose(0, 1)

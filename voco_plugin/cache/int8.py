@@ -41,24 +41,36 @@ def quantize(tensors: dict[str, torch.Tensor], group: int = GROUP) -> dict[str, 
         VoCoCacheError: a value is not finite, or beyond fp32.
     """
     out = {}
-    for name, tensor in tensors.items():
-        exact = tensor.float()
-        if not bool(torch.isfinite(exact).all()):
+    for names in _alike(tensors):
+        exact = torch.stack([tensors[name] for name in names]).float()
+        finite = torch.isfinite(exact).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            name = names[int(finite.int().argmin())]
             raise VoCoCacheError(f"{name} holds values that are not finite, which 8 bits cannot; keep them.")
         channels = exact.shape[-1]
         padded = torch.nn.functional.pad(exact, (0, -channels % group))
         largest = padded.unflatten(-1, (-1, group)).abs().amax(dim=-1)
         scale = _rounded_up((largest / 127).clamp_min(torch.finfo(torch.float32).tiny))
-        out[name] = (exact / _spread(scale, group, channels)).round().clamp(-127, 127).to(torch.int8)
-        out[f"{name}_scale"] = scale
+        values = (exact / _spread(scale, group, channels)).round().clamp(-127, 127).to(torch.int8)
+        for number, name in enumerate(names):
+            out[name], out[f"{name}_scale"] = values[number], scale[number]
     return out
 
 
 def dequantize(tensors: dict[str, torch.Tensor], dtype: torch.dtype, group: int) -> dict[str, torch.Tensor]:
     """The reverse of :func:`quantize`, in ``dtype``."""
-    out = {}
-    for name, tensor in tensors.items():
-        if not name.endswith("_scale"):
-            scale = _spread(tensors[f"{name}_scale"], group, tensor.shape[-1])
-            out[name] = (tensor.float() * scale).to(dtype)
+    out: dict[str, torch.Tensor] = {}
+    for names in _alike({name: t for name, t in tensors.items() if not name.endswith("_scale")}):
+        values = torch.stack([tensors[name] for name in names]).float()
+        scale = torch.stack([tensors[f"{name}_scale"] for name in names])
+        exact = (values * _spread(scale, group, values.shape[-1])).to(dtype)
+        out |= zip(names, exact, strict=True)
     return out
+
+
+def _alike(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Names of tensors of one shape, which are worked on at once: layers differ little, and are many."""
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(tuple(tensor.shape), []).append(name)
+    return list(names.values())

@@ -166,8 +166,8 @@ def _run_alone(batch: _Batch, chunk: list[tuple[int, int]], numbers: list[int]) 
         orders = [s.start - int(batch.first_real[s.row]) for s in spans]
         CacheState.starting_at(torch.tensor(orders, device=batch.positions.device)).put_on(cache)
     # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
-    own_mask = even and not chunked and state.config.rule == "isolated"
     text = state.family.text_model(model)
+    own_mask = even and not chunked and state.config.rule == "isolated" and _is_causal(text)
     cutting = last_rows(text, kept, length) if slim else contextlib.nullcontext()
     with cutting:
         _forward(state, model, run, cache, "alone" if own_mask else "trust")
@@ -176,6 +176,14 @@ def _run_alone(batch: _Batch, chunk: list[tuple[int, int]], numbers: list[int]) 
         start = 0 if slim else span.num_vision
         found.append(_block(batch, span, cache, row, start))
     return found
+
+
+def _is_causal(text_model: torch.nn.Module) -> bool:
+    """Whether every attention layer is causal where it is given no mask, as sdpa reads it (PaliGemma's is
+    not).
+    """
+    layers = getattr(text_model, "layers", text_model)
+    return all(getattr(module, "is_causal", True) for module in layers.modules())
 
 
 def _run_prefix(batch: _Batch) -> list[VoCoBlock]:

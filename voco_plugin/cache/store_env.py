@@ -24,6 +24,7 @@ MAP_SIZE = 1 << 38
 
 _SMALLEST_MAP = 1 << 26
 _MAX_READERS = 1024
+_LOCK_BYTES = 64 * _MAX_READERS + 4096  # LMDB takes 64 bytes a reader, and takes a larger file as it is
 _WAIT_SECONDS = 60.0
 DATABASES = ("meta", "blocks", "facts", "recent")
 
@@ -79,6 +80,31 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return facts.st_dev, facts.st_ino
 
 
+def _allocate_lock(path: Path) -> None:
+    """Give ``lock.mdb`` its blocks on the disk before LMDB maps it: it is a file with holes, and a reader
+    that wrote into a hole on a full disk would be ended by SIGBUS.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        handle = os.open(path / "lock.mdb", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return  # LMDB has its own answers to a lock that cannot be written
+    try:
+        # one that is in use must not grow below those who have mapped it
+        os.posix_fallocate(handle, 0, os.fstat(handle).st_size or _LOCK_BYTES)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno, f"the disk of store {path} has no room for its lock.mdb; make some"
+            ) from None
+    finally:
+        os.close(handle)
+
+
 class Environment:
     """One LMDB environment of this process.
 
@@ -99,6 +125,8 @@ class Environment:
     def _open(self, map_size: int) -> None:
         import lmdb
 
+        if self.lock:
+            _allocate_lock(self.path)
         with self._clear_errors():
             while True:
                 try:
@@ -114,8 +142,6 @@ class Environment:
                     if map_size < _SMALLEST_MAP:
                         raise
             self.dbs: dict[str, Any] = {}
-            if self.lock:
-                self.env.reader_check()  # slots of readers that were killed
             self.open_databases(create=False)
 
     def open_databases(self, create: bool) -> bool:
@@ -181,6 +207,7 @@ class Environment:
 
         while True:
             with self._clear_errors():
+                self.env.reader_check()  # a reader that was killed would keep freed pages from being used
                 txn = self._begin(write=True)
                 try:
                     result = work(txn)
@@ -311,4 +338,9 @@ class Environment:
                     f"this process was forked inside the block of a view of store {self.path}; leave that "
                     "block before using the store."
                 ) from None
+            if "Input/output error" in str(error):  # how LMDB calls a write that was cut short
+                raise OSError(
+                    errno.EIO, f"store {self.path} could not be read or written: a full disk, a limit on the "
+                    "size of files, or a faulty disk; nothing of this write was kept",
+                ) from None  # fmt: skip
             raise OSError(f"store {self.path}: {error}") from None

@@ -105,9 +105,14 @@ def open_meta(
     if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
         raise ValueError(f"max_bytes={max_bytes!r}: give a whole number of bytes, 1 or more.")
     try:
-        import lmdb  # noqa: F401
+        import lmdb
     except ImportError:
-        raise ImportError("a VoCoCacheStore needs the lmdb package: pip install lmdb.") from None
+        raise ImportError("a VoCoCacheStore needs the lmdb package: pip install 'lmdb>=2.0'.") from None
+    if int(lmdb.__version__.split(".")[0]) < 2:
+        raise ImportError(
+            f"a VoCoCacheStore needs lmdb 2.0 or newer, {lmdb.__version__} is installed, with which a forked "
+            "child gives up its parent's snapshots: pip install 'lmdb>=2.0'."
+        )
     _check_folder(path, fingerprint, readonly)
     env = acquire(path, readonly=readonly, map_size=map_size, lock=lock)
     try:

@@ -28,6 +28,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "q_proj v_proj",
         epilog="examples:\n"
         "  voco train gridworld_voco --max_steps 100\n"
+        "  voco train gridworld_voco --voco.num_tokens 4 --num_tokens_range 1 4\n"
         "  voco train my.yaml --accelerate_config zero3 --num_processes 8\n",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a path, or the name of a shipped recipe")
