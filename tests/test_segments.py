@@ -11,10 +11,20 @@ from hypothesis import strategies as st
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import voco_plugin as vp
-from harness import CORE, RULES, inputs, layout_of, plain, rows_for, shared, vocabulary
+from harness import (
+    CORE,
+    RULES,
+    inputs,
+    largest_difference,
+    layout_of,
+    plain,
+    rows_for,
+    shared,
+    vocabulary,
+)
 from tiny import NAMES, voco_id
 from tiny.wide import EAGER_ONLY
-from voco_plugin.attention import backends
+from voco_plugin.attention import backends, flash, flex
 from voco_plugin.attention.segmented import run_plan
 from voco_plugin.attention.segments import SegmentPlan, plan_segments
 from voco_plugin.layout import TokenKind
@@ -187,6 +197,19 @@ def test_the_plan_is_what_the_layers_get(name, monkeypatch):
     assert not seen  # a batch without images runs as the plain backbone
 
 
+@pytest.mark.parametrize(("name", "rule"), CASES)
+@torch.no_grad()
+def test_two_stages_under_segments(name, rule):
+    if name in EAGER_ONLY:
+        pytest.skip("eager only; its attention is compared above")
+    model = shared(name, torch.float32, "sdpa", rule, "segmented")
+    batch = inputs(name, rows_for(rule), "left")
+    stream, cache = model.stream_inputs(batch), model.compress(**batch)
+    reference = shared(name, rule=rule)(**batch).logits
+    cached = model(**stream, voco_cache=cache).logits
+    assert largest_difference(model, batch, reference, stream, cached) <= 1e-4
+
+
 def test_auto_chooses_by_length(monkeypatch):
     stock = plain("llava_llama")
     model = vp.attach(
@@ -238,3 +261,100 @@ def test_gradient_checkpointing(reentrant):
         if name in expected:
             assert (parameter.grad - expected[name]).abs().max() <= 1e-6 * worst, name
     model.zero_grad()
+
+
+# -- the other backends
+
+
+def by_loops(query, key, value, lengths, longest, scale):
+    """What a variable-length causal kernel computes, one sequence after the other."""
+    out = []
+    for start, stop in itertools.pairwise(lengths.tolist()):
+        assert stop - start <= longest
+        q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        made = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        out.append(made[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tables(most_blocks=4, largest=40), st.sampled_from([1, 2]))
+def test_flash_lays_the_segments_end_to_end(table, groups):
+    """The call that a GPU kernel gets, with loops in the kernel's place."""
+    plan = plan_segments(vp.VoCoConfig(), table, causal_mask_function)
+    rows, width = table.kind.shape
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(rows, 2 * groups, width, 8), (rows, 2, width, 8), (rows, 2, width, 8)]
+    query, key, value = (torch.randn(s, generator=draw).to(torch.bfloat16) for s in shapes)
+    layer = Layer(groups)
+    out, _ = flash.by_lengths(by_loops, plan, layer, query, key, value, scaling=0.3)
+    kernel = backends.KERNELS["sdpa"][0]
+    expected, _ = run_plan(plan, kernel, False, layer, query, key, value, scaling=0.3)
+    assert out.shape == expected.shape and (out - expected).abs().max() <= 2e-2
+
+
+def test_flash_refuses_what_it_cannot_do():
+    batch = inputs("llava_llama")
+    with pytest.raises(ValueError, match="attention='flash' needs a GPU, and the model is on cpu"):
+        shared("llava_llama", torch.float32, "sdpa", "isolated", "flash")(**batch)
+    order = torch.arange(6)[None]
+    table = TokenTable(torch.tensor([[1, 2, 2, 2, 3, 1]]), torch.tensor([[-1, 0, 0, 0, 0, -1]]), order)
+    half = [torch.zeros(1, 1, 6, 4, dtype=torch.bfloat16)] * 3
+    window = plan_segments(vp.VoCoConfig(), table, sliding_window_causal_mask_function(2))
+    with pytest.raises(ValueError, match="runs plain causal segments, and 1 of"):
+        flash.by_lengths(by_loops, window, Layer(1), *half)
+    plan = plan_segments(vp.VoCoConfig(), table, causal_mask_function)
+    with pytest.raises(ValueError, match="takes fp16 or bf16, not torch.float32"):
+        flash.by_lengths(by_loops, plan, Layer(1), *[t.float() for t in half])
+    with pytest.raises(ValueError, match="has no softcap"):
+        flash.by_lengths(by_loops, plan, Layer(1), *half, softcap=30.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@settings(max_examples=20, deadline=None)
+@given(tables(most_blocks=4))
+def test_flash_on_a_gpu(table):
+    table = table.to("cuda")
+    plan = plan_segments(vp.VoCoConfig(), table, causal_mask_function)
+    rows, width = table.kind.shape
+    query, key, value = (torch.randn(rows, 2, width, 64, device="cuda").bfloat16() for _ in range(3))
+    out, _ = flash.run_flash(plan, Layer(1), query, key, value, scaling=0.125)
+    expected, _ = flash.by_lengths(by_loops, plan, Layer(1), query, key, value, scaling=0.125)
+    assert (out - expected).abs().max() <= 2e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava_llama", "llava_mistral", "qwen2_5_vl"])
+@pytest.mark.parametrize("rule", list(RULES))
+@torch.no_grad()
+def test_flex_equals_dense(name, rule):
+    """FlexAttention on a CPU (inference): the same block mask that a GPU gets. It compiles first."""
+    model = shared(name, torch.float32, "sdpa", rule, "flex")
+    for side in ("right", "left"):
+        batch = inputs(name, rows_for(rule), side)
+        real = layout_of(model, batch).kind != TokenKind.PAD
+        expected = shared(name, rule=rule)(**batch).logits
+        assert (model(**batch).logits - expected)[real].abs().max() <= 1e-4
+        stream = model.stream_inputs(batch)
+        cached = model(**stream, voco_cache=model.compress(**batch)).logits
+        found = largest_difference(model, batch, expected, stream, cached)
+        assert found <= 1e-4
+
+
+@pytest.mark.slow
+def test_flex_keeps_block_masks_of_a_layout():
+    model = shared("llava_llama", torch.float32, "sdpa", "isolated", "flex")
+    flex._masks.clear()
+    batch = inputs("llava_llama")
+    with torch.no_grad():
+        first = model(**batch).logits
+        kept = dict(flex._masks)
+        again = model(**batch).logits
+        model(**inputs("llava_llama", side="left"))
+    assert len(kept) == 1 and len(flex._masks) == 2
+    assert next(iter(flex._masks)) in kept and torch.equal(first, again)
+    with pytest.raises(ValueError, match="'flex' has no backward on a CPU"):
+        model(**batch)

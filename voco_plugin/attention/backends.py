@@ -4,7 +4,8 @@
     dense          voco_sdpa             voco_eager              one N × N mask (:mod:`.dense`)
     segmented      voco_segmented_sdpa   voco_segmented_eager    calls without a mask (:mod:`.segmented`)
     auto           voco_auto_sdpa        voco_auto_eager         of the two, forward by forward
-    flex           voco_flex             voco_flex               FlexAttention with a block mask
+    flex           voco_flex             voco_flex               FlexAttention, a block mask (:mod:`.flex`)
+    flash          voco_flash            voco_flash              one variable-length call (:mod:`.flash`)
 
 Each is a pair: a mask function, which sees the whole batch once a forward and says what the layers get as
 their mask, and an attention function, which each layer calls with it. Stock names are untouched.
@@ -18,12 +19,13 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, eager_mask, flex_attention_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from .context import active_rule
 from .dense import eager_forward, with_rule
+from .flash import run_flash
+from .flex import flex_forward, flex_mask
 from .segmented import run_plan
 from .segments import SegmentMask, plan_segments
 
@@ -41,8 +43,13 @@ SEGMENTED_FROM = 512
 _chosen: set[str] = set()
 
 
-def _by_segments(kernel: str, always: bool) -> tuple[Callable, Callable]:
-    """The pair that gives the layers a :class:`SegmentMask` where a forward has no past."""
+def _by_segments(kernel: str, always: bool, run: Callable | None = None) -> tuple[Callable, Callable]:
+    """The pair that gives the layers a :class:`SegmentMask` where a forward has no past.
+
+    Args:
+        run: what runs a plan, ``run(plan, module, query, key, value, **kwargs)``; ``None``: the kernel,
+            segment by segment.
+    """
     forward, stock = KERNELS[kernel]
     dense = with_rule(stock)
     additive = kernel == "eager"
@@ -82,6 +89,8 @@ def _by_segments(kernel: str, always: bool) -> tuple[Callable, Callable]:
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
+        if isinstance(attention_mask, SegmentMask) and run is not None:
+            return run(attention_mask.plan, module, query, key, value, **kwargs)
         if isinstance(attention_mask, SegmentMask):
             return run_plan(attention_mask.plan, forward, additive, module, query, key, value, **kwargs)
         return forward(module, query, key, value, attention_mask, **kwargs)
@@ -107,6 +116,7 @@ def _names() -> dict[tuple[str, str], str]:
         names["segmented", kernel] = f"voco_segmented_{kernel}"
         names["auto", kernel] = f"voco_auto_{kernel}"
         names["flex", kernel] = "voco_flex"
+        names["flash", kernel] = "voco_flash"
     return names
 
 
@@ -125,8 +135,10 @@ def register() -> None:
         for attention, (mask, function) in pairs.items():
             AttentionMaskInterface.register(NAMES[attention, kernel], mask)
             AttentionInterface.register(NAMES[attention, kernel], function)
-    AttentionMaskInterface.register("voco_flex", with_rule(flex_attention_mask))
-    AttentionInterface.register("voco_flex", flex_attention_forward)
+    mask, function = _by_segments("sdpa", always=True, run=run_flash)
+    for name, pair in {"voco_flex": (flex_mask, flex_forward), "voco_flash": (mask, function)}.items():
+        AttentionMaskInterface.register(name, pair[0])
+        AttentionInterface.register(name, pair[1])
 
 
 def backend_for(implementation: str | None, attention: str = "auto") -> str:

@@ -35,9 +35,9 @@ def run_plan(
         ``(B, N, H, D_v)`` as attention functions give it; zeros in rows of padding.
     """
     batch, _, tokens, _ = query.shape
-    rows = _gathered(query, plan.rows)
-    keys = _gathered(key, plan.keys)
-    values = _gathered(value, plan.keys)
+    rows = gathered(query, plan.rows)
+    keys = gathered(key, plan.keys)
+    values = gathered(value, plan.keys)
     outputs = []
     row = column = 0
     for number, group in enumerate(plan.groups):
@@ -57,6 +57,6 @@ def run_plan(
     return flat.view(batch, tokens, *width), None
 
 
-def _gathered(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gathered(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``(B, H, N, D)`` → ``(len(index), H, D)``."""
     return tensor.transpose(1, 2).flatten(0, 1).index_select(0, index)
