@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,3 +83,23 @@ def with_header(header: dict, body: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + body
+
+
+def in_a_fork(work: Callable[[], Any], user: int | None = None) -> Any:
+    """What ``work()`` gives in a forked child of this process, run as ``user``; the text of its error, or of
+    the signal that ended it.
+    """
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    child = os.fork()
+    if child == 0:
+        try:
+            if user is not None:
+                os.setgid(user)
+                os.setuid(user)
+            queue.put(work())
+        except BaseException as error:
+            queue.put(repr(error))
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return f"ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else queue.get()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ import torch
 
 import store_worker
 from store_worker import numbered
-from stores import key, made, opened, same
+from stores import in_a_fork, key, made, opened, same
 from voco_plugin.cache import VoCoCacheError, VoCoCacheStore
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,21 +209,6 @@ def test_a_map_that_another_process_has_grown(tmp_path):
 
 # -- forks
 # -----------------------------------------------------------------------------------------------------
-
-
-def in_a_fork(work) -> object:
-    """What ``work()`` gives in a forked child of this process."""
-    queue = multiprocessing.get_context("fork").SimpleQueue()
-    child = os.fork()
-    if child == 0:
-        try:
-            queue.put(work())
-        except BaseException as error:
-            queue.put(repr(error))
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    return queue.get()
 
 
 def test_parent_and_child_go_on_after_a_fork(tmp_path):

@@ -56,7 +56,8 @@ def acquire(path: Path, *, readonly: bool, map_size: int, lock: bool) -> Environ
     global _watching
     with _lock:
         if not _watching:
-            os.register_at_fork(after_in_child=_after_fork)
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=_after_fork)
             _watching = True
         identity = _identity(path)
         found = _open.get(identity) if identity else None
@@ -117,6 +118,7 @@ class Environment:
         self.path, self.readonly, self.lock = path, readonly, lock
         self.identity: tuple[int, int] | None = None
         self.pid, self.refs = os.getpid(), 0
+        self._writing = threading.Lock()  # LMDB lets processes wait for each other, not always threads
         self._changed = threading.Condition()
         self._changing = False
         self._inside: dict[int, int] = {}  # thread → transactions it has open
@@ -206,7 +208,7 @@ class Environment:
         import lmdb
 
         while True:
-            with self._clear_errors():
+            with self._writing, self._clear_errors():
                 self.env.reader_check()  # a reader that was killed would keep freed pages from being used
                 txn = self._begin(write=True)
                 try:
@@ -220,7 +222,7 @@ class Environment:
                     raise
                 finally:
                     self._leave()
-                self.grow()
+            self.grow()
 
     def grow(self) -> None:
         """Twice the memory map, or what another process has grown it to."""
