@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     4: ("cache", "decoding", "generation"),
     5: ("modeling",),
     6: ("collator", "video", "answering", "metrics", "session", "session_file"),
-    7: ("training", "benchmark", "study", "data", "reporting"),
+    7: ("training", "benchmark", "study", "data", "reporting", "bulk"),
     8: ("cli",),
 }
 ANYWHERE = ("_compat",)
@@ -38,6 +38,7 @@ PUBLIC_MODULES = (
     "cli",
     "training",
     "benchmark",
+    "bulk",
 )
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .container import VoCoCacheError
 from .files import VALUES
-from .store_env import Environment, acquire
+from .store_env import DATABASES, Environment, acquire
 from .store_index import Index
 from .store_keys import of_the_store, other_makers
 from .store_pages import check_length
@@ -129,7 +129,8 @@ def _check_folder(path: Path, fingerprint: dict[str, Any] | None, readonly: bool
     if (path / "data.mdb").exists():
         check_length(path)
         return
-    others = [p for p in path.iterdir() if p.name != "lock.mdb"] if path.exists() else []
+    lmdb_files = ("lock.mdb", "data.mdb")  # the second where another process has made it just now
+    others = [p for p in path.iterdir() if p.name not in lmdb_files] if path.exists() else []
     if others:
         raise VoCoCacheError(f"{path} is no VoCo store: it holds {others[0].name!r} and no data.mdb.")
     if readonly or fingerprint is None:
@@ -153,8 +154,11 @@ def _opened(
         with env.read() as txn:
             there = txn.get(_KEY, db=env.dbs["meta"]) is not None
     if not there:
-        # a process may have died between making the folder and describing it; else it is not ours
-        if env.env.stat()["entries"] not in (0, len(env.dbs)) or fingerprint is None or readonly:
+        # a process may have died between making the folder and describing it, or another is at it now; else
+        # it is not ours
+        with env.read() as txn:
+            foreign = {bytes(name) for name, _ in txn.cursor()} - {name.encode() for name in DATABASES}
+        if foreign or fingerprint is None or readonly:
             raise VoCoCacheError(f"{path} is an LMDB folder but no VoCo store.")
         env.open_databases(create=True)
         new = StoreMeta(of_the_store(fingerprint), values or "keep", max_bytes)

@@ -50,8 +50,8 @@ def check_length(path: Path) -> None:
         with open(file, "rb") as stream:
             first = stream.read(_META.size)
             size = os.fstat(stream.fileno()).st_size
-            if size == 0:
-                return  # a process died while it made the store
+            if size == 0 or not first:
+                return  # a process died while it made the store, or is making it
             if len(first) < _META.size or _META.unpack(first)[0] != _MAGIC:
                 raise VoCoCacheError(f"{path} is no VoCo store: data.mdb is no LMDB file.")
             page_size = _META.unpack(first)[2]

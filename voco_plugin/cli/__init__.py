@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except PackageNotFoundError:
             output.emit("unknown (not installed)")
         return 0
+    args.argv = argv  # for a command that runs itself again in several processes
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""``voco compress``: images → cache files."""
+"""``voco compress``: images → cache files; into a store or shards: ``compress_bulk.py``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output
+from .compress_options import add_bulk_options, check_no_bulk_options
 from .inputs import add_bad_sample_option, add_model_options, find_images, load_model, open_image, positive
 
 
@@ -16,16 +17,29 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser = subparsers.add_parser(
         "compress",
         parents=[common],
-        help="compress images into cache files",
+        help="compress images into a store, shards or cache files",
         description="Compress each image alone (stage 1) and keep the keys and values of its VoCo tokens.\n"
-        "OUT ending in .safetensors: one file for all images, in order. Else a folder with one file per "
-        "image.",
-        epilog="examples:\n  voco compress runs/gridworld_voco photos/ --out caches/\n"
+        "--store: a database by content; a run that was stopped goes on where it was, nothing is computed "
+        "twice.\n--shards: Parquet files under any fsspec URL. --out: cache files; a name ending in "
+        ".safetensors holds\nall images in order, else it is a folder with one file per image.",
+        epilog="examples:\n  voco compress runs/gridworld_voco photos/ --store caches/\n"
+        "  voco compress MODEL 'train-{0000..0031}.tar' --store caches/ --workers 4\n"
+        "  voco compress MODEL llava_665k.json --image-folder coco/ --store caches/ --on-bad-sample skip\n"
+        "  voco compress MODEL org/dataset --split train --streaming --shards s3://bucket/caches\n"
+        "  torchrun --nproc_per_node 8 -m voco_plugin compress MODEL data.parquet --store caches/\n"
+        "  voco compress MODEL photos/ --store caches/ --engine ray --workers 8\n"
         "  voco compress runs/gridworld_voco a.png b.png --out both.safetensors\n",
     )
     add_model_options(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--out", required=True, metavar="OUT", help="a .safetensors file, or a folder")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="DATASET",
+        help="image files, folders, tar files, JSON/JSONL, Parquet, saved datasets or hub ids (with --out: "
+        "image files and folders)",
+    )
+    parser.add_argument("--out", metavar="OUT", help="cache files: a .safetensors file, or a folder")
+    add_bulk_options(parser)
     parser.add_argument(
         "--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)"
     )
@@ -37,6 +51,15 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out is None:
+        from .compress_bulk import run as run_bulk
+
+        return run_bulk(args, load_model)
+    check_no_bulk_options(args)
+    return _to_files(args)
+
+
+def _to_files(args: argparse.Namespace) -> int:
     skip = args.on_bad_sample == "skip"
     paths = find_images(args.images, missing=skip)
     out = Path(args.out).expanduser()

@@ -16,10 +16,13 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="answer questions from images or from a cache",
         description="Ask every question of every image alone; --together puts all images into one prompt.\n"
-        "With --cache the images are not needed: a cache file holds one image or many.",
+        "With --cache the images are not needed: a cache file holds one image or many. With --store "
+        "neither:\n--name asks for an image by the name it was compressed under, --image by its content.",
         epilog="examples:\n  voco generate runs/gridworld_voco --image a.png --question 'What is at b2?'\n"
         "  voco generate runs/gridworld_voco --cache both.safetensors --index 1 --questions asked.txt "
-        "--json\n",
+        "--json\n"
+        "  voco generate runs/gridworld_voco --store caches/ --name photos/a.png --question 'What is at "
+        "b2?'\n",
     )
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
@@ -28,6 +31,13 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     source.add_argument(
         "--cache", action="append", metavar="FILE", help="a cache file or a folder; may be repeated"
+    )
+    source.add_argument(
+        "--name", action="append", metavar="NAME", help="an image of --store by its name; may be repeated"
+    )
+    parser.add_argument("--store", metavar="DIR", help="a store that voco compress --store has filled")
+    parser.add_argument(
+        "--num-tokens", type=positive, metavar="K", help="with --store: the K compressed into (the model's)"
     )
     parser.add_argument("--question", action="append", metavar="TEXT", help="what to ask; may be repeated")
     parser.add_argument("--questions", metavar="FILE", help="a file with one question a line")
@@ -47,11 +57,13 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     questions = read_questions(args.question, args.questions)
+    _check_store_options(args)
     paths = find_images(args.image) if args.image else _cache_files(args.cache or [])
     if args.cache:
         names, items = _read_caches(paths)  # checked before the model loads
     else:
-        names, items = [str(p) for p in paths], list(paths)
+        names = args.name or [str(p) for p in paths]
+        items = list(names)
     if args.index is not None:
         for index in args.index:
             if not -len(items) <= index < len(items):
@@ -64,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     from ..answering import answer
     from ..cache import VoCoCache
 
-    if args.cache:
+    if args.store:
+        items = _from_store(args, model, names)
+    if args.cache or args.store:
         items = [cache.to(model.device) for cache in items]
         if args.together:
             items = [VoCoCache.cat(items)]
@@ -78,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         asked = [("", None, q) for q in questions]
     given: dict[str, Any] = {}
     if items:
-        given = {"caches" if args.cache else "images": [item for _, item, _ in asked]}
+        given = {"caches" if args.cache or args.store else "images": [item for _, item, _ in asked]}
     with output.progress(total=len(asked), unit="answer", quiet=args.json) as bar:
         answers = answer(
             model, processor, [q for _, _, q in asked], max_new_tokens=args.max_new_tokens,
@@ -99,6 +113,35 @@ def run(args: argparse.Namespace) -> int:
             before = name
         output.emit(f"  {question}\n    {text}")
     return 0
+
+
+def _check_store_options(args: argparse.Namespace) -> None:
+    """Raises where ``--store``, ``--name`` and ``--num-tokens`` do not go together."""
+    if args.store and not (args.name or args.image):
+        raise ValueError("--store answers about --name NAME or --image FILE: give one of them.")
+    for option in ("name", "num_tokens"):
+        if getattr(args, option) and not args.store:
+            raise ValueError(f"--{option.replace('_', '-')} is of a store: give --store DIR.")
+
+
+def _from_store(args: argparse.Namespace, model: Any, names: list[str]) -> list[Any]:
+    """The cache of each image, by its name or by the content of its file."""
+    from ..cache.store import VoCoCacheStore
+    from ..cache.store_names import caches_by_name
+
+    with VoCoCacheStore.for_model(args.store, model, readonly=True) as store:
+        if args.name:
+            return caches_by_name(store, names, args.num_tokens)
+        found = []
+        for name in names:
+            key = store.key_of(open_image(name), args.num_tokens)
+            if key not in store:
+                raise ValueError(
+                    f"the content of {name} is not in store {args.store} for this K: "
+                    f"voco compress {args.model} {name} --store {args.store}"
+                )
+            found.append(store.get(key))
+        return found
 
 
 def _cache_files(sources: list[str]) -> list[Path]:

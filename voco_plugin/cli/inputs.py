@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.image_items import IMAGE_SUFFIXES
 from ..registry import load_plugin
 from .train import check_model_path
-
-IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

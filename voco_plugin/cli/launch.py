@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.resources
 import importlib.util
 import os
@@ -25,6 +26,24 @@ def integration_folder() -> Path:
     package = Path(__file__).resolve().parents[1]
     inside = package / "integrations"
     return inside if inside.is_dir() else package.parent / "integrations"
+
+
+def load_integration(name: str) -> Any:
+    """The package ``integrations/NAME``: as it is installed, or from the top of the checkout."""
+    top, full = "voco_plugin.integrations", f"voco_plugin.integrations.{name}"
+    try:
+        return importlib.import_module(full)
+    except ModuleNotFoundError as problem:
+        if problem.name not in (top, full):
+            raise
+    folder = str(integration_folder())
+    spec = importlib.util.spec_from_file_location(
+        top, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules[top] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[top])
+    return importlib.import_module(full)
 
 
 def profiles() -> dict[str, Path]:

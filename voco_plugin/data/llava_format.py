@@ -61,7 +61,7 @@ def llava_to_dataset(
     for index, record in enumerate(records):
         where = where_is(record, index, path)
         messages = to_messages(record, where)
-        names = _image_names(record, where)
+        names = image_names(record, where)
         check_count(messages, len(names), where)
         columns["messages"].append(messages)
         columns["images"].append([_find_image(name, folders, where, missing_images) for name in names])
@@ -90,7 +90,7 @@ def to_messages(record: Any, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _image_names(record: dict[str, Any], where: str) -> list[str]:
+def image_names(record: dict[str, Any], where: str) -> list[str]:
     value = record.get("image", record.get("images"))
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):

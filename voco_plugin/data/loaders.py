@@ -58,17 +58,17 @@ def load_vision_dataset(
     """
     path = Path(path_or_name).expanduser()
     if path.is_file() and path.suffix.lower() in (".json", ".jsonl"):
-        records = _read_records(path)
+        records = read_records(path)
         if not _is_trl(records):
             if split is not None:
                 warnings.warn(f"split={split!r} is ignored: {path} is one file without splits", stacklevel=2)
             return llava_to_dataset(records, path, image_folder, missing_images=missing_images)
     if image_folder is not None:
         warnings.warn("image_folder is ignored: it applies to LLaVA files only", stacklevel=2)
-    return _normalise(_load(path, str(path_or_name), split), str(path_or_name))
+    return _normalise(load_plain(path, str(path_or_name), split), str(path_or_name))
 
 
-def _read_records(path: Path) -> list[Any]:
+def read_records(path: Path) -> list[Any]:
     """The records of a JSON list or of JSON lines."""
     text = path.read_text(encoding="utf-8")
     if path.suffix.lower() == ".json":
@@ -101,7 +101,8 @@ def _is_trl(records: list[Any]) -> bool:
     )
 
 
-def _load(path: Path, name: str, split: str | None) -> Dataset:
+def load_plain(path: Path, name: str, split: str | None) -> Dataset:
+    """A saved folder, a folder or file of tables, or a hub set, as it is: no column is touched."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):

@@ -12,8 +12,9 @@ from typing import Any
 COLUMNS = ("image", "images")
 
 
-def undecoded(dataset: Any) -> Any:
-    """``dataset`` with its image columns as records of ``bytes`` and ``path``; other things as they are.
+def undecoded(dataset: Any, columns: tuple[str, ...] = COLUMNS) -> Any:
+    """``dataset`` with the image columns among ``columns`` as records of ``bytes`` and ``path``; other things
+    as they are.
 
     A column whose feature asks for a mode (``Image(mode="L")``) is left to ``datasets``. No data is copied.
     """
@@ -22,7 +23,7 @@ def undecoded(dataset: Any) -> Any:
 
     if not isinstance(dataset, (Dataset, IterableDataset)) or dataset.features is None:
         return dataset
-    found = {c: _plain(dataset.features[c]) for c in COLUMNS if c in dataset.features}
+    found = {c: _plain(dataset.features[c]) for c in columns if c in dataset.features}
     found = {column: feature for column, feature in found.items() if feature is not None}
     if not found:
         return dataset
