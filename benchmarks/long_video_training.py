@@ -3,8 +3,8 @@
     python benchmarks/long_video_training.py --frames 8,16,32,64 --out docs/results/long_video_training.json
 
 Frames of 256 vision tokens and 2 VoCo tokens, 64 text tokens after them, a tiny VLM (4 layers, width 128)
-with gradient checkpointing; each point in a process of its own, so that its peak is its own. A dense step stores
-an N × N mask and its gradients' work; a point that needs more than `--memory` is stopped and named.
+with gradient checkpointing; each point in a process of its own, so that its peak is its own. A dense step
+stores an N × N mask and its gradients' work; a point that needs more than `--memory` is stopped and named.
 """
 
 from __future__ import annotations
