@@ -48,7 +48,7 @@ def tables(draw, most_blocks=6, largest=300):
         for number in range(count):
             text = draw(st.integers(0, 5))
             vision = size if same else draw(st.integers(1, largest))
-            voco = draw(st.integers(0 if vision == 0 else 1, 16))
+            voco = draw(st.integers(0, 16))
             kind += [TokenKind.TEXT] * text + [TokenKind.VISION] * vision + [TokenKind.VOCO] * voco
             block += [-1] * text + [number] * (vision + voco)
         text = draw(st.integers(0 if kind else 1, 20))
