@@ -194,7 +194,8 @@ def _find(
                     found += [(v[None] + base, np.append(before, v) + base, False) for v in vision]
                 else:
                     found += [(v[None] + base, v[None] + base, True) for v in vision]
-                found.append((voco + base, keys + base, False))
+                if len(voco):
+                    found.append((voco + base, keys + base, False))
             else:
                 found.append((tokens + base, keys + base, not len(before)))
     return found
