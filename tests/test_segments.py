@@ -108,9 +108,25 @@ def both(config, table, function, groups=1, heads=2, dim=4):
     return (*found, plan)
 
 
-@settings(max_examples=60, deadline=None)
-@given(tables(), st.sampled_from(RULE_OPTIONS), st.sampled_from([1, 3]), st.sampled_from([None, 7, 64]))
+ANY_LAYOUT = given(
+    tables(), st.sampled_from(RULE_OPTIONS), st.sampled_from([1, 3]), st.sampled_from([None, 7, 64])
+)
+
+
+@settings(max_examples=20, deadline=None)
+@ANY_LAYOUT
 def test_equals_dense_on_any_layout(table, options, groups, window):
+    equals_dense(table, options, groups, window)
+
+
+@pytest.mark.slow
+@settings(max_examples=250, deadline=None)
+@ANY_LAYOUT
+def test_equals_dense_on_many_layouts(table, options, groups, window):
+    equals_dense(table, options, groups, window)
+
+
+def equals_dense(table, options, groups, window):
     config = vp.VoCoConfig(**options)
     function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     (a, grads_a), (b, grads_b), plan = both(config, table, function, groups)
