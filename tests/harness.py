@@ -68,14 +68,16 @@ def plain(name: str, dtype=torch.float32, attn: str = "sdpa", seed: int = 0):
 def attached(name: str, dtype=torch.float32, attn: str = "sdpa", **options):
     """A tiny model with VoCo on."""
     model = plain(name, dtype, attn)
-    config = vp.VoCoConfig(num_tokens=1, token_id=voco_id(name), **options)
+    config = vp.VoCoConfig(num_tokens=1, token_id=voco_id(name), **{"attention": "dense", **options})
     return vp.attach(model, config, vocabulary=vocabulary(name, model, config))
 
 
 @cache
-def shared(name: str, dtype=torch.float32, attn: str = "sdpa", rule: str = "isolated"):
+def shared(
+    name: str, dtype=torch.float32, attn: str = "sdpa", rule: str = "isolated", attention: str = "dense"
+):
     """An attached model that tests read and do not change."""
-    return attached(name, dtype, attn, **RULES[rule])
+    return attached(name, dtype, attn, attention=attention, **RULES[rule])
 
 
 def inputs(name: str, rows=None, side: str = "right", dtype=torch.float32, **more):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers.masking_utils import causal_mask_function
 
 import test_attach
 import test_cache
@@ -19,10 +20,11 @@ import test_generation
 import test_layout
 import test_placing
 import test_rope
+import test_segments
 import test_session
 from harness import inputs, shared
 from voco_plugin import isolation, layout, session
-from voco_plugin.attention import dense
+from voco_plugin.attention import backends, dense, segments
 from voco_plugin.cache import files, relocation, stage_one, stage_two
 from voco_plugin.cache_state import CacheState
 from voco_plugin.families.base import Family
@@ -256,6 +258,36 @@ def draft_not_taken_back(patch):
     patch.setattr(CacheState, "synced", broken)
 
 
+def streams_write_last(patch):
+    """A VoCo token gets what its row in the stream computes, which sees no vision token."""
+    real = segments._writers
+    patch.setattr(segments, "_writers", lambda *args: real(*args)[::-1])
+
+
+def windows_taken_for_causal(patch):
+    """The backbone's own mask is not asked within a segment."""
+    real = segments.plan_segments
+
+    def broken(config, table, mask_function, *rest):
+        return real(config, table, causal_mask_function, *rest)
+
+    patch.setattr(backends, "plan_segments", broken)
+
+
+def blocks_of_all_rows_in_one(patch):
+    """Blocks are found by their number alone, whichever stands beside them."""
+    real = segments._find
+
+    def broken(config, kind, block):
+        return real(config, kind, np.where(block >= 0, 0, block))
+
+    patch.setattr(segments, "_find", broken)
+
+
+def families_under_segments(name, rule="isolated"):
+    return run(test_segments.test_families_equal_dense, name, rule, "sdpa")
+
+
 def session_test(patch):
     with pytest.MonkeyPatch.context() as inner:
         test_session.test_a_session_is_its_own_prompt(inner)
@@ -280,6 +312,13 @@ if sys.version_info >= (3, 11):
     NOTICED += (builtins.BaseExceptionGroup,)  # hypothesis, where it finds two ways to fail
 
 CASES = {
+    "streams write last: segments": (streams_write_last, families_under_segments("llava_llama")),
+    "windows taken for causal: segments": (
+        windows_taken_for_causal,
+        families_under_segments("llava_mistral"),
+    ),
+    "images read one way: segments": (windows_taken_for_causal, families_under_segments("gemma3")),
+    "blocks in one: segments": (blocks_of_all_rows_in_one, families_under_segments("llava_llama")),
     "prefix counted from zero": (
         prefix_counted_from_zero,
         run(test_placing.test_a_prefix_read_once_equals_one_pass, "llava_llama"),

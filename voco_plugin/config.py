@@ -18,7 +18,7 @@ RULES = ("isolated", "causal", "star")
 BLOCK_CONTEXTS = ("self", "prefix")
 POSITIONS = ("compact", "sequential")
 BLOCK_SINKS = ("none", "bos")
-ATTENTIONS = ("auto", "dense")
+ATTENTIONS = ("auto", "dense", "segmented", "flex", "flash")
 TOKEN_INITS = ("learned",)
 
 
@@ -42,7 +42,9 @@ class VoCoConfig:
         positions: ``compact`` numbers the stream as if the vision tokens were not there; ``sequential``
             counts as the backbone does. ``None`` takes ``compact`` where the rule allows it (an isolating
             rule with ``block_context="self"``), else ``sequential``.
-        attention: ``auto`` or ``dense`` (both: a dense mask on the backbone's own eager or sdpa kernel).
+        attention: how the rule is computed, on the backbone's own eager or sdpa kernel: ``dense`` (one N × N
+            mask), ``segmented`` (what the rule hides is never computed), ``flex`` (FlexAttention), ``flash``
+            (FlashAttention, on a GPU), ``auto`` (of the first two, forward by forward). All give the same.
         block_sink: ``bos`` starts each block with its own copy of the BOS token, which counts as a vision
             token.
         hide_prefix: the official code's mask: text after a block does not see what came before the first

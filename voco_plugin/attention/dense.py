@@ -1,8 +1,7 @@
 """The dense backend: the backbone's own mask and the isolation rule, on the backbone's own eager or sdpa
 kernel.
 
-Registered with transformers under names of its own (``voco_sdpa``, ``voco_eager``) when a model is first
-attached. The mask functions take the mask function that transformers composed for the layer (causal, padding,
+The mask functions take the mask function that transformers composed for the layer (causal, padding,
 sliding window, bidirectional image blocks, packing) and intersect it with the rule: nothing of the backbone's
 mask is replaced.
 """
@@ -14,18 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import and_masks, causal_mask_function, eager_mask, or_masks, sdpa_mask
+from transformers.masking_utils import and_masks, causal_mask_function, or_masks
 
 from ..masks import isolation_predicate
 from .context import active_rule
 
-BACKENDS = {"sdpa": "voco_sdpa", "eager": "voco_eager"}
-"""The backbone's implementation → the name under which this package wraps it."""
 
-
-def _eager_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+def eager_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The eager attention of the module's own modeling file (softcaps and sinks differ from family to
     family).
     """
@@ -54,7 +48,9 @@ def _both_ways(prefix: torch.Tensor) -> Callable:
     return both
 
 
-def _with_rule(stock: Callable) -> Callable:
+def with_rule(stock: Callable) -> Callable:
+    """transformers' mask function ``stock``, intersected with the rule in force."""
+
     def mask(
         batch_size: int,
         q_length: int,
@@ -89,28 +85,3 @@ def _with_rule(stock: Callable) -> Callable:
         )
 
     return mask
-
-
-def register() -> None:
-    """Make ``voco_sdpa`` and ``voco_eager`` known to transformers (idempotent; stock names are untouched)."""
-    AttentionInterface.register("voco_sdpa", sdpa_attention_forward)
-    AttentionInterface.register("voco_eager", _eager_forward)
-    AttentionMaskInterface.register("voco_sdpa", _with_rule(sdpa_mask))
-    AttentionMaskInterface.register("voco_eager", _with_rule(eager_mask))
-
-
-def backend_for(implementation: str | None) -> str:
-    """The wrapped name for a backbone's attention implementation.
-
-    Raises:
-        ValueError: the implementation cannot take the rule's mask (FlashAttention would silently drop it).
-    """
-    if implementation in BACKENDS.values():
-        return str(implementation)
-    name = BACKENDS.get(implementation or "sdpa")
-    if name is None:
-        raise ValueError(
-            f"attn_implementation={implementation!r} cannot honour the isolation rule (it drops dense "
-            "masks); load the language model with attn_implementation='sdpa' or 'eager'."
-        )
-    return name

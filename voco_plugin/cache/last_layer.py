@@ -183,6 +183,8 @@ def _cut(name: str, value: Any, plan: LastRows) -> Any:
         if isinstance(value, dict):
             return {key: _cut(name, part, plan) for key, part in value.items()}
         return value if value is None else _rows(value, value.dim() - 2, name, plan)
+    if name == "attention_mask" and value is not None and type(value) is not torch.Tensor:
+        return None  # a backend's own mask; what it would mask is thrown away
     if not isinstance(value, torch.Tensor):
         if isinstance(value, (tuple, list, dict)) and len(value) and name not in _UNSHARED:
             raise NotCut(f"{name} is a {type(value).__name__}")

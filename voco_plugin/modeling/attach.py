@@ -99,7 +99,7 @@ def attach(
         raise ValueError(f"VoCo cannot be attached: {reason}.")
     text = family.text_model(inner)
     implementation = text.config._attn_implementation
-    name = backend_for(implementation)
+    name = backend_for(implementation, config.attention)
 
     restore: dict[str, Any] = {"class": type(inner), "implementation": implementation}
     known = 0

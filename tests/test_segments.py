@@ -1,0 +1,376 @@
+"""The segmented backend equals the dense reference: outputs and gradients, drawn layouts and families."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+import voco_plugin as vp
+from harness import (
+    CORE,
+    RULES,
+    inputs,
+    largest_difference,
+    layout_of,
+    plain,
+    rows_for,
+    shared,
+    vocabulary,
+)
+from tiny import NAMES, voco_id
+from tiny.wide import EAGER_ONLY
+from voco_plugin.attention import backends, flash, flex
+from voco_plugin.attention.segmented import run_plan
+from voco_plugin.attention.segments import SegmentPlan, plan_segments
+from voco_plugin.layout import TokenKind
+from voco_plugin.masks import TokenTable, isolation_predicate
+
+RULE_OPTIONS = [
+    {"rule": rule, "block_context": context, "hide_prefix": hide, "positions": "sequential"}
+    for rule, context, hide in itertools.product(("isolated", "star"), ("self", "prefix"), (False, True))
+]
+
+
+@st.composite
+def tables(draw, most_blocks=6, largest=300):
+    """A batch of rows of text and blocks, padded on either side."""
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        kind, block = [], []
+        count = draw(st.integers(0, most_blocks))
+        same = draw(st.booleans())  # frames of one size, or images of many
+        size = draw(st.integers(1, largest))
+        for number in range(count):
+            text = draw(st.integers(0, 5))
+            vision = size if same else draw(st.integers(1, largest))
+            voco = draw(st.integers(0, 16))
+            kind += [TokenKind.TEXT] * text + [TokenKind.VISION] * vision + [TokenKind.VOCO] * voco
+            block += [-1] * text + [number] * (vision + voco)
+        text = draw(st.integers(0 if kind else 1, 20))
+        rows.append((kind + [TokenKind.TEXT] * text, block + [-1] * text))
+    width = max(len(kind) for kind, _ in rows)
+    left = draw(st.booleans())
+    kinds, blocks = [], []
+    for kind, block in rows:
+        pad = width - len(kind)
+        fill, none = [TokenKind.PAD] * pad, [-1] * pad
+        kinds.append(fill + kind if left else kind + fill)
+        blocks.append(none + block if left else block + none)
+    order = torch.arange(width).expand(len(rows), width)
+    return TokenTable(torch.tensor(kinds), torch.tensor(blocks), order)
+
+
+class Layer(torch.nn.Module):
+    """What transformers' attention functions read of a layer."""
+
+    is_causal = True
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+
+
+def dense(config, table, function, query, key, value, kernel, layer):
+    rows, width = table.kind.shape
+    b, h = torch.arange(rows)[:, None, None, None], torch.zeros(1, 1, 1, 1, dtype=torch.long)
+    q, k = torch.arange(width)[None, None, :, None], torch.arange(width)[None, None, None, :]
+    seen = function(b, h, q, k) & isolation_predicate(config, table)(b, h, q, k)
+    seen = seen & (table.kind != TokenKind.PAD)[:, None, None, :]
+    seen = seen | (q == k)  # a row of padding sees itself, so that it is a number; it is not compared
+    return kernel(layer, query, key, value, seen, scaling=0.3)[0]
+
+
+def both(config, table, function, groups=1, heads=2, dim=4):
+    """Outputs and gradients of the two backends: ``((out, grads), (out, grads), plan)``."""
+    rows, width = table.kind.shape
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(rows, heads * groups, width, dim), (rows, heads, width, dim), (rows, heads, width, dim + 1)]
+    tensors = [torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes]
+    real = table.kind != TokenKind.PAD
+    weight = torch.randn(rows, width, heads * groups, dim + 1, generator=draw, dtype=torch.float64)
+    weight = weight * real[:, :, None, None]
+    plan = plan_segments(config, table, function, torch.float64)
+    kernel, layer = backends.KERNELS["sdpa"][0], Layer(groups)
+    found = []
+    for call in (
+        lambda *qkv: dense(config, table, function, *qkv, kernel, layer),
+        lambda *qkv: run_plan(plan, kernel, False, layer, *qkv, scaling=0.3)[0],
+    ):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = call(*leaves)
+        (out * weight).sum().backward()
+        found.append((out.detach() * real[:, :, None, None], [t.grad for t in leaves]))
+    return (*found, plan)
+
+
+ANY_LAYOUT = given(
+    tables(), st.sampled_from(RULE_OPTIONS), st.sampled_from([1, 3]), st.sampled_from([None, 7, 64])
+)
+
+
+@settings(max_examples=20, deadline=None)
+@ANY_LAYOUT
+def test_equals_dense_on_any_layout(table, options, groups, window):
+    equals_dense(table, options, groups, window)
+
+
+@pytest.mark.slow
+@settings(max_examples=250, deadline=None)
+@ANY_LAYOUT
+def test_equals_dense_on_many_layouts(table, options, groups, window):
+    equals_dense(table, options, groups, window)
+
+
+def equals_dense(table, options, groups, window):
+    config = vp.VoCoConfig(**options)
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    (a, grads_a), (b, grads_b), plan = both(config, table, function, groups)
+    assert (a - b).abs().max() <= 1e-9
+    for x, y in zip(grads_a, grads_b, strict=True):
+        assert (x - y).abs().max() <= 1e-9
+    assert (b[table.kind == TokenKind.PAD] == 0).all()
+    if window is None and options["rule"] == "isolated" and options["block_context"] == "self":
+        assert options["hide_prefix"] or plan.mask_bytes == 0  # nothing is stored but indices
+
+
+def test_memory_and_work_grow_with_the_tokens():
+    """Of frames of 256 tokens the pairs computed grow with their number, not its square."""
+    found = {}
+    for frames in (4, 8, 16, 64):
+        kind = ([TokenKind.VISION] * 256 + [TokenKind.VOCO] * 2) * frames + [TokenKind.TEXT] * 32
+        block = [i for i in range(frames) for _ in range(258)] + [-1] * 32
+        order = torch.arange(len(kind))[None]
+        table = TokenTable(torch.tensor([kind]), torch.tensor([block]), order)
+        found[frames] = plan_segments(vp.VoCoConfig(), table, causal_mask_function)
+    assert all(plan.mask_bytes == 0 for plan in found.values())
+    assert found[64].pairs / found[8].pairs < 8.5
+    assert found[64].pairs < (64 * 258 + 32) ** 2 / 50
+    assert [len(plan.groups) for plan in found.values()] == [2] * 4  # frames of one size are one call
+
+
+CASES = [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "attn"),
+    [(n, r, a) for n, r in CASES for a in ("sdpa", "eager") if a == "eager" or n not in EAGER_ONLY],
+)
+def test_families_equal_dense(name, rule, attn):
+    """Logits and gradients of whole models, both padding sides, and the plan is really what ran."""
+    reference = shared(name, torch.float32, attn, rule)
+    model = shared(name, torch.float32, attn, rule, "segmented")
+    for side in ("right", "left"):
+        batch = inputs(name, rows_for(rule), side)
+        real = layout_of(model, batch).kind != TokenKind.PAD
+        gradients, logits = [], []
+        for each in (reference, model):
+            each.zero_grad()
+            out = each(**batch).logits[real]
+            out.float().pow(2).mean().backward()
+            logits.append(out.detach())
+            gradients.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+            each.zero_grad()
+        size = logits[0].abs().max()
+        assert (logits[0] - logits[1]).abs().max() <= 1e-5 * size
+        assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+        worst = max(float(g.abs().max()) for g in gradients[0].values())
+        for key, grad in gradients[0].items():
+            assert (grad - gradients[1][key]).abs().max() <= 1e-5 * worst, key
+
+
+def spied(monkeypatch) -> list:
+    """The plans that run, layer by layer."""
+    seen = []
+    real = backends.run_plan
+
+    def run(plan, *args, **kwargs):
+        seen.append(plan)
+        return real(plan, *args, **kwargs)
+
+    monkeypatch.setattr(backends, "run_plan", run)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "llava_mistral", "gemma3", "qwen2_5_vl"])
+def test_the_plan_is_what_the_layers_get(name, monkeypatch):
+    model = shared(name, torch.float32, "sdpa", "isolated", "segmented")
+    seen = []
+    real = backends.run_plan
+    monkeypatch.setattr(
+        backends, "run_plan", lambda plan, *a, **k: (seen.append(plan), real(plan, *a, **k))[1]
+    )
+    model(**inputs(name))
+    assert len(seen) == model.get_decoder().config.num_hidden_layers
+    assert all(isinstance(plan, SegmentPlan) for plan in seen)
+    seen.clear()
+    text = inputs(name, [["bos", "t4"]])
+    model(**text)
+    assert not seen  # a batch without images runs as the plain backbone
+
+
+@pytest.mark.parametrize(("name", "rule"), CASES)
+@torch.no_grad()
+def test_two_stages_under_segments(name, rule):
+    if name in EAGER_ONLY:
+        pytest.skip("eager only; its attention is compared above")
+    model = shared(name, torch.float32, "sdpa", rule, "segmented")
+    batch = inputs(name, rows_for(rule), "left")
+    stream, cache = model.stream_inputs(batch), model.compress(**batch)
+    reference = shared(name, rule=rule)(**batch).logits
+    cached = model(**stream, voco_cache=cache).logits
+    assert largest_difference(model, batch, reference, stream, cached) <= 1e-4
+
+
+def test_auto_chooses_by_length(monkeypatch):
+    stock = plain("llava_llama")
+    model = vp.attach(
+        stock,
+        vp.VoCoConfig(token_id=voco_id("llava_llama")),
+        vocabulary=vocabulary("llava_llama", stock, vp.VoCoConfig(token_id=voco_id("llava_llama"))),
+    )
+    seen = []
+    real = backends.run_plan
+    monkeypatch.setattr(
+        backends, "run_plan", lambda plan, *a, **k: (seen.append(plan), real(plan, *a, **k))[1]
+    )
+    model(**inputs("llava_llama"))
+    assert not seen
+    monkeypatch.setattr(backends, "SEGMENTED_FROM", 8)
+    model(**inputs("llava_llama"))
+    assert seen
+
+
+def test_generation_under_segments():
+    for name in ("llava_llama", "llava_mistral", "gemma3", "qwen2_5_vl"):
+        batch = inputs(name, side="left")
+        new = {"max_new_tokens": 4, "do_sample": False}
+        expected = shared(name).generate(**batch, **new, two_stage=False)
+        model = shared(name, torch.float32, "sdpa", "isolated", "segmented")
+        assert torch.equal(model.generate(**batch, **new, two_stage=False), expected)
+        assert torch.equal(model.generate(**batch, **new), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model = shared("llava_llama", torch.float32, "sdpa", "isolated", "segmented")
+    batch = inputs("llava_llama")
+    model.zero_grad()
+    model(**batch).logits.float().pow(2).mean().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    try:
+        model.enable_input_require_grads()
+        model.zero_grad()
+        model(**batch).logits.float().pow(2).mean().backward()
+    finally:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+        model.eval()
+    worst = max(float(g.abs().max()) for g in expected.values())
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert (parameter.grad - expected[name]).abs().max() <= 1e-6 * worst, name
+    model.zero_grad()
+
+
+# -- the other backends
+
+
+def by_loops(query, key, value, lengths, longest, scale):
+    """What a variable-length causal kernel computes, one sequence after the other."""
+    out = []
+    for start, stop in itertools.pairwise(lengths.tolist()):
+        assert stop - start <= longest
+        q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        made = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        out.append(made[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tables(most_blocks=4, largest=40), st.sampled_from([1, 2]))
+def test_flash_lays_the_segments_end_to_end(table, groups):
+    """The call that a GPU kernel gets, with loops in the kernel's place."""
+    plan = plan_segments(vp.VoCoConfig(), table, causal_mask_function)
+    rows, width = table.kind.shape
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(rows, 2 * groups, width, 8), (rows, 2, width, 8), (rows, 2, width, 8)]
+    query, key, value = (torch.randn(s, generator=draw).to(torch.bfloat16) for s in shapes)
+    layer = Layer(groups)
+    out, _ = flash.by_lengths(by_loops, plan, layer, query, key, value, scaling=0.3)
+    kernel = backends.KERNELS["sdpa"][0]
+    expected, _ = run_plan(plan, kernel, False, layer, query, key, value, scaling=0.3)
+    assert out.shape == expected.shape and (out - expected).abs().max() <= 2e-2
+
+
+def test_flash_refuses_what_it_cannot_do():
+    batch = inputs("llava_llama")
+    with pytest.raises(ValueError, match="attention='flash' needs a GPU, and the model is on cpu"):
+        shared("llava_llama", torch.float32, "sdpa", "isolated", "flash")(**batch)
+    order = torch.arange(6)[None]
+    table = TokenTable(torch.tensor([[1, 2, 2, 2, 3, 1]]), torch.tensor([[-1, 0, 0, 0, 0, -1]]), order)
+    half = [torch.zeros(1, 1, 6, 4, dtype=torch.bfloat16)] * 3
+    window = plan_segments(vp.VoCoConfig(), table, sliding_window_causal_mask_function(2))
+    with pytest.raises(ValueError, match="runs plain causal segments, and 1 of"):
+        flash.by_lengths(by_loops, window, Layer(1), *half)
+    plan = plan_segments(vp.VoCoConfig(), table, causal_mask_function)
+    with pytest.raises(ValueError, match="takes fp16 or bf16, not torch.float32"):
+        flash.by_lengths(by_loops, plan, Layer(1), *[t.float() for t in half])
+    with pytest.raises(ValueError, match="has no softcap"):
+        flash.by_lengths(by_loops, plan, Layer(1), *half, softcap=30.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@settings(max_examples=20, deadline=None)
+@given(tables(most_blocks=4))
+def test_flash_on_a_gpu(table):
+    table = table.to("cuda")
+    plan = plan_segments(vp.VoCoConfig(), table, causal_mask_function)
+    rows, width = table.kind.shape
+    query, key, value = (torch.randn(rows, 2, width, 64, device="cuda").bfloat16() for _ in range(3))
+    out, _ = flash.run_flash(plan, Layer(1), query, key, value, scaling=0.125)
+    expected, _ = flash.by_lengths(by_loops, plan, Layer(1), query, key, value, scaling=0.125)
+    assert (out - expected).abs().max() <= 2e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava_llama", "llava_mistral", "qwen2_5_vl"])
+@pytest.mark.parametrize("rule", list(RULES))
+@torch.no_grad()
+def test_flex_equals_dense(name, rule):
+    """FlexAttention on a CPU (inference): the same block mask that a GPU gets. It compiles first."""
+    model = shared(name, torch.float32, "sdpa", rule, "flex")
+    for side in ("right", "left"):
+        batch = inputs(name, rows_for(rule), side)
+        real = layout_of(model, batch).kind != TokenKind.PAD
+        expected = shared(name, rule=rule)(**batch).logits
+        assert (model(**batch).logits - expected)[real].abs().max() <= 1e-4
+        stream = model.stream_inputs(batch)
+        cached = model(**stream, voco_cache=model.compress(**batch)).logits
+        found = largest_difference(model, batch, expected, stream, cached)
+        assert found <= 1e-4
+
+
+@pytest.mark.slow
+def test_flex_keeps_block_masks_of_a_layout():
+    model = shared("llava_llama", torch.float32, "sdpa", "isolated", "flex")
+    flex._masks.clear()
+    batch = inputs("llava_llama")
+    with torch.no_grad():
+        first = model(**batch).logits
+        kept = dict(flex._masks)
+        again = model(**batch).logits
+        model(**inputs("llava_llama", side="left"))
+    assert len(kept) == 1 and len(flex._masks) == 2
+    assert next(iter(flex._masks)) in kept and torch.equal(first, again)
+    with pytest.raises(ValueError, match="'flex' has no backward on a CPU"):
+        model(**batch)
