@@ -88,13 +88,18 @@ def pack_dataset(
     if longest[1] > capacity:
         many = sum(length > capacity for _, length in known)
         raise ValueError(
-            f"row {longest[0]} of the data set has {longest[1]} tokens, more than max_length={capacity} "
-            f"({many} of {len(rows)} rows are too long), and packing never cuts a conversation; set "
-            f"max_length to {longest[1]}, or take such rows out."
+            f"{_name(rows, longest[0])} of the data set has {longest[1]} tokens, more than "
+            f"max_length={capacity} ({many} of {len(rows)} rows are too long), and packing never cuts a "
+            f"conversation; set max_length to {longest[1]}, or take such rows out."
         )
     lengths = [length for _, length in known]
     groups = [[known[i][0] for i in group] for group in first_fit_decreasing(lengths, capacity, seed)]
     return PackedDataset(rows, groups, sum(lengths) / (capacity * len(groups)))
+
+
+def _name(rows: Any, index: int) -> str:
+    known = rows[index].get("id")
+    return f"row {index}" + ("" if known is None else f" (id {known!r})")
 
 
 def token_counter(collator: VoCoDataCollator) -> Callable[[dict[str, Any], int], int]:
