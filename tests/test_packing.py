@@ -170,7 +170,9 @@ def test_positions_start_anew_in_each_document(name, rule):
     model = shared(name, torch.float32, "sdpa", rule)
     hooks, backbone = vp.attachment(model), model.base_model
     _, packed = packed_inputs(model, name, LONG)
-    found = prepare_packed(hooks, backbone, packed)[0]["position_ids"]
+    kwargs, rule, _ = prepare_packed(hooks, backbone, packed)
+    assert DOCUMENT_IDS not in kwargs and DOCUMENT_IDS in packed
+    found, table = kwargs["position_ids"], rule.table
     axes = found.movedim(0, -1) if found.dim() == 3 else found
     for i, positions in enumerate(documents_of(packed, axes)):
         batch = inputs(name, [LONG[i]], first_row=i)
@@ -181,6 +183,15 @@ def test_positions_start_anew_in_each_document(name, rule):
         else:
             expected = prepared[0]["position_ids"].movedim(-2, 0)[0].movedim(0, -1)
         assert torch.equal(positions, expected), i
+    inside = table.block >= 0
+    assert inside.any()
+    for row in range(3):  # a block's number is its own in the whole row, whoever reads it
+        pairs = set(
+            zip(
+                table.block[row][inside[row]].tolist(), table.document[row][inside[row]].tolist(), strict=True
+            )
+        )
+        assert sorted(block for block, _ in pairs) == list(range(len(pairs)))
 
 
 def token_mean(model, batch):

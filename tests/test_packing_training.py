@@ -14,6 +14,7 @@ from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
 import voco_plugin as vp
+from test_distributed import Place
 from test_training import bases, losses, snapshot, trainer  # noqa: F401
 from tiny import processors
 from voco_plugin.images import BadImageError, image_size, open_image
@@ -245,6 +246,27 @@ def test_a_resumed_run_goes_on_with_the_same_rows(bases, tmp_path, elastic):
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 6
     end, again = snapshot(whole), snapshot(resumed)
     assert all(torch.equal(end[n], again[n]) for n in end)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_rows_and_losses_of_one(tmp_path):
+    place = Place(tmp_path)
+    spec = {"model": place.base("llava_llama"), "lora": False}
+    args = {"packing": True, "max_length": 70, "gradient_checkpointing": False}
+    alone = place.run("one", 1, args={**args, "per_device_train_batch_size": 2}, **spec)[0]
+    processes = place.run("two", 2, args={**args, "per_device_train_batch_size": 1}, **spec)
+    assert [p["world"] for p in processes] == [2, 2]
+    found = [[e["loss"] for e in p["log"]] for p in (alone, processes[0])]
+    assert found[1] == pytest.approx(found[0], abs=1e-4) and len(found[0]) == 4
+    for key in ("num_tokens", "voco_tokens_per_sample", "compression_ratio"):
+        assert [e[key] for e in processes[0]["log"]] == pytest.approx([e[key] for e in alone["log"]]), key
+
+
+def test_the_card_says_how_rows_were_packed(bases, tmp_path):
+    made = trainer(bases("llava_llama"), tmp_path, conversations(), **OPTIONS, max_steps=1)
+    made.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "24 rows" in text and f"{len(made.train_dataset)} rows of up to 220 tokens" in text
 
 
 def test_evaluation_is_not_packed(bases, tmp_path):
