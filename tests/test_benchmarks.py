@@ -11,6 +11,18 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.mark.slow
+def test_packing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    found = importlib.import_module("packing").main(["--quick", "--out", str(tmp_path / "packing.json")])
+    for ways in found["attention"].values():
+        padded, packed = ways["padded"], ways["packed"]
+        assert packed["filled"] > 0.85 > 0.6 > padded["filled"] and packed["slots"] < padded["slots"]
+        assert packed["loss_sum"] == pytest.approx(padded["loss_sum"], rel=1e-5)  # the same work was done
+        assert packed["useful_tokens_a_second"] > 0
+    assert (tmp_path / "packing.json").is_file()
+
+
+@pytest.mark.slow
 def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     found = importlib.import_module("cache").main(["--quick", "--out", str(tmp_path / "cache.json")])

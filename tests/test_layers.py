@@ -14,10 +14,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "voco_plugin"
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("layout", "masks", "registry", "config", "files", "injection", "conversations", "images"),
+    0: (
+        "layout",
+        "masks",
+        "registry",
+        "config",
+        "files",
+        "injection",
+        "conversations",
+        "images",
+        "packing",
+    ),
     1: ("attention",),
     2: ("families", "encoders", "llms", "projectors", "compressors", "composition", "registration"),
-    3: ("isolation", "cache_state"),
+    3: ("isolation", "cache_state", "packed"),
     4: ("cache", "decoding", "generation"),
     5: ("modeling",),
     6: ("collator", "video", "answering", "metrics", "session", "session_file"),

@@ -60,6 +60,11 @@ class CacheState:
     def synced(self, length: int, rows: int) -> CacheState:
         """This state cut to ``length`` slots (an assisted decoder crops) and repeated to ``rows`` (beams)."""
         state = self
+        if state.table.document is not None:
+            raise ValueError(
+                "this KV cache was written by packed rows (document_ids), and nothing can go on from several "
+                "documents at once; start from an empty cache."
+            )
         if rows != state.table.num_rows:
             if rows % state.table.num_rows:
                 raise ValueError(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,11 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .config import VoCoConfig
 from .conversations import llava_to_messages
+from .families import family_of_processor
 from .images import BadImageError, check_on_bad_sample, describe, find_refused, open_image
 from .injection import insert_voco_tokens, truncate
 from .layout import TokenVocabulary
+from .packing import pack_batch
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,8 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
 
     Every row is one of TRL's vision formats (``messages``, ``prompt`` and ``completion``, or ``text``) or
     LLaVA's ``conversations``, with ``image`` or ``images``: PIL images, paths, lists of them, or none. Rows
-    are not mutated.
+    are not mutated. Where the examples are lists of such rows, each list is packed into one row of the batch
+    (:func:`~voco_plugin.packing.pack_batch`).
 
     The tokenizer of ``processor`` must know the VoCo token (:func:`voco_plugin.attach` adds it).
 
@@ -56,17 +60,18 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         seed: seed of that draw, and of the rows that stand in for bad ones.
         on_bad_sample: ``raise``, or ``skip``: a row whose image cannot be read, or that the image processor
             refuses, is named in a warning and another takes its place, so that batches stay full. Which one
-            depends on the bad row's content and ``seed`` only. Faults of format always raise.
+            depends on the bad row's content and ``seed`` only. Faults of format always raise. Of a packed row
+            it is left out; only where nothing else is in it, another takes its place.
         pool: the data set the other row is drawn from; without one, a good row of the same batch comes twice.
-        count_skipped: put ``skipped_samples`` ``(B,)`` into the batch: 1 where a row stands in for a bad one.
+        count_skipped: put ``skipped_samples`` ``(B,)`` into the batch: how many bad ones each row had.
 
     Returns:
         a dict with ``input_ids``, ``attention_mask``, ``labels`` ``(B, M)``, type ids where the processor
-        gives them, and its pixel arguments.
+        gives them, and its pixel arguments; of packed rows also ``document_ids``.
 
     Raises:
         ValueError: a row's format is unknown or differs from its neighbours', images and placeholders differ
-            in number, or a cut at ``max_length`` would go through an image.
+            in number, a cut at ``max_length`` would go through an image, or packed rows are longer than that.
         BadImageError: an image is unusable and ``on_bad_sample`` is ``raise``, or nothing good was found in
             its place.
     """
@@ -101,26 +106,33 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of ``examples``; see the class."""
+        packed: list[int] | None = None
+        places = list(range(len(examples)))  # the batch's row of each conversation
+        if examples and isinstance(examples[0], (list, tuple)):
+            places = packed = [place for place, group in enumerate(examples) for _ in group]
+            examples = list(itertools.chain.from_iterable(examples))
         names = [_name(example, row) for row, example in enumerate(examples)]
         problems: dict[int, str] = {}
         rows: list[Any] = [
             self._row(e, n, problems, i) for i, (e, n) in enumerate(zip(examples, names, strict=True))
         ]
-        self._replace(problems, examples, rows, names)
+        bad = [places[number] for number in problems]
+        size = 1 + max(places, default=-1)
+        self._replace(problems, examples, rows, names, packed)
         _check_same_kind(rows, self.dataset_text_field, names)
         try:
             with _plain_offsets(self.processor):
-                batch = self._collate([dict(row) for row in rows], names)
+                batch = self._collate([dict(row) for row in rows], names, packed)
         except Exception:
             refused = self._refused(rows, names)
             if not refused:
                 raise
-            self._replace(refused, examples, rows, names)
+            bad += [places[number] for number in refused]
+            self._replace(refused, examples, rows, names, packed)
             with _plain_offsets(self.processor):
-                batch = self._collate([dict(row) for row in rows], names)
-            problems |= refused
+                batch = self._collate([dict(row) for row in rows], names, packed)
         if self.count_skipped:
-            batch[SKIPPED] = torch.tensor([int(i in problems) for i in range(len(rows))])
+            batch[SKIPPED] = torch.bincount(torch.tensor(bad, dtype=torch.long), minlength=size)
         return batch
 
     # -- bad samples
@@ -147,13 +159,29 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         return refused
 
     def _replace(
-        self, problems: dict[int, str], examples: list[Any], rows: list[Any], names: list[str]
+        self,
+        problems: dict[int, str],
+        examples: list[Any],
+        rows: list[Any],
+        names: list[str],
+        packed: list[int] | None = None,
     ) -> None:
-        """Put another row where each of ``problems`` is, or raise."""
+        """Put another row where each of ``problems`` is, or raise. A packed row goes on without it, if it has
+        others."""
         if problems and self.on_bad_sample == "raise":
             raise BadImageError(next(iter(problems.values())))
         good = [number for number in range(len(rows)) if number not in problems]
+        kept = set() if packed is None else {packed[number] for number in good}
+        out = []
         for number, problem in problems.items():
+            if packed is not None and packed[number] in kept:
+                out.append(number)
+                if problem not in self._named:
+                    self._named.add(problem)
+                    logger.warning("%s Skipped; its packed row goes on without it.", problem)
+                continue
+            if packed is not None:
+                kept.add(packed[number])
             rows[number], other = self._stand_in(
                 examples[number], problem, [(rows[g], names[g]) for g in good]
             )
@@ -161,6 +189,9 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
                 self._named.add(problem)
                 logger.warning("%s Skipped; %s takes its place.", problem, other)
             names[number] = f"{other}, in the place of {names[number]},"
+        for number in sorted(out, reverse=True):
+            for held in (examples, rows, names, packed):
+                del held[number]
 
     def _stand_in(self, example: Any, problem: str, good: list[tuple[dict, str]]) -> tuple[dict, str]:
         """A good row instead of ``example``, and its name; the draw depends on ``example`` and the seed."""
@@ -186,8 +217,16 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         tried = f"{_DRAWS} rows drawn" if self.pool is not None else "every other row of its batch"
         raise BadImageError(f"{problem} on_bad_sample=skip found no row in its place: {tried} are bad too.")
 
-    def _collate(self, rows: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    def _collate(
+        self, rows: list[dict[str, Any]], names: list[str], packed: list[int] | None = None
+    ) -> dict[str, Any]:
+        """The batch of ``rows``; ``packed`` says which go side by side, or ``None``."""
         if self.voco is None:
+            if packed is not None:
+                raise ValueError(
+                    "packing needs VoCo on: nothing else keeps packed conversations apart in the model; set "
+                    "voco (rule: causal isolates nothing else), or leave packing off."
+                )
             return super().torch_call(rows)
         images = [len(row["images"]) for row in rows]
         # TRL's limit cuts through images, and its padding is undone by the insertion: both come after it
@@ -197,11 +236,21 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         shape = {
             "pad_token_id": self.processor.tokenizer.pad_token_id,
             "padding_side": "right",
-            "pad_to_multiple_of": self.pad_to_multiple_of,
+            "pad_to_multiple_of": self.pad_to_multiple_of if packed is None else None,
             "names": names,
         }
         count = self.draw_num_tokens(batch["input_ids"])
         batch = insert_voco_tokens(dict(batch), self.vocab, count, images_per_row=images, **shape)
+        if packed is not None:
+            return pack_batch(
+                batch,
+                [len(list(group)) for _, group in itertools.groupby(packed)],
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+                max_length=self.max_length,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                images_by_row=family_of_processor(self.processor).images_by_row,
+                names=names,
+            )
         if self.max_length is not None and int(batch["attention_mask"].sum(1).max()) > self.max_length:
             batch = truncate(batch, self.vocab, self.max_length, **shape)
         return batch
@@ -256,9 +305,14 @@ def check_range(value: Sequence[int]) -> tuple[int, int]:
 
 
 def as_trl_row(
-    example: Mapping[str, Any], text_field: str = "text", where: str = "the sample"
+    example: Mapping[str, Any],
+    text_field: str = "text",
+    where: str = "the sample",
+    opener: Callable[[Any, str], Any] = open_image,
 ) -> dict[str, Any]:
-    """A copy of ``example`` in TRL's vision format, its images loaded into ``images`` in reading order."""
+    """A copy of ``example`` in TRL's vision format; ``images`` holds its images in reading order, loaded by
+    ``opener``.
+    """
     row = {key: value for key, value in example.items() if key not in ("image", "images", "conversations")}
     if "conversations" in example and "messages" not in example:
         row["messages"] = llava_to_messages(example, where)
@@ -267,7 +321,9 @@ def as_trl_row(
             f"{where} has the keys {', '.join(map(str, example))}; give 'messages', 'prompt' and "
             f"'completion', {text_field!r} or 'conversations', with 'image' or 'images'."
         )
-    given = [_open(image, where) for key in ("image", "images") for image in _as_list(example.get(key))]
+    given = [
+        _open(image, where, opener) for key in ("image", "images") for image in _as_list(example.get(key))
+    ]
     if example.get("videos") and not given:
         raise ValueError(
             f"{where} has videos and no images, and videos are not read here; give frames as images."
@@ -275,7 +331,7 @@ def as_trl_row(
     row["images"] = images = []
     for key in ("messages", "prompt", "completion"):
         if isinstance(row.get(key), list):
-            row[key] = [_lift_images(message, given, images, where) for message in row[key]]
+            row[key] = [_lift_images(message, given, images, where, opener) for message in row[key]]
     images += given  # of plain text, and of messages whose content is a string
     spoken = row.get("messages", row.get("prompt"))
     if isinstance(spoken, list):
@@ -288,7 +344,13 @@ def as_trl_row(
     return row
 
 
-def _lift_images(message: dict[str, Any], given: list[Any], images: list[Any], where: str) -> dict[str, Any]:
+def _lift_images(
+    message: dict[str, Any],
+    given: list[Any],
+    images: list[Any],
+    where: str,
+    opener: Callable[[Any, str], Any],
+) -> dict[str, Any]:
     """A copy of ``message``; the image of each image part (its own, or the next given) goes to ``images``."""
     content = message.get("content")
     if not isinstance(content, list):
@@ -301,7 +363,7 @@ def _lift_images(message: dict[str, Any], given: list[Any], images: list[Any], w
         if part.get("type") == "image":
             own = [part.pop(key) for key in ("image", "url", "path", "base64") if key in part]
             if own:
-                images.append(_open(own[0], where))
+                images.append(_open(own[0], where, opener))
             elif given:
                 images.append(given.pop(0))
         parts.append(part)
@@ -312,10 +374,10 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _open(image: Any, where: str) -> Any:
+def _open(image: Any, where: str, opener: Callable[[Any, str], Any]) -> Any:
     """An RGB image of whatever :func:`~voco_plugin.images.open_image` reads; arrays as they are."""
     if isinstance(image, (str, bytes, os.PathLike, Mapping, Image.Image)):
-        return open_image(image, where)
+        return opener(image, where)
     return image
 
 

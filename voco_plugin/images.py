@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ON_BAD_SAMPLE = ("raise", "skip")
 _ORIENTATION = 0x0112
+_LYING = (5, 6, 7, 8)
+"""EXIF orientations whose sides are swapped."""
 _URL_SECONDS = 30.0
 
 
@@ -64,6 +66,31 @@ def open_image(source: Any, where: str | None = None) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # malformed data makes Pillow raise whatever its readers stumble over
+        begin = f"{where}: " if where else ""
+        raise BadImageError(
+            f"{begin}image {describe(source)} cannot be read: {_reason(source, error)}."
+        ) from None
+
+
+def image_size(source: Any, where: str | None = None) -> tuple[int, int]:
+    """``(width, height)`` that :func:`open_image` would give, read from the file's head: nothing is decoded.
+
+    Raises:
+        BadImageError: as :func:`open_image`, as far as the head shows it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with _opened(source) as image:
+                _check_size(image)
+                try:
+                    lying = image.getexif().get(_ORIENTATION, 1) in _LYING
+                except Exception:  # broken EXIF is ignored, as in to_rgb
+                    lying = False
+                return (image.height, image.width) if lying else (image.width, image.height)
+    except MemoryError:
+        raise
+    except Exception as error:
         begin = f"{where}: " if where else ""
         raise BadImageError(
             f"{begin}image {describe(source)} cannot be read: {_reason(source, error)}."

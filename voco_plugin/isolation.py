@@ -24,6 +24,8 @@ from .config import VoCoConfig
 from .families.base import Family
 from .layout import SequenceLayout, TokenKind, TokenVocabulary, compact_positions
 from .masks import TokenTable
+from .packed import prepare_packed
+from .packing import DOCUMENT_IDS
 
 
 class Attachment:
@@ -107,7 +109,14 @@ class Attachment:
         staged = named.get("voco_cache") is not None
         alone = getattr(self._local, "policy", "check") == "alone"
         ruled = self.config.isolates and not staged and not alone
-        prepared = self.prepare(module, named) if ruled else None
+        if named.get(DOCUMENT_IDS) is not None:
+            if staged or alone:
+                raise ValueError(
+                    f"{DOCUMENT_IDS} belong to packed rows in a single pass, not to compression or caches."
+                )
+            prepared = prepare_packed(self, module, named)
+        else:
+            prepared = self.prepare(module, named) if ruled else None
         if prepared is None:
             self._stack().append((None, None, None, None))
             return None
@@ -182,13 +191,13 @@ class Attachment:
             kwargs = dict(kwargs)
             kwargs["attention_mask"] = mask
             positions = own + state.next_position[:, None]
-            kwargs["position_ids"] = self._agree(kwargs.get("position_ids"), positions, layout, backbone)
+            kwargs["position_ids"] = self.agree(kwargs.get("position_ids"), positions, layout, backbone)
             return kwargs, None, state.go_on(new)
         prefix = state.planned_prefix
         positions, state = self._extend(backbone, layout, mask[:, length:], input_ids, kwargs, state)
         kwargs = dict(kwargs)
         kwargs["attention_mask"] = mask
-        kwargs["position_ids"] = self._agree(kwargs.get("position_ids"), positions, layout, backbone)
+        kwargs["position_ids"] = self.agree(kwargs.get("position_ids"), positions, layout, backbone)
         return kwargs, ActiveRule(self.config, state.table, state.table.in_slot_order, prefix), state
 
     @staticmethod
@@ -251,7 +260,7 @@ class Attachment:
             table, next_position, state.next_order + layout.num_tokens, state.num_blocks + blocks
         )
 
-    def _agree(self, given, own, layout, backbone) -> torch.Tensor:
+    def agree(self, given, own, layout, backbone) -> torch.Tensor:
         """The positions to use: the rule's, unless the caller's are trusted; a contradiction raises."""
         policy = getattr(self._local, "policy", "check")
         if policy == "trust" and given is not None:

@@ -41,11 +41,13 @@ class TokenTable:
         order: ``(B, L)`` int64, index of the slot's token in the whole sequence, vision tokens included. A
             cached block's slots come first in the cache but keep the order they would have had; causality and
             the backbone's windows are read from it.
+        document: ``(B, L)`` int64, the slot's document where rows are packed (0 for padding), else ``None``.
     """
 
     kind: torch.Tensor
     block: torch.Tensor
     order: torch.Tensor
+    document: torch.Tensor | None = None
 
     @classmethod
     def from_layout(cls, layout: SequenceLayout, device: torch.device | str = "cpu") -> TokenTable:
@@ -71,22 +73,30 @@ class TokenTable:
 
     def append(self, other: TokenTable) -> TokenTable:
         """This table followed by ``other`` (same rows, same device)."""
-        return TokenTable(*(torch.cat([getattr(self, n), getattr(other, n)], dim=1) for n in _FIELDS))
+        joined = [torch.cat([getattr(self, n), getattr(other, n)], dim=1) for n in _FIELDS]
+        if self.document is None and other.document is None:
+            return TokenTable(*joined)
+        own, more = (torch.zeros_like(t.kind) if t.document is None else t.document for t in (self, other))
+        return TokenTable(*joined, torch.cat([own, more], dim=1))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenTable:
+        document = None if self.document is None else change(self.document)
+        return TokenTable(*(change(getattr(self, n)) for n in _FIELDS), document)
 
     def crop(self, length: int) -> TokenTable:
         """The first ``length`` slots."""
-        return TokenTable(*(getattr(self, n)[:, :length] for n in _FIELDS))
+        return self._each(lambda value: value[:, :length])
 
     def repeat_rows(self, times: int) -> TokenTable:
         """Each row ``times`` times in a row, as beam search does."""
-        return TokenTable(*(getattr(self, n).repeat_interleave(times, dim=0) for n in _FIELDS))
+        return self._each(lambda value: value.repeat_interleave(times, dim=0))
 
     def select_rows(self, rows: torch.Tensor) -> TokenTable:
         """The named rows ``(B',)``."""
-        return TokenTable(*(getattr(self, n)[rows.to(self.kind.device)] for n in _FIELDS))
+        return self._each(lambda value: value[rows.to(value.device)])
 
     def to(self, device: torch.device | str) -> TokenTable:
-        return TokenTable(*(getattr(self, n).to(device) for n in _FIELDS))
+        return self._each(lambda value: value.to(device))
 
     def pad_to(self, length: int) -> TokenTable:
         """Padding slots up to ``length`` (a static cache shows the mask more slots than are filled)."""
@@ -114,14 +124,18 @@ _FIELDS = ("kind", "block", "order")
 def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:
     """The rule as ``predicate(batch, head, query, key) -> bool``, indices into the slots of ``table``.
 
-    It says only what the rule hides: causality, padding, windows and packing are the backbone's own mask, and
-    a key is visible where both say so. Indices broadcast, or are scalars under ``vmap``.
+    It says only what the rule hides: causality, padding and windows are the backbone's own mask, and a key is
+    visible where both say so. Of packed rows it also hides the other documents, under every rule. Indices
+    broadcast, or are scalars under ``vmap``.
     """
-    kind, block, order = table.kind, table.block, table.order
-    voco_order = torch.where(kind == TokenKind.VOCO, order, _NEVER)
-    first_voco = voco_order.amin(dim=1) if table.length else order.new_full((table.num_rows,), _NEVER)
+    kind, block, order, document = table.kind, table.block, table.order, table.document
+    start_of = _first_voco(table) if config.hide_prefix else None
 
     def predicate(b, h, q, k):
+        visible = within(b, q, k)
+        return visible if document is None else visible & (document[b, q] == document[b, k])
+
+    def within(b, q, k):
         if config.rule == "causal":
             return torch.ones_like(kind[b, q] + kind[b, k], dtype=torch.bool)
         query_block, key_block = block[b, q], block[b, k]
@@ -129,8 +143,8 @@ def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:
         query_is_text = query_block < 0
         same_block = query_block == key_block
         text_sees = ~key_is_vision
-        if config.hide_prefix:
-            start = first_voco[b]
+        if start_of is not None:
+            start = start_of[b, q]
             text_sees = text_sees & ((order[b, q] <= start) | (order[b, k] >= start))
         block_sees = same_block
         if config.block_context == "prefix":
@@ -141,6 +155,17 @@ def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:
         return torch.where(query_is_text, text_sees, block_sees)
 
     return predicate
+
+
+def _first_voco(table: TokenTable) -> torch.Tensor:
+    """``(B, L)``: the order of the first VoCo token of each slot's document (of its row, where none are
+    packed).
+    """
+    document = torch.zeros_like(table.kind) if table.document is None else table.document
+    order = torch.where(table.kind == TokenKind.VOCO, table.order, _NEVER)
+    count = int(document.max()) + 1 if document.numel() else 1
+    first = order.new_full((table.num_rows, count), _NEVER).scatter_reduce(1, document, order, "amin")
+    return first.gather(1, document)
 
 
 def dense_mask(

@@ -15,6 +15,9 @@ lies outside the segments is hidden, which the rule says of itself.
     isolated    their block                             text and VoCo
     star        V: itself; C: their block               text and VoCo
     prefix      their block and the stream before it    text and VoCo
+    causal      all of their document (a rule only where rows are packed)
+
+Of packed rows each document has a stream of its own.
 """
 
 from __future__ import annotations
@@ -133,7 +136,8 @@ def plan_segments(
     """
     device = table.kind.device
     kind, block = table.kind.cpu().numpy(), table.block.cpu().numpy()
-    found = _find(config, kind, block)
+    document = np.zeros_like(kind) if table.document is None else table.document.cpu().numpy()
+    found = _find(config, kind, block, document)
     by_shape: dict[tuple[int, int, bool], list[tuple[np.ndarray, np.ndarray]]] = {}
     for rows, keys, plain in found:
         by_shape.setdefault((len(rows), len(keys), plain), []).append((rows, keys))
@@ -168,19 +172,25 @@ def plan_segments(
 
 
 def _find(
-    config: VoCoConfig, kind: np.ndarray, block: np.ndarray
+    config: VoCoConfig, kind: np.ndarray, block: np.ndarray, document: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray, bool]]:
     """``(rows, keys, plain causal as far as the rule goes)`` of each segment, as indices into ``B·N``. A
     row's stream comes first, so that the blocks' own outputs of VoCo rows are the ones that stay.
     """
-    found = []
+    found: list[tuple[np.ndarray, np.ndarray, bool]] = []
     width = kind.shape[1]
-    for row in range(kind.shape[0]):
+    pieces = [(row, document[row] == d) for row in range(len(kind)) for d in np.unique(document[row])]
+    for row, here in pieces:
         base = row * width
-        stream = np.flatnonzero((kind[row] == TokenKind.TEXT) | (kind[row] == TokenKind.VOCO))
-        if (kind[row] == TokenKind.TEXT).any():
+        if config.rule == "causal":
+            tokens = np.flatnonzero(here & (kind[row] != TokenKind.PAD)) + base
+            found += [(tokens, tokens, True)] if len(tokens) else []
+            continue
+        is_text = here & (kind[row] == TokenKind.TEXT)
+        stream = np.flatnonzero(is_text | (here & (kind[row] == TokenKind.VOCO)))
+        if is_text.any():
             found.append((stream + base, stream + base, not config.hide_prefix))
-        inside = np.flatnonzero(block[row] >= 0)
+        inside = np.flatnonzero(here & (block[row] >= 0))
         edges = np.flatnonzero(np.diff(block[row][inside])) + 1
         for tokens in np.split(inside, edges) if len(inside) else []:
             before = np.zeros(0, dtype=np.int64)

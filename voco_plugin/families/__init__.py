@@ -16,7 +16,7 @@ for _key, _path in {
     if _key not in families:
         families.register(_key, _path)
 
-__all__ = ["Family", "VocabularyError", "family_of", "vocabulary_for"]
+__all__ = ["Family", "VocabularyError", "family_of", "family_of_processor", "vocabulary_for"]
 
 
 def family_of(config) -> Family:
@@ -31,10 +31,11 @@ def vocabulary_for(*, processor=None, config=None, voco):
     Raises:
         VocabularyError: neither names the image token, or the VoCo token has no id.
     """
-    family = family_of(config) if config is not None else _family_of_processor(processor)
+    family = family_of(config) if config is not None else family_of_processor(processor)
     return family.vocabulary(config=config, processor=processor, voco=voco)
 
 
-def _family_of_processor(processor) -> Family:
+def family_of_processor(processor) -> Family:
+    """The family of a processor (by its class), or the generic one."""
     name = type(processor).__name__.removesuffix("Processor").lower()
     return families.get(name)() if name in families else Family()

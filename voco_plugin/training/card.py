@@ -19,6 +19,7 @@ from typing import Any
 
 from ..config import VoCoConfig
 from ..files import atomic_write_text
+from .packing import PackedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,11 @@ def write_card(
     if args.world_size > 1:
         arguments["processes"] = args.world_size
     arguments["what trains"] = getattr(trainer, "trainable_report", None)
-    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
+    data = trainer.train_dataset
+    if isinstance(data, PackedDataset):
+        arguments["packing"] = f"{len(data):,} rows of up to {args.max_length:,} tokens"
+        data = data.rows
+    rows = len(data) if hasattr(data, "__len__") else None
     return extend_card(
         folder,
         name=name or str(repository).split("/")[-1],

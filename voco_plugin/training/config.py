@@ -38,6 +38,10 @@ class VoCoSFTConfig(SFTConfig):
         on_bad_sample: what to do with a sample whose image cannot be read, or that the processor refuses:
             ``raise``, or ``skip``: another row takes its place, the same in every epoch and after a resume;
             each is named in a warning and counted in ``skipped_samples``.
+        packing: whether conversations with images share rows of up to ``max_length`` tokens, whole, and
+            isolated from each other (TRL refuses this): first-fit decreasing over the whole training set, by
+            lengths that a first pass counts from image sizes and text. ``per_device_train_batch_size`` then
+            counts packed rows. Evaluation is not packed.
 
     ``chat_template_path`` also takes the bare name of a shipped template: the conversation that a family was
     tuned with, its answers marked for ``assistant_only_loss`` (``vicuna_v1``, ``llava_plain``,
@@ -48,11 +52,11 @@ class VoCoSFTConfig(SFTConfig):
         - ``bf16``: false without an accelerator (or with ``use_cpu``), where TRL's default raises.
 
     As in TRL, ``gradient_checkpointing`` is on, ``logging_steps`` is 10, ``remove_unused_columns`` keeps the
-    columns of the vision formats, and packing and ``padding_free`` are refused for vision data.
+    columns of the vision formats, and ``padding_free`` is refused for vision data.
 
     Raises:
-        ValueError: ``voco``, ``num_tokens_range`` or ``on_bad_sample`` is not valid, or the range is
-            given without ``voco``.
+        ValueError: ``voco``, ``num_tokens_range`` or ``on_bad_sample`` is not valid, the range is
+            given without ``voco``, or ``packing`` without ``max_length``.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "voco"]
@@ -95,6 +99,11 @@ class VoCoSFTConfig(SFTConfig):
                     f"num_tokens_range={self.num_tokens_range}, so it would be evaluated untrained; choose "
                     "it within the range."
                 )
+        if self.packing and self.max_length is None:
+            raise ValueError(
+                "packing=True needs max_length, the tokens of a packed row (at least the longest "
+                "conversation); set it, e.g. max_length=2048."
+            )
         if self.chat_template_path is not None:
             self.chat_template_path = _template_file(self.chat_template_path)
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not _has_accelerator()):

@@ -7,6 +7,13 @@ from typing import Any
 from ..conversations import llava_to_messages
 from ..data.undecoded import name_rows, undecoded
 
+_IMAGES = {"image", "images"}
+
+
+def has_images(dataset: Any) -> bool:
+    """Whether the rows of ``dataset`` have an image column, filled or not."""
+    return dataset is not None and bool(_IMAGES & set(next(iter(dataset), ())))
+
 
 def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_dataset") -> Any:
     """``dataset`` with LLaVA's ``conversations`` turned into ``messages``.
@@ -36,7 +43,7 @@ def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_datas
     if sample is None:
         raise ValueError(f"{name} is empty; give at least one row.")
     columns = ", ".join(map(str, sample))
-    if not {"image", "images"} & set(sample):
+    if not _IMAGES & set(sample):
         if {"video", "videos"} & set(sample):
             raise ValueError(
                 f"{name} has the columns {columns}: videos are not read here, and training would see the "

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 
@@ -24,6 +25,7 @@ from .._compat import (
 from ..collator import SKIPPED, VoCoDataCollator
 from ..layout import SequenceLayout, TokenKind
 from ..modeling import attachment, is_attached, save_voco_config, unwrap
+from ..packing import DOCUMENT_IDS, Documents
 from .adapters import (
     check_adapter,
     prepare_peft_config,
@@ -34,7 +36,7 @@ from .adapters import (
 from .card import write_card
 from .checkpoints import AtomicCheckpoints
 from .config import VoCoSFTConfig
-from .datasets import prepare_dataset
+from .datasets import has_images, prepare_dataset
 from .launch import check_launch, check_sharded_head
 from .models import (
     as_voco_args,
@@ -45,6 +47,7 @@ from .models import (
     load_model,
     processor_of,
 )
+from .packing import check_packing, pack_dataset, without_trls
 from .parts import describe_trainable
 from .quantization import check_quantization
 from .skipping import SkipCounter
@@ -117,6 +120,9 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
         train_dataset = prepare_dataset(train_dataset, need_images=self.voco is not None)
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         self._vocab = attachment(model).vocab if self.voco else None
+        packs = args.packing and has_images(train_dataset)
+        if packs:
+            check_packing(args, model, self.voco, train_dataset, data_collator)
         wrapped = hasattr(model, "peft_config")
         hold = None
         if peft_config is not None and not wrapped:
@@ -138,7 +144,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
                 projector=args.train_projector,
                 vision_tower=args.train_vision_tower,
             )
-        with token_rows_on_any_device():
+        with token_rows_on_any_device(), without_trls(args, packs):
             super().__init__(
                 model=model,
                 args=args,
@@ -168,6 +174,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
         self._skips = SkipCounter()
         self.add_callback(self._skips)
         self._set_collators(data_collator)
+        if packs:
+            self._pack()
         self.trainable_report = self._report()
 
     # -- setting up
@@ -203,6 +211,24 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
         if isinstance(collator, VoCoDataCollator) and isinstance(collator.num_tokens, tuple):
             self._eval_collator = dataclasses.replace(collator, num_tokens=self.voco.num_tokens)
             self.add_callback(_TellEpoch(collator))
+
+    def _pack(self) -> None:
+        """Put packed rows in the place of the training set."""
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.cp_enabled or getattr(parallel, "sp_enabled", False)):
+            raise ValueError("packing=True and context or sequence parallelism: a row would be cut up.")
+        rows = self.train_dataset
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, description="training")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        packed = pack_dataset(rows, self.data_collator, seed, process, processes)
+        self.train_dataset = packed
+        if self.accelerator.is_main_process:
+            sys.stderr.write(
+                f"packing: {sum(map(len, packed.groups)):,} conversations in {len(packed):,} rows of up to "
+                f"{self.data_collator.max_length:,} tokens, {packed.fill:.1%} full\n"
+            )
 
     def _report(self) -> str:
         report = describe_trainable(self.accelerator.unwrap_model(self.model), self._row_only)
@@ -266,8 +292,11 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
 
     def _count(self, inputs: dict[str, Any]) -> None:
         """Log what the batch holds; counts are summed over all processes."""
-        ids = inputs["input_ids"]
-        layout = SequenceLayout.from_ids(ids, inputs.get("attention_mask"), self._vocab, require_voco=False)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if DOCUMENT_IDS in inputs:
+            documents = Documents(inputs[DOCUMENT_IDS], ids.shape)
+            ids, mask = documents.split(ids, self._vocab.voco_id), documents.mask
+        layout = SequenceLayout.from_ids(ids, mask, self._vocab, require_voco=False)
         local = [(layout.kind == TokenKind.VISION).sum(), (layout.kind == TokenKind.VOCO).sum(), len(ids)]
         counts = self.accelerator.gather(torch.tensor([[int(n) for n in local]], device=ids.device))
         vision, voco, rows = counts.sum(dim=0).tolist()
