@@ -112,7 +112,8 @@ def _train(result: Mapping[str, Any], plt: Any) -> Any:
     axes.axhline(1, color="0.4", linewidth=0.8)
     axes.set_ylabel("seconds of a step / plain causal")
     model = result["model"]
-    axes.set_title(f"a training step, {model['layers']} layers of width {model['hidden']}")
+    axes.set_title(f"a training step, layers: {model['layers']}, width: {model['hidden']}")
+    axes.set_ylim(0, 1.15 * max(max(c["ratio_to_plain"].values()) for c in cases))
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return figure
 
