@@ -245,6 +245,10 @@ def test_inference_figures(results):
     count = first["flops"]
     assert count["no cache"] > 20 * count["full caching"] and count["full caching"] > count["VoCo"]
     assert 0.9 < count["VoCo"] / count["floor"] <= 1  # a token less than the floor reads
+    layer = 4 * 64 * 64 + 3 * 64 * 172  # weights; in both ways 16 text tokens are read, and the head once
+    read = 2 * 2 * layer * 16 + 2 * 64 * 32064
+    for way, slots in (("VoCo", 17), ("full caching", 592)):
+        assert count[way] == read + 2 * 2 * 2 * 64 * 16 * slots
     assert first["stream_tokens"] == 8 + 1 + 8 and first["ratio_to_floor"]["floor"] == 1
     held = found["storage"]
     assert held["bytes"]["full caching"] == 576 * held["bytes"]["VoCo"] == 576 * 2 * 2 * 64 * 4
@@ -392,3 +396,12 @@ def test_a_long_video_in_small(scripts, capsys, max_memory):
     assert found["cache_bytes"] == 5 * 2 * 2 * 2 * 64 * 4
     assert found["all_vision_tokens_bytes"] == 128 * found["cache_bytes"]
     assert found["compress"]["frames_per_second"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_wide_model_in_half_precision_moves_its_blocks(dtype):
+    """Rounding below the first layer was once taken for a value that turns with its position."""
+    model = shapes.build("medium", dtype=dtype, layers=2, vision="tiny", vocabulary=1024)
+    with torch.no_grad():
+        ways, _ = inference.first_token_ways(*shapes.pair(model), text=4, num_tokens=1, rows=1)
+        assert torch.isfinite(ways["VoCo"]()().logits).all()

@@ -2,7 +2,7 @@
 
     floor         plain prefill of a text as long as stage 2's stream: no image at all
     VoCo          stage 2: cached blocks are placed (moved to where the prompt wants them), the text is read
-    full caching  the keys and values of all vision tokens are there, the text is read behind them
+    full caching  the keys and values of all vision tokens are there, all of the text is read behind them
     no cache      vision tower, vision tokens and text
 
 All give the logits of the last token. ``B`` rows, one image each unless said otherwise.
@@ -35,16 +35,18 @@ def first_token_ways(
     whole = shapes.without_voco(plain, inputs)
     ids = whole["input_ids"]
     end = shapes.BEFORE + int(plain.config.image_seq_length)
+    image = ids[:, shapes.BEFORE : end]  # alone: every way reads all of the text
     past = plain(
-        input_ids=ids[:, :end], attention_mask=whole["attention_mask"][:, :end],
-        pixel_values=whole["pixel_values"], use_cache=True, logits_to_keep=1,
+        input_ids=image, attention_mask=torch.ones_like(image), pixel_values=whole["pixel_values"],
+        use_cache=True, logits_to_keep=1,
     ).past_key_values  # fmt: skip
+    words_of = torch.cat([ids[:, : shapes.BEFORE], ids[:, end:]], dim=1)
     # compressed alone, so that every block has to move
     alone = {"input_ids": inputs["input_ids"][:, shapes.BEFORE : end + num_tokens]}
     cache = attached.compress(**alone, pixel_values=inputs["pixel_values"])
     stream = attached.stream_inputs(inputs)
     words = text_ids(plain, stream["input_ids"].shape)
-    asked = {"input_ids": ids[:, end:], "attention_mask": whole["attention_mask"]}
+    asked = {"input_ids": words_of, "attention_mask": whole["attention_mask"]}
     floor = {"input_ids": words, "attention_mask": torch.ones_like(words)}
     last = {"use_cache": True, "logits_to_keep": 1}
 
@@ -133,7 +135,7 @@ def counted_flops(shape: str, *, text: int, num_tokens: int, dtype: str = "bfloa
     layers = int(shapes.SHAPES[shape]["text"]["num_hidden_layers"])
     counts = []
     for depth in (1, 2):
-        plain, attached = shapes.pair(shapes.build(shape, "cpu", dtype, layers=depth))
+        plain, attached = shapes.pair(shapes.build(shape, "cpu", dtype, layers=depth, random=False))
         ways, _ = first_token_ways(plain, attached, text=text, num_tokens=num_tokens, rows=1)
         counts.append({name: flops(way()) for name, way in ways.items()})
         del plain, attached, ways

@@ -144,7 +144,7 @@ def requests(
         vision = count * int(plain.config.image_seq_length)
         ways = {
             "VoCo": _request(attached, {"input_ids": stream, "voco_cache": cache}, answer),
-            "full caching": _behind(plain, random_past(plain, 1, shapes.BEFORE + vision), text, answer),
+            "full caching": _behind(plain, random_past(plain, 1, vision), shapes.BEFORE + text, answer),
         }
         left_out = longest is not None and shapes.BEFORE + vision + text > longest
         if not left_out:

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..config import VoCoConfig
@@ -37,6 +38,7 @@ BEFORE = 8
 def build(
     shape: str = "small", device: str = "cpu", dtype: str = "float32", *, layers: int | None = None,
     vision: str | None = None, vocabulary: int = VOCABULARY, image_size: int = IMAGE_SIZE,
+    random: bool = True,
 ) -> LlavaForConditionalGeneration:  # fmt: skip
     """A LLaVA-1.5 of the given shape with random weights, in evaluation mode.
 
@@ -45,6 +47,7 @@ def build(
         vision: the shape whose vision tower is used instead.
         vocabulary: rows of the embedding; the image's id is the 64th from the end, the VoCo token's the next.
         image_size: pixels; an image has ``(image_size / 14)²`` vision tokens.
+        random: ``False`` gives all weights one value, which is quick, and enough to count by.
     """
     tower, text = SHAPES[vision or shape]["vision"], dict(SHAPES[shape]["text"])
     if layers is not None:
@@ -58,10 +61,15 @@ def build(
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        with torch.device(device):
+        with torch.device(device) if random else init_empty_weights(include_buffers=False):
             model = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
+    if not random:
+        for module in model.modules():
+            for name, empty in list(module.named_parameters(recurse=False)):
+                value = torch.full(empty.shape, 0.01, dtype=empty.dtype, device=device)
+                module.register_parameter(name, torch.nn.Parameter(value))
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
