@@ -20,7 +20,6 @@ the floor. All ways run the same weights and give the logits of the last token:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import random
@@ -37,107 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import stage_one
 
+from voco_plugin.benchmark import shapes
+from voco_plugin.benchmark.inference import first_token, images_in_a_prompt
+from voco_plugin.benchmark.timing import synchronised
+
 PACKAGES = ("torch", "transformers", "safetensors", "lmdb")
-BEFORE = 8
-"""Text tokens before the image."""
-
-
-def prompt(model: Any, text: int, num_tokens: int, rows: int, images: int = 1) -> dict[str, Any]:
-    """``rows`` prompts ``[8 text, (vision, VoCo) x images, text]``, random ids and pixels."""
-    import torch
-
-    draw = torch.Generator().manual_seed(1)
-    block = torch.full((rows, stage_one.VISION_TOKENS + num_tokens), stage_one.IMAGE)
-    block[:, stage_one.VISION_TOKENS :] = stage_one.VOCO
-    parts = [torch.randint(5, 30000, (rows, n), generator=draw) for n in (BEFORE, text)]
-    ids = torch.cat([parts[0], *[block] * images, parts[1]], dim=1)
-    side = stage_one.IMAGE_SIZE
-    pixels = torch.randn(rows * images, 3, side, side, generator=draw).to(model.dtype)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    return {name: value.to(model.device) for name, value in batch.items()}
-
-
-def first_token(
-    plain: Any, attached: Any, *, text: int, num_tokens: int, rows: int, repeats: int
-) -> dict[str, Any]:
-    """Median seconds of each way, and what torch counts as their FLOPs."""
-    import torch
-
-    from voco_plugin.benchmark import interleaved_medians
-
-    inputs = prompt(plain, text, num_tokens, rows)
-    without = inputs["input_ids"] != stage_one.VOCO
-    ids = inputs["input_ids"][without].view(rows, -1)
-    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": inputs["pixel_values"]}
-    end = BEFORE + stage_one.VISION_TOKENS
-    with torch.no_grad():
-        past = plain(
-            input_ids=ids[:, :end], attention_mask=whole["attention_mask"][:, :end],
-            pixel_values=whole["pixel_values"], use_cache=True,
-        ).past_key_values  # fmt: skip
-        # compressed alone, so that every block has to move
-        alone = {"input_ids": inputs["input_ids"][:, BEFORE : end + num_tokens]}
-        cache = attached.compress(**alone, pixel_values=inputs["pixel_values"])
-        stream = attached.stream_inputs(inputs)
-        shape = stream["input_ids"].shape
-        words = torch.randint(5, 30000, shape, generator=torch.Generator().manual_seed(2)).to(plain.device)
-        asked = {"input_ids": ids[:, end:], "attention_mask": whole["attention_mask"]}
-        last = {"use_cache": True, "logits_to_keep": 1}
-
-        def full() -> Callable[[], Any]:
-            own = copy.deepcopy(past)  # a forward appends to it
-            return lambda: plain(**asked, past_key_values=own, **last)
-
-        floor = {"input_ids": words, "attention_mask": torch.ones_like(words)}
-        ways: dict[str, Callable[[], Callable[[], Any]]] = {
-            "floor": lambda: lambda: plain(**floor, **last),
-            "VoCo": lambda: lambda: attached(**stream, voco_cache=cache, logits_to_keep=1),
-            "full caching": full,
-            "no cache": lambda: lambda: plain(**whole, **last),
-        }
-        ways["VoCo"]()()  # the first time a model moves a block it looks at how its layers rotate
-        flops = {name: _flops(way()) for name, way in ways.items()}
-        timed = {name: _synchronised(way, plain.device) for name, way in ways.items()}
-        seconds = interleaved_medians(timed, repeats)
-    return {
-        "rows": rows, "text_tokens": text, "stream_tokens": shape[1], "num_tokens": num_tokens,
-        "seconds": seconds, "flops": flops,
-        "ratio_to_floor": {name: value / seconds["floor"] for name, value in seconds.items()},
-    }  # fmt: skip
-
-
-def images_in_a_prompt(
-    plain: Any, attached: Any, *, images: int, text: int, num_tokens: int, repeats: int
-) -> dict[str, Any]:
-    """Stage 2 with many cached images in one prompt, against plain prefill of a text of that length."""
-    import torch
-
-    from voco_plugin import VoCoCache
-    from voco_plugin.benchmark import interleaved_medians
-
-    one = prompt(plain, text, num_tokens, rows=1)
-    ids = one["input_ids"][0]
-    end = BEFORE + stage_one.VISION_TOKENS + num_tokens
-    with torch.no_grad():
-        alone = attached.compress(input_ids=ids[None, BEFORE:end], pixel_values=one["pixel_values"])
-        cache = VoCoCache.cat([alone.to(alone.blocks[0].dtype)] * images)  # as loaded apart
-        voco = torch.full((num_tokens * images,), stage_one.VOCO, device=ids.device)
-        stream = torch.cat([ids[:BEFORE], voco, ids[end:]])[None]
-        words = torch.randint(5, 30000, stream.shape).to(ids.device)
-        ways = {
-            "floor": lambda: (
-                lambda: plain(
-                    input_ids=words, attention_mask=torch.ones_like(words), use_cache=True, logits_to_keep=1
-                )
-            ),
-            "VoCo": lambda: lambda: attached(input_ids=stream, voco_cache=cache, logits_to_keep=1),
-        }
-        timed = {name: _synchronised(way, plain.device) for name, way in ways.items()}
-        seconds = interleaved_medians(timed, repeats)
-    return {
-        "images": images, "stream_tokens": stream.shape[1], "seconds": seconds,
-        "ratio_to_floor": seconds["VoCo"] / seconds["floor"],
-    }  # fmt: skip
 
 
 def decode(plain: Any, attached: Any, *, new_tokens: int, num_tokens: int, repeats: int) -> dict[str, Any]:
@@ -149,7 +52,7 @@ def decode(plain: Any, attached: Any, *, new_tokens: int, num_tokens: int, repea
 
     from voco_plugin.benchmark import interleaved_medians
 
-    inputs = prompt(plain, 32, num_tokens, rows=1)
+    inputs = shapes.prompt(plain, 32, num_tokens, rows=1)
     compiled = CompileConfig(mode="default" if plain.device.type == "cpu" else "reduce-overhead")
     compiled._compile_all_devices = True
     with torch.no_grad():
@@ -168,37 +71,12 @@ def decode(plain: Any, attached: Any, *, new_tokens: int, num_tokens: int, repea
                 lambda: attached.generate(**given, **static, compile_config=compiled)
             ),
         }
-        timed = {name: _synchronised(way, plain.device) for name, way in ways.items()}
+        timed = {name: synchronised(way, plain.device) for name, way in ways.items()}
         seconds = interleaved_medians(timed, repeats, warm_up=2)
     return {
         "new_tokens": new_tokens, "seconds": seconds,
         "ratio_to_floor": {name: value / seconds["floor"] for name, value in seconds.items()},
     }  # fmt: skip
-
-
-def _flops(call: Callable[[], Any]) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def _synchronised(way: Callable[[], Callable[[], Any]], device: Any) -> Callable[[], Callable[[], Any]]:
-    if device.type != "cuda":
-        return way
-    import torch
-
-    def made() -> Callable[[], Any]:
-        call = way()
-
-        def run() -> None:
-            call()
-            torch.cuda.synchronize()
-
-        return run
-
-    return made
 
 
 # -- the store
@@ -280,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--shape", choices=tuple(stage_one.SHAPES), default="small")
+    parser.add_argument("--shape", choices=tuple(shapes.SHAPES), default="small")
     parser.add_argument("--num-tokens", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--records", type=int, default=200)
@@ -292,8 +170,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     import torch
 
-    model = stage_one.build(args.shape, args.device, args.dtype)
-    plain, attached = stage_one.pair(model)
+    model = shapes.build(args.shape, args.device, args.dtype)
+    plain, attached = shapes.pair(model)
     text = model.config.text_config
     shape = {
         "layers": text.num_hidden_layers, "heads": text.num_key_value_heads,
@@ -308,7 +186,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "shape": {"name": args.shape, "dtype": args.dtype, "hidden": text.hidden_size, **shape},
         "bytes_an_image": {
-            "VoCo": full * args.num_tokens, "all vision tokens": full * stage_one.VISION_TOKENS,
+            "VoCo": full * args.num_tokens, "all vision tokens": full * shapes.VISION_TOKENS,
         },
     }  # fmt: skip
     batches = [(1, 32), (1, 128), (4, 32)] if not args.quick else [(1, 8)]
@@ -327,7 +205,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             plain, attached, new_tokens=32, num_tokens=args.num_tokens, repeats=max(args.repeats // 3, 3)
         )
     rows = 4 if not args.quick else 1
-    batch = stage_one.batch_of(plain, rows, args.num_tokens)
+    batch = shapes.batch_of(plain, rows, args.num_tokens)
     found["stage_one"] = [
         stage_one.stage_one_ratio(plain, attached, batch, repeats=args.repeats, tower=tower)
         for tower in (True, False)

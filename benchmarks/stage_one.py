@@ -17,7 +17,6 @@ Sizes come from the environment too: STAGE_ONE_BATCH, STAGE_ONE_REPEATS, STAGE_O
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import subprocess
@@ -26,62 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }  # fmt: skip
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "small": {"vision": _sizes(128, 512, 3, 4), "text": _sizes(512, 1376, 8, 8)},
-    "vicuna7b": {"vision": _sizes(1024, 4096, 24, 16), "text": _sizes(4096, 11008, 32, 32)},
-}
-"""LLaVA-1.5's, and one an eighth as wide: 576 vision tokens an image in both."""
-IMAGE_SIZE, PATCH, VISION_TOKENS, IMAGE, VOCO = 336, 14, 576, 32000, 32001
-
-
-def build(shape: str = "small", device: str = "cpu", dtype: str = "float32") -> Any:
-    """A LLaVA-1.5 of the given shape with random weights."""
-    import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    sizes = SHAPES[shape]
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=IMAGE_SIZE, patch_size=PATCH, **sizes["vision"]),
-        text_config=LlamaConfig(vocab_size=32064, pad_token_id=0, **sizes["text"]),
-        image_token_index=IMAGE, image_seq_length=VISION_TOKENS,
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with torch.device(device):
-            model = LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.to(device).eval()
-
-
-def pair(model: Any) -> tuple[Any, Any]:
-    """``(plain, attached)``: the same weights, VoCo attached to a copy that shares them."""
-    import voco_plugin as vp
-
-    shared = {id(p): p for p in (*model.parameters(), *model.buffers())}
-    plain = copy.deepcopy(model, shared)
-    return plain, vp.attach(model, vp.VoCoConfig(token_id=VOCO))
-
-
-def batch_of(model: Any, images: int, num_tokens: int) -> dict[str, Any]:
-    """``[vision, VoCo]`` of each image, ``(images, 576 + K)``, and random pixels."""
-    import torch
-
-    ids = torch.full((images, VISION_TOKENS + num_tokens), IMAGE)
-    ids[:, VISION_TOKENS:] = VOCO
-    pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
-    return {name: value.to(model.device) for name, value in batch.items()}
+from voco_plugin.benchmark.shapes import SHAPES, batch_of, build, pair
 
 
 def stage_one_ratio(
@@ -101,17 +45,13 @@ def stage_one_ratio(
     import torch
 
     from voco_plugin.benchmark import interleaved_medians
+    from voco_plugin.benchmark.timing import synchronised
 
     images = len(inputs["input_ids"])
-    cuda = inputs["input_ids"].is_cuda
+    device = inputs["input_ids"].device
 
     def timed(call: Any) -> Any:
-        def run() -> None:
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-
-        return lambda: run
+        return synchronised(lambda: call, device)
 
     ways = {
         "compress": timed(lambda: attached.compress(**inputs)),
@@ -184,6 +124,7 @@ def _child(args: argparse.Namespace) -> dict[str, Any]:
 
     import voco_plugin as vp
     from voco_plugin.answering import compress_images
+    from voco_plugin.benchmark.memory import peak, reset_peak
     from voco_plugin.cache.memory import working_memory
     from voco_plugin.data.tiny_vlm import build_tiny_vlm
 
@@ -200,7 +141,7 @@ def _child(args: argparse.Namespace) -> dict[str, Any]:
 
     for _ in compress_images(model, processor, images(1), batch_size=1):
         pass
-    reset = _reset_peak(args.device)
+    before = reset_peak(args.device)
     kept = 0
     for cache in compress_images(
         model, processor, images(args.child), batch_size=args.batch, max_memory=args.max_memory
@@ -209,38 +150,10 @@ def _child(args: argparse.Namespace) -> dict[str, Any]:
         tokens = cache.blocks[0].num_vision + cache.blocks[0].num_tokens
     return {
         "images": args.child, "batch": args.batch, "device": args.device, "tokens": tokens,
-        "peak_bytes": _peak(args.device) - reset, "cache_bytes": kept, "max_memory": args.max_memory,
+        "peak_bytes": peak(args.device) - before, "cache_bytes": kept, "max_memory": args.max_memory,
         "estimate_bytes": working_memory(model, tokens, 2, 3 * 112 * 112, rows=args.batch),
         "torch": torch.__version__,
     }  # fmt: skip
-
-
-def _status(field: str) -> int:
-    """A line of ``/proc/self/status``, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _reset_peak(device: str) -> int:
-    """Start the high-water mark anew; what is held now."""
-    if device != "cpu":
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> int:
-    if device != "cpu":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")
 
 
 # -- the command

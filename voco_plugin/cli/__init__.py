@@ -19,7 +19,7 @@ from . import output
 
 COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "convert",
-    "store",
+    "store", "bench",
 )  # fmt: skip
 _MODULE = {"eval": "evaluate"}
 

@@ -1,39 +1,17 @@
-"""Time, measured so that ratios can be trusted: in one process, in turn, as medians.
+"""Stage 2 of a model and processor at hand, compared with what it replaces, on the same weights:
 
-Stage 2 is compared with what it replaces, on the same weights:
-
-    no cache      vision tower and every vision token again, for each question
-    full caching  the keys and values of every vision token kept: the honest baseline
-    VoCo          the keys and values of the VoCo tokens kept
+no cache      vision tower and every vision token again, for each question
+full caching  the keys and values of every vision token kept: the honest baseline
+VoCo          the keys and values of the VoCo tokens kept
 """
 
 from __future__ import annotations
 
 import copy
-import random
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-
-def interleaved_medians(
-    ways: Mapping[str, Callable[[], Any]], repeats: int = 30, warm_up: int = 3
-) -> dict[str, float]:
-    """Median seconds of each of ``ways``, called in turn and in shuffled order, so that drift hits all alike.
-
-    Each callable does the set-up and returns the function that is timed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    order = random.Random(0)
-    for turn in range(warm_up + repeats):
-        for name in order.sample(list(ways), len(ways)):
-            call = ways[name]()
-            start = time.perf_counter()
-            call()
-            if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+from .timing import interleaved_medians
 
 
 def stage_two_times(
@@ -55,7 +33,7 @@ def stage_two_times(
     """
     import torch
 
-    from .answering import compress_images, prompt
+    from ..answering import compress_images, prompt
 
     with torch.no_grad():
         whole = prompt(plain, processor, questions, [[image] for image in images])
@@ -85,7 +63,7 @@ def _cached_prefix(
     """
     import torch
 
-    from .answering import prompt
+    from ..answering import prompt
 
     alone = [prompt(plain, processor, [q], [[i]]) for q, i in zip(questions, images, strict=True)]
     placeholder = plain.config.image_token_id
