@@ -278,8 +278,8 @@ def blocks_of_all_rows_in_one(patch):
     """Blocks are found by their number alone, whichever stands beside them."""
     real = segments._find
 
-    def broken(config, kind, block):
-        return real(config, kind, np.where(block >= 0, 0, block))
+    def broken(config, kind, block, document):
+        return real(config, kind, np.where(block >= 0, 0, block), document)
 
     patch.setattr(segments, "_find", broken)
 
