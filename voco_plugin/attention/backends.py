@@ -37,7 +37,7 @@ KERNELS: dict[str, tuple[Callable, Callable]] = {
 }
 """transformers' attention and mask functions of the backbone's implementation."""
 
-SEGMENTED_FROM = 512
+SEGMENTED_FROM = 768
 """Tokens of a row from which ``auto`` cuts into segments (``voco bench attention``, docs/performance.md)."""
 
 _chosen: set[str] = set()
