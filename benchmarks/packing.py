@@ -35,9 +35,9 @@ import torch
 import voco_plugin as vp
 from voco_plugin.packing import first_fit_decreasing, pack_batch
 
-IMAGE, VOCO, PAD, VOCAB, PATCHES, K = 4, 5, 0, 4096, 64, 2
+IMAGE, VOCO, PAD, VOCAB, PATCHES, K = 4, 5, 0, 2048, 64, 2
 SHAPES = {
-    "tiny": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "tiny": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4},
     "quick": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
 

@@ -109,6 +109,7 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         packed: list[int] | None = None
         places = list(range(len(examples)))  # the batch's row of each conversation
         if examples and isinstance(examples[0], (list, tuple)):
+            # one list under two names: a conversation that is left out leaves it too
             places = packed = [place for place, group in enumerate(examples) for _ in group]
             examples = list(itertools.chain.from_iterable(examples))
         names = [_name(example, row) for row, example in enumerate(examples)]

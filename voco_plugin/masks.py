@@ -163,7 +163,7 @@ def _first_voco(table: TokenTable) -> torch.Tensor:
     """
     document = torch.zeros_like(table.kind) if table.document is None else table.document
     order = torch.where(table.kind == TokenKind.VOCO, table.order, _NEVER)
-    count = int(document.max()) + 1 if document.numel() else 1
+    count = 1 if table.document is None or not document.numel() else int(document.max()) + 1
     first = order.new_full((table.num_rows, count), _NEVER).scatter_reduce(1, document, order, "amin")
     return first.gather(1, document)
 
