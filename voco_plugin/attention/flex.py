@@ -55,10 +55,13 @@ _SHAPE = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset")
 def _layout_key(active: ActiveRule, attention_mask: torch.Tensor | None) -> tuple:
     config, table = active.config, active.table
     tensors = [table.kind, table.block, table.order]
+    if table.document is not None:
+        tensors.append(table.document)
     if attention_mask is not None:
         tensors.append(attention_mask.to(torch.int64))
     facts = tuple(t.cpu().contiguous().numpy().tobytes() for t in tensors)
-    return (config.rule, config.block_context, config.hide_prefix, facts)
+    packed = table.document is not None
+    return (config.rule, config.block_context, config.hide_prefix, packed, facts)
 
 
 def flex_forward(
