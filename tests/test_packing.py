@@ -327,3 +327,25 @@ def test_a_single_document_is_an_ordinary_row():
     batch = inputs("llava_llama", ROWS[:1])
     alone = model(**batch).logits
     assert torch.equal(model(**batch, document_ids=batch["attention_mask"]).logits, alone)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_keeps_block_masks_of_packed_rows_apart():
+    """The same kinds and blocks with other documents are another mask, also where masks are kept."""
+    from voco_plugin.attention import flex
+
+    flex._masks.clear()
+    model, reference = (shared("llava_llama", attention=a) for a in ("flex", "dense"))
+    found = []
+    for counts in ([2, 1], [1, 2]):
+        rows = [["bos", "img", "c2", "t3"]] * 3
+        _, packed = packed_inputs(model, "llava_llama", rows, counts)
+        real = packed["attention_mask"].bool()
+        expected = reference(**packed).logits[real]
+        assert (model(**packed).logits[real] - expected).abs().max() <= 1e-4
+        found.append(len(flex._masks))
+    one = {k: v for k, v in packed.items() if k != DOCUMENT_IDS}
+    whole = model(**one).logits[packed["attention_mask"].bool()]
+    assert (whole - reference(**one).logits[packed["attention_mask"].bool()]).abs().max() <= 1e-4
+    assert found == [1, 2] and len(flex._masks) == 3
