@@ -24,7 +24,7 @@ from harness import (
 )
 from tiny import NAMES, voco_id
 from tiny.wide import EAGER_ONLY
-from voco_plugin.attention import backends, flash, flex
+from voco_plugin.attention import ActiveRule, activate, backends, deactivate, flash, flex
 from voco_plugin.attention.segmented import run_plan
 from voco_plugin.attention.segments import SegmentPlan, plan_segments
 from voco_plugin.layout import TokenKind
@@ -343,8 +343,11 @@ def test_flash_on_a_gpu(table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava_llama", "llava_mistral", "qwen2_5_vl"])
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [(n, r) for n in ("llava_llama", "llava_mistral", "qwen2_5_vl") for r in RULES]
+    + [(n, "isolated") for n in ("llava_qwen2", "llava_tied", "internvl", "idefics3", "smolvlm", "qwen3_vl")],
+)
 @torch.no_grad()
 def test_flex_equals_dense(name, rule):
     """FlexAttention on a CPU (inference): the same block mask that a GPU gets. It compiles first."""
@@ -358,6 +361,34 @@ def test_flex_equals_dense(name, rule):
         cached = model(**stream, voco_cache=model.compress(**batch)).logits
         found = largest_difference(model, batch, expected, stream, cached)
         assert found <= 1e-4
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(tables(most_blocks=4, largest=120), st.sampled_from(RULE_OPTIONS), st.sampled_from([None, 7]))
+@torch.no_grad()
+def test_flex_equals_dense_on_any_layout(table, options, window):
+    """The block mask that the backend makes, in torch's own flex_attention, uncompiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    config = vp.VoCoConfig(**options)
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    rows, width = table.kind.shape
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(rows, 2, width, 8, generator=draw) for _ in range(3))
+    real = table.kind != TokenKind.PAD
+    token = activate(ActiveRule(config, table))
+    try:
+        mask = flex.flex_mask(
+            batch_size=rows, q_length=width, kv_length=width, q_offset=0, kv_offset=0,
+            mask_function=function, attention_mask=real, device="cpu",
+        )  # fmt: skip
+    finally:
+        deactivate(token)
+    out = flex_attention(query, key, value, block_mask=mask, scale=0.3).transpose(1, 2)
+    kernel = backends.KERNELS["sdpa"][0]
+    expected = dense(config, table, function, query, key, value, kernel, Layer(1))
+    assert (out - expected)[real].abs().max() <= 1e-5
 
 
 @pytest.mark.slow
