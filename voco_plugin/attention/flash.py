@@ -18,14 +18,7 @@ from .segments import SegmentPlan
 
 
 def run_flash(
-    plan: SegmentPlan,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    plan: SegmentPlan, module: torch.nn.Module, query: torch.Tensor, *rest: torch.Tensor, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Attention by segments; arguments and result as :func:`~voco_plugin.attention.segmented.run_plan`.
 
@@ -36,7 +29,7 @@ def run_flash(
         raise ValueError(
             f"attention='flash' needs a GPU, and the model is on {query.device.type}; use 'segmented'."
         )
-    return by_lengths(varlen_kernel(), plan, module, query, key, value, scaling, dropout, **kwargs)
+    return by_lengths(varlen_kernel(), plan, module, query, *rest, **kwargs)
 
 
 def by_lengths(
