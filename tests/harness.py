@@ -34,6 +34,8 @@ RULES = {
     "star-prefix": {"rule": "star", "block_context": "prefix"},
     "hide-prefix": {"hide_prefix": True},
     "bos-sink": {"block_sink": "bos"},
+    "pooled": {"token_init": "pooled"},
+    "rival": {"compressor": "avg_pool"},
 }
 
 ROWS = [
@@ -69,7 +71,18 @@ def attached(name: str, dtype=torch.float32, attn: str = "sdpa", **options):
     """A tiny model with VoCo on."""
     model = plain(name, dtype, attn)
     config = vp.VoCoConfig(num_tokens=1, token_id=voco_id(name), **{"attention": "dense", **options})
-    return vp.attach(model, config, vocabulary=vocabulary(name, model, config))
+    return trained(vp.attach(model, config, vocabulary=vocabulary(name, model, config)))
+
+
+def trained(model, seed: int = 0):
+    """``model`` with weights in its compressor that say something; new ones change nothing."""
+    compressor = getattr(model, "voco_compressor", None)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in () if compressor is None else compressor.parameters():
+            noise = torch.randn(parameter.shape, generator=draw) * 0.3
+            parameter.copy_(noise.to(parameter.dtype))
+    return model
 
 
 @cache

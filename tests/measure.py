@@ -33,7 +33,9 @@ def groups_of(name: str, batch, row: int) -> list[int] | None:
 
 def expected_masks(name: str, rule: str, batch) -> dict[str, torch.Tensor]:
     """``(B, N, N)`` per layer type, by brute force."""
-    options = {k: v for k, v in RULES[rule].items() if k in ("rule", "block_context", "hide_prefix")}
+    options = {
+        k: v for k, v in RULES[rule].items() if k in ("rule", "block_context", "hide_prefix", "compressor")
+    }
     sink = rule == "bos-sink"
     kinds = {
         "full_attention": {},

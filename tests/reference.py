@@ -45,7 +45,7 @@ def read(row: str, sink: bool = False) -> tuple[str, list[int]]:
 
 
 def rule_mask(
-    row: str, *, rule="isolated", block_context="self", hide_prefix=False, sink=False
+    row: str, *, rule="isolated", block_context="self", hide_prefix=False, sink=False, compressor="voco"
 ) -> torch.Tensor:
     """What the rule shows, ``(N, N)`` bool, before causality and padding: the table, cell by cell."""
     kinds, block = read(row, sink)
@@ -68,6 +68,8 @@ def rule_mask(
                 visible = block_context == "prefix"
             if rule == "star" and kinds[i] == "v" and i != j:
                 visible = False
+            if compressor != "voco" and block[i] >= 0:  # the image is in the embeddings
+                visible = i == j or (kinds[i] == kinds[j] == "C" and block[i] == block[j])
             shown[i, j] = visible
     return shown
 

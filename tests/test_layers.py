@@ -27,7 +27,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     1: ("attention",),
     2: ("families", "encoders", "llms", "projectors", "compressors", "composition", "registration"),
-    3: ("isolation", "cache_state", "packed"),
+    3: ("isolation", "block_embeddings", "cache_state", "packed"),
     4: ("cache", "decoding", "generation"),
     5: ("modeling",),
     6: ("collator", "trl_rows", "video", "answering", "metrics", "session", "session_file"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ BLOCK_CONTEXTS = ("self", "prefix")
 POSITIONS = ("compact", "sequential")
 BLOCK_SINKS = ("none", "bos")
 ATTENTIONS = ("auto", "dense", "segmented", "flex", "flash")
-TOKEN_INITS = ("learned",)
+TOKEN_INITS = ("learned", "slots", "pooled")
 
 
 def nearest(name: str, known: Any) -> str:
@@ -49,7 +49,13 @@ class VoCoConfig:
             token.
         hide_prefix: the official code's mask: text after a block does not see what came before the first
             VoCo token (the system prompt included).
-        token_init: how the VoCo token's input embedding is made: ``learned`` is a trained row.
+        token_init: how the VoCo tokens' input embeddings are made. ``learned``: one trained row (the
+            paper's). ``slots``: a trained offset for each of the K slots on top of it. ``pooled``: the row
+            plus a linear map, at zero when training starts, of the mean image feature of K regions; what
+            else happens is unchanged, and so is what the cache can be used for.
+        compressor: ``voco``, or a rival of the registry of compressors, whose K embeddings of the image stand
+            where the VoCo tokens stand: the rule then hides the vision tokens from these too.
+        compressor_options: what the rival takes, by name.
         token: the text of the VoCo token.
         token_id: its id; ``None`` until a model is attached, or given where there is no tokenizer to ask.
         token_seed: seed of the new embedding rows.
@@ -66,6 +72,8 @@ class VoCoConfig:
     block_sink: str = "none"
     hide_prefix: bool = False
     token_init: str = "learned"
+    compressor: str = "voco"
+    compressor_options: dict[str, Any] = field(default_factory=dict)
     token: str = "<voco>"
     token_id: int | None = None
     token_seed: int = 0
@@ -94,6 +102,7 @@ class VoCoConfig:
             raise ValueError(f"VoCoConfig.hide_prefix={self.hide_prefix!r} must be true or false.")
         if not isinstance(self.token, str) or not self.token.strip():
             raise ValueError(f"VoCoConfig.token={self.token!r} must be a non-empty string.")
+        self._check_compressor()
         if self.positions is None:
             self.positions = "compact" if self.relocatable_rule else "sequential"
         if self.positions not in POSITIONS:
@@ -112,6 +121,39 @@ class VoCoConfig:
                 f"{why} does not allow; use positions='sequential', or rule='isolated' with "
                 "block_context='self'."
             )
+
+    def _check_compressor(self) -> None:
+        if not isinstance(self.compressor, str) or not self.compressor:
+            raise ValueError(f"VoCoConfig.compressor={self.compressor!r} must be a name.")
+        self.compressor_options = {} if self.compressor_options is None else self.compressor_options
+        if not isinstance(self.compressor_options, dict):
+            raise ValueError(f"VoCoConfig.compressor_options={self.compressor_options!r} must be a mapping.")
+        if not self.reads_vision and (self.rule, self.block_context) != ("isolated", "self"):
+            raise ValueError(
+                f"VoCoConfig.compressor={self.compressor!r} makes its tokens of the image alone, which "
+                f"rule={self.rule!r} with block_context={self.block_context!r} does not say; use "
+                "rule='isolated' with block_context='self'."
+            )
+        if not self.reads_vision and self.token_init != "learned":
+            raise ValueError(
+                f"VoCoConfig.token_init={self.token_init!r} is about VoCo tokens, and "
+                f"compressor={self.compressor!r} makes embeddings of its own; leave token_init out."
+            )
+        if self.rule == "causal" and self.token_init == "pooled":
+            raise ValueError(
+                "VoCoConfig.token_init='pooled' seeds tokens that text must read the image from; with "
+                "rule='causal' it reads the image itself: use token_init='learned'."
+            )
+
+    @property
+    def reads_vision(self) -> bool:
+        """Whether VoCo tokens read the vision tokens inside the language model (false for the rivals)."""
+        return self.compressor == "voco"
+
+    @property
+    def makes_embeddings(self) -> bool:
+        """Whether the VoCo tokens' input embeddings are more than the token's row."""
+        return self.isolates and (not self.reads_vision or self.token_init != "learned")
 
     @property
     def isolates(self) -> bool:

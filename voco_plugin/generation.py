@@ -239,7 +239,7 @@ class VoCoGenerationMixin:
                 compiles).
             two_stage: without ``voco_cache`` and with images: compress first, then answer from the blocks.
                 ``False`` keeps the vision tokens' keys in memory and masks them (the reference; the same
-                tokens).
+                tokens), as does a compressor that reads the question.
 
         Returns:
             as ``generate``: the given ``input_ids`` followed by the new tokens.
@@ -256,7 +256,8 @@ class VoCoGenerationMixin:
         if voco_cache is None:
             past = kwargs.get("past_key_values")
             layout = SequenceLayout.from_ids(ids, _mask_of(kwargs, ids), state.vocab)
-            if prefix is None and (not layout.spans or past is not None or not two_stage):
+            asks_first = state.embeddings is not None and state.embeddings.compressor.reads_question
+            if prefix is None and (not layout.spans or past is not None or not two_stage or asks_first):
                 if layout.spans or CacheState.of(past) is not None:
                     refuse_static_in_one_pass(args, kwargs)
                     self._suppress(kwargs, args)

@@ -13,19 +13,30 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache
 
 from .attention import ActiveRule, activate, deactivate
+from .block_embeddings import QUESTION_MASK, BlockEmbeddings, Places, in_packed_rows
 from .cache_state import CacheState
 from .config import VoCoConfig
 from .families.base import Family
 from .layout import SequenceLayout, TokenKind, TokenVocabulary, compact_positions
 from .masks import TokenTable
 from .packed import prepare_packed
-from .packing import DOCUMENT_IDS
+from .packing import DOCUMENT_IDS, Documents
+
+
+class _Running(NamedTuple):
+    """One forward of the backbone, from its first hook to its last. Without a rule all is ``None``."""
+
+    token: Any = None
+    active: ActiveRule | None = None
+    state: CacheState | None = None
+    past: Any = None
+    places: Places | None = None
 
 
 class Attachment:
@@ -36,10 +47,12 @@ class Attachment:
         vocab: the ids by which sequences are read.
         family: the model's :class:`~voco_plugin.families.base.Family`.
         processor: the processor given to ``attach``, or ``None``.
+        embeddings: what makes the VoCo tokens' input embeddings; ``None`` where they are the token's row.
     """
 
     def __init__(self, config: VoCoConfig, vocab: TokenVocabulary, family: Family, processor: Any) -> None:
         self.config, self.vocab, self.family, self.processor = config, vocab, family, processor
+        self.embeddings: BlockEmbeddings | None = None
         self.restore: dict[str, Any] = {}
         self.handles: list[Any] = []
         self._local = threading.local()
@@ -50,6 +63,7 @@ class Attachment:
         new = Attachment(self.config, self.vocab, self.family, self.processor)
         memo[id(self)] = new
         new.restore = copy.deepcopy(self.restore, memo)
+        new.embeddings = copy.deepcopy(self.embeddings, memo)
         new.handles = copy.deepcopy(self.handles, memo)
         return new
 
@@ -80,12 +94,21 @@ class Attachment:
     # -- hooks
     # ---------------------------------------------------------------------------------------------------
 
-    def install(self, backbone: torch.nn.Module) -> None:
-        """Hook the backbone's forward."""
+    def install(self, model: torch.nn.Module) -> None:
+        """Hook the forward of the model's backbone and, where VoCo tokens have embeddings of their own, of
+        its decoder stack.
+        """
+        backbone = self.family.backbone(model)
         self.handles = [
             backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
         ]
+        if self.embeddings is not None:
+            module, after = self.family.merged_at(model)
+            if after:
+                self.handles.append(module.register_forward_hook(self.after_merging))
+            else:
+                self.handles.append(module.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -108,6 +131,9 @@ class Attachment:
         # where the whole model is its own backbone (Llama 4), stage 2 calls it again without the cache
         staged = named.get("voco_cache") is not None
         alone = getattr(self._local, "policy", "check") == "alone"
+        places, given = None, named
+        if self.embeddings is not None and not staged:
+            named, places = self._find_places(named)
         ruled = self.config.isolates and not staged and not alone
         if named.get(DOCUMENT_IDS) is not None:
             if staged or alone:
@@ -118,11 +144,11 @@ class Attachment:
         else:
             prepared = self.prepare(module, named) if ruled else None
         if prepared is None:
-            self._stack().append((None, None, None, None))
-            return None
+            self._stack().append(_Running(places=places))
+            return None if named is given else ((), named)
         kwargs, active, state = prepared
         token = None if active is None else activate(active)
-        self._stack().append((token, active, state, kwargs.get("past_key_values")))
+        self._stack().append(_Running(token, active, state, kwargs.get("past_key_values"), places))
         return (), kwargs
 
     @torch.compiler.disable
@@ -130,11 +156,19 @@ class Attachment:
         """Lift the rule; check that a mask was built under it; let the KV cache remember its slots."""
         if not self._stack():
             return  # the pre-hook itself raised
-        token, active, state, past = self._stack().pop()
+        token, active, state, past, places = self._stack().pop()
         if token is not None:
             deactivate(token)
-        if state is None or output is None:
-            return  # no rule applied, or the forward raised
+        if output is None:
+            return  # the forward raised
+        if places is not None and not places.written:
+            raise RuntimeError(
+                f"{type(module).__name__} did not hand its merged embeddings to its decoder, so "
+                f"compressor={self.config.compressor!r} with token_init={self.config.token_init!r} was not "
+                "applied; this family takes token_init='learned' only."
+            )
+        if state is None:
+            return  # no rule applied
         if active is not None and active.masks_built == 0:
             raise RuntimeError(
                 f"{type(module).__name__} built no attention mask through transformers' mask interface, so "
@@ -144,6 +178,24 @@ class Attachment:
             past = getattr(output, "past_key_values", None)
         if isinstance(past, Cache):
             state.put_on(past)
+
+    @torch.compiler.disable
+    def before_decoder(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Write the VoCo tokens' embeddings of the forward that runs, where it holds blocks."""
+        merged = kwargs.get("inputs_embeds")
+        made = self._written(merged)
+        return None if made is merged else (args, {**kwargs, "inputs_embeds": made})
+
+    @torch.compiler.disable
+    def after_merging(self, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """As :meth:`before_decoder`, where a module of its own merges the image features."""
+        return self._written(output)
+
+    def _written(self, merged: torch.Tensor | None) -> torch.Tensor | None:
+        places = self._stack()[-1].places if self._stack() else None
+        if merged is None or places is None or places.written or self.embeddings is None:
+            return merged
+        return self.embeddings.write(places, merged)
 
     # -- what the hooks compute
     # ----------------------------------------------------------------------------------
@@ -199,6 +251,44 @@ class Attachment:
         kwargs["attention_mask"] = mask
         kwargs["position_ids"] = self.agree(kwargs.get("position_ids"), positions, layout, backbone)
         return kwargs, ActiveRule(self.config, state.table, state.table.in_slot_order, prefix), state
+
+    def _find_places(self, kwargs: dict) -> tuple[dict, Places | None]:
+        """The blocks whose embeddings are made in this forward; and its arguments without the question mask,
+        which the backbone does not know.
+        """
+        assert self.embeddings is not None
+        kwargs = dict(kwargs)
+        question, ids = kwargs.pop(QUESTION_MASK, None), kwargs.get("input_ids")
+        if ids is None or (ids.shape[1] == 1):  # one decoded token is no block
+            return kwargs, None
+        if kwargs.get(DOCUMENT_IDS) is not None:
+            if self.embeddings.compressor.reads_question:
+                raise ValueError(
+                    f"compressor={self.config.compressor!r} reads the question behind an image, which packed "
+                    "rows do not keep apart; train it without packing."
+                )
+            documents = Documents(kwargs[DOCUMENT_IDS].to(ids.device), ids.shape)
+            alone = documents.split(ids, self.vocab.voco_id)
+            found = SequenceLayout.from_ids(alone, documents.mask.long(), self.vocab)
+            kind = documents.join(found.kind, TokenKind.PAD)
+            layout = SequenceLayout(kind, kind, in_packed_rows(found.spans, documents))
+        else:
+            mask = kwargs.get("attention_mask")
+            given = isinstance(mask, torch.Tensor) and mask.ndim == 2
+            layout = SequenceLayout.from_ids(ids, mask[:, -ids.shape[1] :] if given else None, self.vocab)
+        return kwargs, self.embeddings.places(ids, layout, self.vocab, question)
+
+    def check_reusable(self, what: str) -> None:
+        """Refuse to cache what was made for one question.
+
+        Raises:
+            ValueError: the compressor reads the question.
+        """
+        if self.embeddings is not None and self.embeddings.compressor.reads_question:
+            raise ValueError(
+                f"{what}: compressor={self.config.compressor!r} reads the question before it compresses, so "
+                "a cache would answer other questions wrongly; ask with the image in the prompt."
+            )
 
     @staticmethod
     def _mask(given: Any, rows: int, tokens: int, length: int, ids: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,9 @@
                C           x x x
                t x     x x     x x
 
+A rival of VoCo (``compressor=``) reads the image outside the LLM: its tokens do not see the vision tokens,
+and these, which nobody reads, see only themselves.
+
 Every mask, block mask, segment plan and picture of this package derives from :func:`isolation_predicate`.
 """
 
@@ -149,9 +152,11 @@ def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:
         block_sees = same_block
         if config.block_context == "prefix":
             block_sees = block_sees | ~key_is_vision
-        if config.rule == "star":
-            query_is_vision = kind[b, q] == TokenKind.VISION
+        query_is_vision = kind[b, q] == TokenKind.VISION
+        if config.rule == "star" or not config.reads_vision:
             block_sees = block_sees & (~query_is_vision | (order[b, q] == order[b, k]))
+        if not config.reads_vision:  # the image is in their input embeddings
+            block_sees = block_sees & (query_is_vision | ~key_is_vision)
         return torch.where(query_is_text, text_sees, block_sees)
 
     return predicate

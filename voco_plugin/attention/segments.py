@@ -14,6 +14,7 @@ lies outside the segments is hidden, which the rule says of itself.
     rule        block rows see                          stream rows see
     isolated    their block                             text and VoCo
     star        V: itself; C: their block               text and VoCo
+    a rival     V: itself; C: the C of their block      text and VoCo
     prefix      their block and the stream before it    text and VoCo
     causal      all of their document (a rule only where rows are packed)
 
@@ -197,14 +198,16 @@ def _find(
             if config.block_context == "prefix":
                 before = stream[stream < tokens[0]]
             keys = np.concatenate([before, tokens])
-            if config.rule == "star":
+            if config.rule == "star" or not config.reads_vision:
                 is_vision = kind[row][tokens] == TokenKind.VISION
                 vision, voco = tokens[is_vision], tokens[~is_vision]
                 if len(before):
                     found += [(v[None] + base, np.append(before, v) + base, False) for v in vision]
                 else:
                     found += [(v[None] + base, v[None] + base, True) for v in vision]
-                if len(voco):
+                if len(voco) and not config.reads_vision:
+                    found.append((voco + base, voco + base, True))
+                elif len(voco):
                     found.append((voco + base, keys + base, False))
             else:
                 found.append((tokens + base, keys + base, not len(before)))

@@ -10,6 +10,7 @@ import torch
 
 from .block import VoCoBlock
 from .files import read_cache, write_cache
+from .fingerprint import check_nested, differences
 
 
 class VoCoCache:
@@ -75,8 +76,6 @@ class VoCoCache:
         caches = list(caches)
         if not caches:
             return VoCoCache()
-        from .fingerprint import differences
-
         first = next((c for c in caches if len(c)), caches[0])
         for number, cache in enumerate(caches):
             wrong = differences(first.fingerprint, cache.fingerprint) if len(cache) else []
@@ -132,7 +131,13 @@ class VoCoCache:
         return VoCoCache(joined.blocks, rows, max(len(caches), 1), joined.fingerprint)
 
     def first(self, k: int) -> VoCoCache:
-        """Every block cut to its first ``k`` VoCo tokens (paper, Table 4)."""
+        """Every block cut to its first ``k`` VoCo tokens (paper, Table 4).
+
+        Raises:
+            ValueError: the blocks' tokens were made for their whole number (``token_init="pooled"``, a
+                rival): the first of them are not what a compression into ``k`` gives.
+        """
+        check_nested(self.fingerprint)
         return VoCoCache([b.first(k) for b in self.blocks], self.rows, self.num_rows, self.fingerprint)
 
     def to(self, *args: Any, **kwargs: Any) -> VoCoCache:

@@ -19,7 +19,17 @@ import torch
 from ..config import VoCoConfig
 
 _WHOLE, _SAMPLE = 1 << 16, 1 << 14
-_RULE_FIELDS = ("rule", "block_context", "positions", "block_sink", "hide_prefix", "token_init")
+_RULE_FIELDS = (
+    "rule",
+    "block_context",
+    "positions",
+    "block_sink",
+    "hide_prefix",
+    "token_init",
+    "compressor",
+)
+_SINCE = {"compressor": "voco"}
+"""What a cache is taken to be made with where it was written before this was named."""
 
 
 def _hash_tensor(sha: Any, name: str, tensor: torch.Tensor) -> None:
@@ -145,8 +155,23 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """
     wrong = []
     for name in sorted(set(expected) | set(found)):
-        here, there = expected.get(name), found.get(name)
+        here, there = (made.get(name, _SINCE.get(name)) for made in (expected, found))
         if name == "num_tokens" or here == there or (name == "processor" and "none" in (here, there)):
             continue
         wrong.append(f"{name} is {there!r}, not {here!r}")
     return wrong
+
+
+def check_nested(made_by: dict[str, Any]) -> None:
+    """Refuse to cut blocks whose tokens hang on how many there are.
+
+    Raises:
+        ValueError: as :meth:`~voco_plugin.cache.VoCoCache.first` says.
+    """
+    compressor, init = made_by.get("compressor", "voco"), made_by.get("token_init", "learned")
+    if compressor != "voco" or init == "pooled":
+        raise ValueError(
+            f"the tokens of these blocks (compressor={compressor!r}, token_init={init!r}) were made for "
+            "their whole number, and the first k are not what k tokens would be; compress again with "
+            "compress(num_tokens=k)."
+        )

@@ -99,6 +99,7 @@ def compress(
             "rule='causal' lets text read the vision tokens, so there is nothing to compress; use "
             "rule='isolated'."
         )
+    state.check_reusable("compress")
     if inputs.get("input_ids") is None:
         raise ValueError("compress needs input_ids that hold the vision and VoCo tokens.")
     layout = SequenceLayout.from_ids(inputs["input_ids"], inputs.get("attention_mask"), state.vocab)
@@ -167,7 +168,9 @@ def _run_alone(batch: _Batch, chunk: list[tuple[int, int]], numbers: list[int]) 
         CacheState.starting_at(torch.tensor(orders, device=batch.positions.device)).put_on(cache)
     # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
     text = state.family.text_model(model)
-    own_mask = even and not chunked and state.config.rule == "isolated" and _is_causal(text)
+    config = state.config
+    whole = config.rule == "isolated" and config.reads_vision
+    own_mask = even and not chunked and whole and _is_causal(text)
     cutting = last_rows(text, kept, length) if slim else contextlib.nullcontext()
     with cutting:
         _forward(state, model, run, cache, "alone" if own_mask else "trust")

@@ -71,6 +71,14 @@ class Family:
             text if inner is None or hasattr(text, "layers") else inner
         )  # Llama 4's decoder has its LM head on
 
+    def merged_at(self, model: torch.nn.Module) -> tuple[torch.nn.Module, bool]:
+        """Where the embeddings with the image features merged in can be had: a module, and whether they are
+        its output (else its argument ``inputs_embeds``).
+        """
+        text = self.text_model(model)
+        merges = getattr(text, "embed_tokens_extend", None)  # Phi-4's decoder encodes the images itself
+        return (text, False) if merges is None else (merges, True)
+
     def chunk_size(self, model: torch.nn.Module) -> int | None:
         """How many tokens a chunk of chunked attention holds, or ``None`` where no layer has it."""
         config = self.text_model(model).config

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..attention import backend_for, register
+from ..block_embeddings import NAME, BlockEmbeddings
 from ..config import VoCoConfig
 from ..families import family_of
 from ..generation import VoCoGenerationMixin
@@ -125,11 +126,15 @@ def attach(
         register()
         state = Attachment(config, vocab, family, processor)
         state.restore = restore
+        if config.makes_embeddings:
+            state.embeddings = BlockEmbeddings.build(inner, config)
         text.config._attn_implementation_internal = name
         inner.__class__ = _extended(type(inner))
         object.__setattr__(inner, _ATTRIBUTE, state)
-        state.install(family.backbone(inner))
+        state.install(inner)
     except Exception:
+        if hasattr(inner, NAME):
+            delattr(inner, NAME)
         if "rows" in restore:
             restore_rows(inner, restore["rows"])
         if added:
@@ -151,6 +156,8 @@ def detach(model: torch.nn.Module) -> torch.nn.Module:
     text.config._attn_implementation_internal = state.restore["implementation"]
     inner.__class__ = state.restore["class"]
     object.__delattr__(inner, _ATTRIBUTE)
+    if state.embeddings is not None:
+        delattr(inner, NAME)
     if "rows" in state.restore:
         restore_rows(inner, state.restore["rows"])
     if state.restore.get("token"):

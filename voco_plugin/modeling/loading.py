@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ..block_embeddings import NAME
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import TokenVocabulary
 from .attach import attach, attachment
+from .compressor_weights import load_compressor, read_compressor
 
 
 def save_voco_config(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
@@ -32,6 +34,12 @@ def _file(source: str, name: str, **hub: Any) -> str | None:
 def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
     sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
     return TokenVocabulary(**{k: frozenset(v) if k in sets else v for k, v in values.items()})
+
+
+def _made_alike(config: VoCoConfig, saved: VoCoConfig) -> bool:
+    """Whether both say the same of how the VoCo tokens' embeddings are made."""
+    fields = ("compressor", "compressor_options", "token_init")
+    return all(getattr(config, name) == getattr(saved, name) for name in fields)
 
 
 def auto_class(source: str, **options: Any) -> Any:
@@ -118,6 +126,17 @@ def load(
     if vocabulary is not None and config.block_sink != saved.block_sink:
         vocabulary = None
     attach(model, config, processor, vocabulary=vocabulary, initialize_token=make_row)
+    same = saved is not None and _made_alike(config, saved)
+    if adapter_file is not None and saved is not None and not same:
+        raise ValueError(
+            f"the adapter at {source} was trained with compressor={saved.compressor!r}, "
+            f"token_init={saved.token_init!r}; leave voco out, or give a config with these."
+        )
+    if hasattr(model, NAME) and same:
+        own = {k: v for k, v in hub.items() if adapter_file is None}
+        found = read_compressor(lambda name: _file(base, name, **own))
+        if found or adapter_file is None:  # an adapter brings its own
+            load_compressor(model, found, base)
     if adapter_file is not None:
         from peft import PeftModel
 

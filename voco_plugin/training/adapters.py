@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..block_embeddings import NAME
 from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, is_token_row
 
 _ALL = "all-linear"
@@ -26,6 +27,7 @@ def prepare_peft_config(
     train_projector: bool = False,
     train_vision_tower: bool = False,
     train_language: bool = True,
+    train_compressor: bool = True,
 ) -> Any:
     """A copy of ``peft_config`` that adapts the language model and trains the VoCo token's row.
 
@@ -40,6 +42,7 @@ def prepare_peft_config(
             :func:`train_loose_parameters`).
         train_vision_tower: adapt the vision tower's layers of the same names too.
         train_language: adapt the language model's layers.
+        train_compressor: train the compressor, where the VoCo tokens' embeddings are made by one.
 
     Raises:
         ValueError: the PEFT method puts tokens of its own into the sequence, or cannot train what is asked;
@@ -71,6 +74,9 @@ def prepare_peft_config(
             config.layers_to_transform = config.layers_pattern = None
     elif isinstance(targets, str) and not train_language:
         _refuse_language(model, parts, targets)
+    compressor = getattr(model, NAME, None)
+    if train_compressor and compressor is not None and any(True for _ in compressor.parameters()):
+        config.modules_to_save = [*(config.modules_to_save or []), NAME]
     if train_projector:
         config.modules_to_save = [*(config.modules_to_save or []), *parts.wrappable(model, PROJECTOR)]
     if token_id is not None:

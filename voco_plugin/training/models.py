@@ -74,6 +74,7 @@ def freeze_as_asked(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | No
         language=args.train_language,
         projector=args.train_projector,
         vision_tower=args.train_vision_tower,
+        compressor=args.train_voco,
     )
     hold = None
     if vocab is not None and args.train_voco != args.train_language:

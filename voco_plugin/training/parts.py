@@ -7,7 +7,10 @@ from collections import Counter
 
 from torch import nn
 
+from ..block_embeddings import NAME
+
 LANGUAGE, PROJECTOR, VISION = "language model", "projector", "vision tower"
+COMPRESSOR = "compressor"
 TOKEN_ROW, ADAPTERS = "VoCo token row", "adapters"
 FIXED = "fixed layers"
 
@@ -46,6 +49,8 @@ class ModelParts:
         """The part of the parameter or module called ``name``."""
         if any(f".{layer}." in f".{name}." for layer in self.fixed):
             return FIXED
+        if _within(name, NAME):
+            return COMPRESSOR
         if self.head is not None and _within(name, self.head):
             return LANGUAGE
         if _within(name, self.decoder):
@@ -98,11 +103,13 @@ def is_token_row(name: str) -> bool:
     return "trainable_tokens_" in name
 
 
-def freeze(model: nn.Module, *, language: bool, projector: bool, vision_tower: bool) -> None:
+def freeze(
+    model: nn.Module, *, language: bool, projector: bool, vision_tower: bool, compressor: bool = True
+) -> None:
     """Full fine-tuning: each part trains only as asked.
 
-    Projector and vision tower are switched both ways. What trains of the language model stays as it is where
-    it is asked for: who froze some of its layers keeps them frozen.
+    Compressor, projector and vision tower are switched both ways. What trains of the language model stays as
+    it is where it is asked for: who froze some of its layers keeps them frozen.
     """
     parts = ModelParts(model)
     for name, parameter in model.named_parameters():
@@ -112,7 +119,8 @@ def freeze(model: nn.Module, *, language: bool, projector: bool, vision_tower: b
         if part == FIXED:  # the identity matrices of a composed model's `linear` projector
             parameter.requires_grad_(False)
         elif part != LANGUAGE:
-            parameter.requires_grad_(projector if part == PROJECTOR else vision_tower)
+            asked = {COMPRESSOR: compressor, PROJECTOR: projector}.get(part, vision_tower)
+            parameter.requires_grad_(asked)
         elif not language:
             parameter.requires_grad_(False)
 

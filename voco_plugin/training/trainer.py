@@ -129,10 +129,11 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
             peft_config = prepare_peft_config(
                 model,
                 peft_config,
-                self._vocab.voco_id if self.voco and args.train_voco else None,
+                self._vocab.voco_id if self.voco and args.train_voco and self.voco.reads_vision else None,
                 train_projector=args.train_projector,
                 train_vision_tower=args.train_vision_tower,
                 train_language=args.train_language,
+                train_compressor=args.train_voco,
             )
         elif not wrapped:
             hold = freeze_as_asked(model, args, self._vocab)

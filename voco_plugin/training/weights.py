@@ -6,6 +6,9 @@ import os
 
 from torch import nn
 
+from ..block_embeddings import NAME
+from ..modeling.compressor_weights import read_compressor
+
 
 def load_whole_weights(model: nn.Module, folder: str | os.PathLike, trust_remote_code: bool = False) -> None:
     """Copy the weights saved in ``folder`` into ``model``, every one of them.
@@ -22,4 +25,13 @@ def load_whole_weights(model: nn.Module, folder: str | os.PathLike, trust_remote
     saved = AutoModelForImageTextToText.from_pretrained(
         folder, dtype="auto", trust_remote_code=trust_remote_code
     )
-    model.load_state_dict(saved.state_dict(), strict=True)
+    weights = saved.state_dict()
+    if hasattr(model, NAME):
+        made = read_compressor(lambda name: _file(folder, name))
+        weights |= {f"{NAME}.{name}": tensor for name, tensor in made.items()}
+    model.load_state_dict(weights, strict=True)
+
+
+def _file(folder: str | os.PathLike, name: str) -> str | None:
+    path = os.path.join(folder, name)
+    return path if os.path.isfile(path) else None
