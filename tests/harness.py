@@ -36,6 +36,7 @@ RULES = {
     "bos-sink": {"block_sink": "bos"},
     "pooled": {"token_init": "pooled"},
     "rival": {"compressor": "avg_pool"},
+    "rival-prefix": {"compressor": "avg_pool", "block_context": "prefix"},
 }
 
 ROWS = [
@@ -70,7 +71,7 @@ def plain(name: str, dtype=torch.float32, attn: str = "sdpa", seed: int = 0):
 def attached(name: str, dtype=torch.float32, attn: str = "sdpa", **options):
     """A tiny model with VoCo on."""
     model = plain(name, dtype, attn)
-    config = vp.VoCoConfig(num_tokens=1, token_id=voco_id(name), **{"attention": "dense", **options})
+    config = vp.VoCoConfig(token_id=voco_id(name), **{"attention": "dense", **options})
     return trained(vp.attach(model, config, vocabulary=vocabulary(name, model, config)))
 
 

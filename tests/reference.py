@@ -69,7 +69,8 @@ def rule_mask(
             if rule == "star" and kinds[i] == "v" and i != j:
                 visible = False
             if compressor != "voco" and block[i] >= 0:  # the image is in the embeddings
-                visible = i == j or (kinds[i] == kinds[j] == "C" and block[i] == block[j])
+                before = block[i] != block[j] and block_context == "prefix"
+                visible = i == j or (kinds[i] == "C" and kinds[j] != "v" and (block[i] == block[j] or before))
             shown[i, j] = visible
     return shown
 

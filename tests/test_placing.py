@@ -52,7 +52,7 @@ def alone(name):
     return "batch_num_images" not in inputs(name, prompt(name, [0, 1], [1, 1, 1]))
 
 
-MOVABLE = [r for r in RULES if r not in ("prefix", "star-prefix")]
+MOVABLE = [r for r in RULES if not r.endswith("prefix") or r == "hide-prefix"]
 """``block_context="prefix"`` ties a block to its prompt."""
 
 

@@ -20,12 +20,14 @@ import torch
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from .block_embeddings import QUESTION_MASK
 from .config import VoCoConfig
 from .families import family_of_processor
 from .images import BadImageError, check_on_bad_sample, describe, find_refused
 from .injection import insert_voco_tokens, truncate
 from .layout import TokenVocabulary
 from .packing import pack_batch
+from .registry import compressors
 from .trl_rows import as_trl_row, check_same_kind, name_of
 
 logger = logging.getLogger(__name__)
@@ -253,6 +255,9 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
             )
         if self.max_length is not None and int(batch["attention_mask"].sum(1).max()) > self.max_length:
             batch = truncate(batch, self.vocab, self.max_length, **shape)
+        if not self.voco.reads_vision and compressors.get(self.voco.compressor).reads_question:
+            asked = batch["attention_mask"].bool() & (batch["labels"] == -100)
+            batch[QUESTION_MASK] = asked.to(batch["attention_mask"].dtype)
         return batch
 
     def draw_num_tokens(self, input_ids: torch.Tensor) -> int:

@@ -128,11 +128,10 @@ class VoCoConfig:
         self.compressor_options = {} if self.compressor_options is None else self.compressor_options
         if not isinstance(self.compressor_options, dict):
             raise ValueError(f"VoCoConfig.compressor_options={self.compressor_options!r} must be a mapping.")
-        if not self.reads_vision and (self.rule, self.block_context) != ("isolated", "self"):
+        if not self.reads_vision and self.rule != "isolated":
             raise ValueError(
-                f"VoCoConfig.compressor={self.compressor!r} makes its tokens of the image alone, which "
-                f"rule={self.rule!r} with block_context={self.block_context!r} does not say; use "
-                "rule='isolated' with block_context='self'."
+                f"VoCoConfig.compressor={self.compressor!r} makes its tokens outside the LLM, where "
+                f"rule={self.rule!r} says nothing; use rule='isolated'."
             )
         if not self.reads_vision and self.token_init != "learned":
             raise ValueError(

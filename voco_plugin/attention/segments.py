@@ -206,7 +206,7 @@ def _find(
                 else:
                     found += [(v[None] + base, v[None] + base, True) for v in vision]
                 if len(voco) and not config.reads_vision:
-                    found.append((voco + base, voco + base, True))
+                    found.append((voco + base, np.append(before, voco) + base, not len(before)))
                 elif len(voco):
                     found.append((voco + base, keys + base, False))
             else:

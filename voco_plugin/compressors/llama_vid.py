@@ -41,7 +41,10 @@ class LlamaVid(Compressor):
         found = []
         for image, key, asked in zip(vision, keys, question, strict=True):
             if not len(asked):
-                raise ValueError("llama_vid reads the question behind the image, and there is no text there.")
+                raise ValueError(
+                    "llama_vid reads the question behind the image, and there is none; in training the "
+                    "labels must leave it out (assistant_only_loss or completion_only_loss)."
+                )
             likeness = self.query(asked) @ key.transpose(0, 1) / math.sqrt(self.width)
             found.append((likeness.softmax(dim=-1) @ image).mean(dim=0, keepdim=True))
         return torch.cat([self.context(torch.stack(found)), content], dim=1)
