@@ -14,6 +14,7 @@ from transformers.masking_utils import causal_mask_function
 
 import test_attach
 import test_cache
+import test_compressors
 import test_decoding
 import test_exactness
 import test_generation
@@ -23,8 +24,9 @@ import test_rope
 import test_segments
 import test_session
 from harness import inputs, shared
-from voco_plugin import isolation, layout, session
+from voco_plugin import block_embeddings, isolation, layout, session
 from voco_plugin.attention import backends, dense, segments
+from voco_plugin.block_embeddings import BlockEmbeddings
 from voco_plugin.cache import files, relocation, stage_one, stage_two
 from voco_plugin.cache_state import CacheState
 from voco_plugin.families.base import Family
@@ -33,6 +35,7 @@ from voco_plugin.masks import TokenTable, isolation_predicate
 
 two_stage = test_exactness.test_two_stage_equals_single_pass
 table = test_exactness.test_the_mask_of_every_layer_is_the_table
+written_from_their_own = test_compressors.test_only_voco_slots_are_written_and_from_their_own_image
 
 
 def predicate(change):
@@ -60,6 +63,42 @@ vision_alone = predicate(
 star_off = predicate(
     lambda seen, t, b, q, k: seen | ((t.block[b, q] == t.block[b, k]) & (t.block[b, q] >= 0))
 )
+
+
+# what a rival hides
+voco_sees_vision = predicate(
+    lambda seen, t, b, q, k: (
+        seen | (is_kind(t, C, b, q) & is_kind(t, V, b, k) & (t.block[b, q] == t.block[b, k]))
+    )
+)
+
+
+def image_of_another(patch):
+    """The embeddings of each block made of its neighbour's image."""
+    real = BlockEmbeddings.places
+
+    def shifted(self, *args):
+        found = real(self, *args)
+        if found is not None:
+            found.vision = found.vision[-1:] + found.vision[:-1]
+        return found
+
+    patch.setattr(BlockEmbeddings, "places", shifted)
+
+
+def markers_pooled_too(patch):
+    """Row and end markers counted as image features."""
+    patch.setattr(block_embeddings, "_columns", lambda wanted, span, start, stop: torch.arange(start, stop))
+
+
+def nothing_written(patch):
+    """The hook that says it wrote, and does not."""
+
+    def write(self, places, embeddings):
+        places.written = True
+        return embeddings
+
+    patch.setattr(BlockEmbeddings, "write", write)
 
 
 def mask_replaced(patch):
@@ -348,6 +387,21 @@ CASES = {
     "text sees vision: table": (text_sees_vision, with_patch(table, *LLAVA)),
     "voco sees earlier text: two-stage": (voco_sees_text, run(two_stage, *LLAVA, fp32)),
     "voco sees earlier text: table": (voco_sees_text, with_patch(table, *LLAVA)),
+    "a rival sees vision: table": (voco_sees_vision, with_patch(table, "llava_llama", "rival", "sdpa")),
+    "a rival sees vision: plain decoder": (
+        voco_sees_vision,
+        run(test_compressors.test_a_rival_is_a_plain_model_that_reads_its_embeddings, "avg_pool", "self"),
+    ),
+    "another's image: written": (
+        image_of_another,
+        run(written_from_their_own, "llava_llama", "pooled"),
+    ),
+    "another's image: packed": (
+        image_of_another,
+        run(test_compressors.test_packed_rows_are_as_alone, "pooled"),
+    ),
+    "markers pooled: written": (markers_pooled_too, run(written_from_their_own, "idefics3", "pooled")),
+    "nothing written: written": (nothing_written, run(written_from_their_own, "llava_llama", "avg_pool")),
     "voco is blind: table": (voco_is_blind, with_patch(table, *LLAVA)),
     "blocks mix: two-stage": (blocks_mix, run(two_stage, *LLAVA, fp32)),
     "blocks mix: table": (blocks_mix, with_patch(table, *LLAVA)),
