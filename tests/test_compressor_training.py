@@ -53,7 +53,7 @@ def test_lora_trains_the_compressor_beside_its_adapters(kind, bases, data, tmp_p
 
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("kind", ["pooled", "slots", "qformer"])
-def test_a_checkpoint_loads_by_its_path_and_a_run_resumes(kind, peft, bases, data, tmp_path):
+def test_a_checkpoint_loads_by_its_path_and_a_run_resumes(kind, peft, bases, data, tmp_path, capfd):
     options = {"peft": peft, "voco": voco(kind), "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = shared.trainer(bases("llava_llama"), tmp_path / "whole", data, **options)
     whole.train()
@@ -68,6 +68,11 @@ def test_a_checkpoint_loads_by_its_path_and_a_run_resumes(kind, peft, bases, dat
         assert torch.equal(model(**batch).logits, expected)
     weights = [p for n, p in model.named_parameters() if "voco_compressor" in n and "original" not in n]
     assert weights and all(bool(w.abs().max() > 0) for w in weights if w.dim() > 1)
+    fewer, _ = vp.load(tmp_path / "whole" / "checkpoint-4", voco={**voco(kind).to_dict(), "num_tokens": 1})
+    assert vp.attachment(fewer).config.num_tokens == 1
+    with torch.no_grad():  # the K of the batch counts, the weights are those of the K it was trained with
+        assert torch.equal(fewer(**batch).logits, expected)
+    assert "voco_compressor" not in capfd.readouterr().err
     if not peft:  # plain transformers reads the same checkpoint
         from transformers import AutoModelForImageTextToText
 

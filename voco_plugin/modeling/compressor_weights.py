@@ -6,14 +6,17 @@ read here, once the compressor is on the model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..block_embeddings import NAME
+from ..config import VoCoConfig
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -42,6 +45,30 @@ def read_compressor(find: Callable[[str], str | None]) -> dict[str, torch.Tensor
                 if name.startswith(f"{NAME}."):
                     found[name.removeprefix(f"{NAME}.")] = file.get_tensor(name)
     return found
+
+
+@contextlib.contextmanager
+def expected_by(loader: Any, source: str, voco: VoCoConfig, **options: Any) -> Iterator[None]:
+    """Inside the block, ``loader.from_pretrained(source)`` does not report the compressor's weights as
+    unexpected.
+
+    The list of such names is an attribute of the model's class; it is put back.
+    """
+    from transformers import AutoConfig
+
+    kind = None
+    if voco.makes_embeddings:
+        kind = loader._model_mapping.get(type(AutoConfig.from_pretrained(source, **options)), None)
+    if not isinstance(kind, type):
+        yield
+        return
+    attribute = "_keys_to_ignore_on_load_unexpected"
+    own, before = attribute in vars(kind), getattr(kind, attribute, None)
+    setattr(kind, attribute, [*(before or []), rf"^{NAME}\."])
+    try:
+        yield
+    finally:
+        setattr(kind, attribute, before) if own else delattr(kind, attribute)
 
 
 def load_compressor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..block_embeddings import NAME
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import TokenVocabulary
 from .attach import attach, attachment
-from .compressor_weights import load_compressor, read_compressor
+from .compressor_weights import expected_by, load_compressor, read_compressor
 
 
 def save_voco_config(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
@@ -117,16 +118,22 @@ def load(
         common.pop("revision", None)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
     remote = {k: v for k, v in common.items() if k != "dtype"}
-    model = auto_class(base, **remote).from_pretrained(base, **common, **model_kwargs)
+    loader = auto_class(base, **remote)
     config = voco or saved or VoCoConfig()
     if saved is not None and voco is not None:
         config = VoCoConfig.from_dict({**voco.to_dict(), "token": saved.token, "token_id": saved.token_id})
+    same = saved is not None and _made_alike(config, saved)
+    asked = config.num_tokens
+    if same and config.makes_embeddings:  # built with the K it was trained with; read at the K asked for
+        config = dataclasses.replace(config, num_tokens=saved.num_tokens)
+    with expected_by(loader, base, config, **remote):
+        model = loader.from_pretrained(base, **common, **model_kwargs)
     if adapter_file is not None and _file(base, CONFIG_NAME) is None:
         make_row = extra.get("row_made") if saved is not None else None
     if vocabulary is not None and config.block_sink != saved.block_sink:
         vocabulary = None
     attach(model, config, processor, vocabulary=vocabulary, initialize_token=make_row)
-    same = saved is not None and _made_alike(config, saved)
+    attachment(model).config.num_tokens = asked
     if adapter_file is not None and saved is not None and not same:
         raise ValueError(
             f"the adapter at {source} was trained with compressor={saved.compressor!r}, "
