@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ..block_embeddings import NAME
-from ..config import VoCoConfig
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -48,16 +47,19 @@ def read_compressor(find: Callable[[str], str | None]) -> dict[str, torch.Tensor
 
 
 @contextlib.contextmanager
-def expected_by(loader: Any, source: str, voco: VoCoConfig, **options: Any) -> Iterator[None]:
+def expected_by(loader: Any, source: str | os.PathLike, made: bool, **options: Any) -> Iterator[None]:
     """Inside the block, ``loader.from_pretrained(source)`` does not report the compressor's weights as
     unexpected.
 
     The list of such names is an attribute of the model's class; it is put back.
+
+    Args:
+        made: whether the checkpoint has any.
     """
     from transformers import AutoConfig
 
     kind = None
-    if voco.makes_embeddings:
+    if made:
         kind = loader._model_mapping.get(type(AutoConfig.from_pretrained(source, **options)), None)
     if not isinstance(kind, type):
         yield

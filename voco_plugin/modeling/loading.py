@@ -126,7 +126,7 @@ def load(
     asked = config.num_tokens
     if same and config.makes_embeddings:  # built with the K it was trained with; read at the K asked for
         config = dataclasses.replace(config, num_tokens=saved.num_tokens)
-    with expected_by(loader, base, config, **remote):
+    with expected_by(loader, base, config.makes_embeddings, **remote):
         model = loader.from_pretrained(base, **common, **model_kwargs)
     if adapter_file is not None and _file(base, CONFIG_NAME) is None:
         make_row = extra.get("row_made") if saved is not None else None

@@ -7,7 +7,7 @@ import os
 from torch import nn
 
 from ..block_embeddings import NAME
-from ..modeling.compressor_weights import read_compressor
+from ..modeling.compressor_weights import expected_by, read_compressor
 
 
 def load_whole_weights(model: nn.Module, folder: str | os.PathLike, trust_remote_code: bool = False) -> None:
@@ -22,9 +22,9 @@ def load_whole_weights(model: nn.Module, folder: str | os.PathLike, trust_remote
     """
     from transformers import AutoModelForImageTextToText
 
-    saved = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code
-    )
+    options = {"trust_remote_code": trust_remote_code}
+    with expected_by(AutoModelForImageTextToText, folder, hasattr(model, NAME), **options):
+        saved = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **options)
     weights = saved.state_dict()
     if hasattr(model, NAME):
         made = read_compressor(lambda name: _file(folder, name))
