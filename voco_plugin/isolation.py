@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from ._compat import cache_of, given_cache
 from .attention import ActiveRule, activate, deactivate
 from .cache_state import CacheState
 from .config import VoCoConfig
@@ -122,7 +123,7 @@ class Attachment:
             return None
         kwargs, active, state = prepared
         token = None if active is None else activate(active)
-        self._stack().append((token, active, state, kwargs.get("past_key_values")))
+        self._stack().append((token, active, state, given_cache(kwargs)))
         return (), kwargs
 
     @torch.compiler.disable
@@ -141,7 +142,7 @@ class Attachment:
                 "the isolation rule was not applied; this family is not supported."
             )
         if not isinstance(past, Cache):
-            past = getattr(output, "past_key_values", None)
+            past = cache_of(output)
         if isinstance(past, Cache):
             state.put_on(past)
 
@@ -154,7 +155,7 @@ class Attachment:
         """New keyword arguments, the rule and the cache state of one forward; ``None`` where no rule
         applies. The rule is ``None`` where text goes on from slots it may all read.
         """
-        past = kwargs.get("past_key_values")
+        past = given_cache(kwargs)
         length = past.get_seq_length() if isinstance(past, Cache) else 0
         state = CacheState.of(past)
         input_ids = kwargs.get("input_ids")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._compat import mend_llama4
 from ..attention import backend_for, register
 from ..config import VoCoConfig
 from ..families import family_of
@@ -129,6 +130,7 @@ def attach(
         inner.__class__ = _extended(type(inner))
         object.__setattr__(inner, _ATTRIBUTE, state)
         state.install(family.backbone(inner))
+        state.handles += mend_llama4(inner)
     except Exception:
         if "rows" in restore:
             restore_rows(inner, restore["rows"])
