@@ -1,4 +1,6 @@
-"""What ``_compat`` says of the installed transformers: the KV cache's name, and Llama 4's output."""
+"""What ``_compat`` says of the installed libraries: the KV cache's name, Llama 4's output, torch's count of
+FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from tiny import voco_id
 from voco_plugin import _compat
 from voco_plugin.benchmark import serving, shapes
 from voco_plugin.benchmark.inference import first_token_ways
+from voco_plugin.benchmark.timing import flops
 
 ROW = [["bos", "t3", "img", "c2", "t4"]]
 NEW = {"max_new_tokens": 3, "do_sample": False}
@@ -130,6 +133,19 @@ def test_a_caller_may_use_every_name_the_library_takes(keyword):
         past.crop(-1)
         ids = model.generate(**{k: v for k, v in batch.items() if v.dim() == 2}, **{keyword: past}, **NEW)
     assert torch.equal(ids, model.generate(**batch, **NEW, two_stage=False))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_cpu_is_counted(masked):
+    """Two products of the queries with the keys and back, and five in the backward, as on a GPU."""
+    q = torch.randn(2, 4, 6, 8, requires_grad=True)
+    k, v = (torch.randn(2, 4, 10, 8, requires_grad=True) for _ in range(2))
+    mask = torch.rand(6, 10) < 2 if masked else None
+    forward = flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    product = 2 * (2 * 4) * 6 * 10 * 8
+    assert forward == 2 * product
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert flops(lambda: out.sum().backward()) == 5 * product
 
 
 @torch.no_grad()

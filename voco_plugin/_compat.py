@@ -72,6 +72,33 @@ def mend_llama4(model: nn.Module) -> list[Any]:
     return [model.language_model.register_forward_hook(name_them)]
 
 
+# -- torch
+# ---------------------------------------------------------------------------------------------------------
+
+
+def cpu_attention_flops() -> dict[Any, Any]:
+    """Formulas for ``FlopCounterMode(custom_mapping=…)``: attention on a CPU, counted as on a GPU.
+
+    torch 2.14's counter does not know the CPU's kernel and takes its work for nothing. Empty where it does.
+    Remove when 2.14 is not supported.
+    """
+    from torch.utils import flop_counter
+
+    aten = torch.ops.aten
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if forward in flop_counter.flop_registry:
+        return {}
+
+    def forward_flops(q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> int:
+        return flop_counter.sdpa_flop_count(q, k, v)
+
+    def backward_flops(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> int:
+        return flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+
+    return {forward: forward_flops, backward: backward_flops}
+
+
 # -- DeepSpeed ZeRO-3
 # ---------------------------------------------------------------------------------------------------------
 
