@@ -10,6 +10,7 @@ import torch
 import voco_plugin as vp
 from harness import CORE, RULES, inputs, rows_for, shared
 from tiny import NAMES
+from voco_plugin._compat import as_cache, cache_names, cache_of
 
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6}
 
@@ -160,10 +161,8 @@ def test_a_conversation_goes_on_from_the_kv_cache(name):
     out = model(**first, voco_cache=model.compress(**whole), use_cache=True)
     tail = whole["input_ids"][:, -4:]
     for step in range(4):
-        mask = torch.ones(1, out.past_key_values.get_seq_length() + 1, dtype=torch.long)
-        out = model(
-            input_ids=tail[:, step : step + 1], attention_mask=mask, past_key_values=out.past_key_values
-        )
+        mask = torch.ones(1, cache_of(out).get_seq_length() + 1, dtype=torch.long)
+        out = model(input_ids=tail[:, step : step + 1], attention_mask=mask, **as_cache(cache_of(out)))
         assert (out.logits[0, -1] - logits[step]).abs().max() <= 1e-4
     per_token = {
         k: v[:, :cut] if v.dim() == 2 and v.shape == whole["input_ids"].shape else v for k, v in whole.items()
@@ -172,7 +171,7 @@ def test_a_conversation_goes_on_from_the_kv_cache(name):
     out = model(
         input_ids=tail,
         attention_mask=torch.ones(1, cut + 4, dtype=torch.long),
-        past_key_values=out.past_key_values,
+        **as_cache(cache_of(out)),
     )
     assert (out.logits[0] - logits).abs().max() <= 1e-4
 
@@ -196,7 +195,7 @@ def test_a_second_image_in_a_later_turn():
         input_ids=whole["input_ids"][:, cut:],
         attention_mask=whole["attention_mask"],
         pixel_values=whole["pixel_values"][1:],
-        past_key_values=out.past_key_values,
+        **as_cache(cache_of(out)),
     )
     assert (out.logits[0] - logits[cut:]).abs().max() <= 1e-4
 
@@ -233,7 +232,7 @@ def test_rows_of_voco_tokens_are_nan_not_a_guess():
     [
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         ({"cache_implementation": "static", "two_stage": False}, "cache_implementation='static'"),
-        ({"past_key_values": "x"}, "past_key_values cannot be given together"),
+        *[({name: "x"}, f"{name} cannot be given together") for name in cache_names()],
     ],
 )
 def test_what_cannot_honour_the_rule_is_refused(options, message):
@@ -241,8 +240,10 @@ def test_what_cannot_honour_the_rule_is_refused(options, message):
     batch = inputs("llava_llama", [["bos", "img", "c2", "t3"]])
     cache, stream = model.compress(**batch), model.stream_inputs(batch)
     with pytest.raises(ValueError, match=message):
-        if "past_key_values" in options:
-            model(**stream, voco_cache=cache, **options)
+        if not options.keys().isdisjoint(cache_names()):
+            with pytest.raises(ValueError, match=message):
+                model(**stream, voco_cache=cache, **options)
+            model.generate(**stream, voco_cache=cache, **NEW, **options)
         elif "two_stage" in options:
             model.generate(**batch, **NEW, **options)
         else:

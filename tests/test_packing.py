@@ -14,6 +14,7 @@ import voco_plugin as vp
 from harness import CORE, ROWS, RULES, attached, inputs, rows_for, shared
 from test_segments import both, tables
 from tiny import NAMES, PAD
+from voco_plugin._compat import as_cache, cache_of
 from voco_plugin.attention import backends
 from voco_plugin.layout import TokenKind
 from voco_plugin.masks import TokenTable
@@ -306,8 +307,8 @@ def test_the_table_keeps_its_documents():
 def test_what_packed_rows_cannot_be_is_refused():
     model = shared("llava_llama")
     _, packed = packed_inputs(model, "llava_llama", LONG)
-    past = model(**packed, use_cache=True).past_key_values
-    more = {"input_ids": torch.full((3, 1), 5), "past_key_values": past}
+    past = cache_of(model(**packed, use_cache=True))
+    more = {"input_ids": torch.full((3, 1), 5), **as_cache(past)}
     with pytest.raises(ValueError, match="written by packed rows"):
         model(**more)
     with pytest.raises(ValueError, match="beside a filled KV cache"):

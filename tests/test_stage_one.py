@@ -18,6 +18,7 @@ from harness import RULES, inputs, layout_of, rows_for, shared
 from tiny import NAMES
 from tiny.inputs import image_sizes
 from tiny.wide import BACKBONES
+from voco_plugin._compat import as_cache
 from voco_plugin.cache import last_layer, stage_one
 from voco_plugin.cache.groups import Limits
 from voco_plugin.cache.memory import readable, working_memory
@@ -61,7 +62,7 @@ def single_pass(model, batch):
     """Per block, in order, what the single pass under the rule has at its VoCo tokens, layer by layer."""
     cache = DynamicCache()
     with torch.no_grad():
-        model(**batch, past_key_values=cache, use_cache=True)
+        model(**batch, **as_cache(cache), use_cache=True)
     found = []
     for span in layout_of(model, batch):
         slots = slice(span.voco, span.stop)

@@ -7,12 +7,97 @@ call that does nothing where the trouble is not there.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+# -- transformers
+# ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def cache_names() -> tuple[str, ...]:
+    """The names by which transformers' models and ``generate`` take a KV cache; the first is the one to use,
+    and the field of an output that holds it.
+
+    transformers 5.24 renamed ``past_key_values`` to ``cache`` and takes the old name with a warning until
+    5.40. Read off the library's own output class. Remove when 5.24 is the oldest version supported.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    renamed = any(field.name == "cache" for field in dataclasses.fields(BaseModelOutputWithPast))
+    return ("cache", "past_key_values") if renamed else ("past_key_values",)
+
+
+def as_cache(past: Any) -> dict[str, Any]:
+    """``past`` as the keyword argument of a forward or of ``generate``."""
+    return {cache_names()[0]: past}
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The KV cache among a caller's keyword arguments, under whichever name, or ``None``."""
+    return next((kwargs[name] for name in cache_names() if kwargs.get(name) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache that a forward or ``generate`` gave back in ``output``, or ``None``."""
+    return getattr(output, cache_names()[0], None)
+
+
+def mend_llama4(model: nn.Module) -> list[Any]:
+    """Handles of a hook without which no forward of ``Llama4ForConditionalGeneration`` works; else ``[]``.
+
+    transformers 5.24.0 reads ``image_outputs`` of what its language model gives, which has none
+    ("'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'", with VoCo and without). The hook
+    gives that output the attribute, ``None``: so the model's own ``image_outputs`` is ``None`` too. On this
+    one object. Remove when 5.24.0 is not supported.
+    """
+    if type(model).__name__ != "Llama4ForConditionalGeneration":
+        return []
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+    from transformers.models.llama4.modeling_llama4 import Llama4CausalLMOutputWithPast
+
+    outer, inner = Llama4CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+    if not hasattr(outer, "image_outputs") or hasattr(inner, "image_outputs"):
+        return []
+
+    def name_them(module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(output, inner) and not hasattr(output, "image_outputs"):
+            output.image_outputs = None
+
+    return [model.language_model.register_forward_hook(name_them)]
+
+
+# -- torch
+# ---------------------------------------------------------------------------------------------------------
+
+
+def cpu_attention_flops() -> dict[Any, Any]:
+    """Formulas for ``FlopCounterMode(custom_mapping=…)``: attention on a CPU, counted as on a GPU.
+
+    torch 2.14's counter does not know the CPU's kernel and takes its work for nothing. Empty where it does.
+    Remove when 2.14 is not supported.
+    """
+    from torch.utils import flop_counter
+
+    aten = torch.ops.aten
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if forward in flop_counter.flop_registry:
+        return {}
+
+    def forward_flops(q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> int:
+        return flop_counter.sdpa_flop_count(q, k, v)
+
+    def backward_flops(grad: Any, q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> int:
+        return flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+
+    return {forward: forward_flops, backward: backward_flops}
+
 
 # -- DeepSpeed ZeRO-3
 # ---------------------------------------------------------------------------------------------------------

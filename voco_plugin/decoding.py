@@ -14,6 +14,7 @@ import torch
 from transformers import Cache, StaticCache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
+from ._compat import as_cache, cache_of, given_cache
 from .cache.stage_two import Placed
 from .isolation import Attachment
 
@@ -117,7 +118,7 @@ def head_start(
     model: Any, state: Attachment, placed: Placed, types: torch.Tensor | None, read: Any
 ) -> dict[str, Any]:
     """Read the prompt under the rule; what ``generate`` goes on from: ``input_ids`` ``(B, P + T)`` (any text
-    id stands for a slot of a block), ``attention_mask`` and ``past_key_values`` up to the last token.
+    id stands for a slot of a block), ``attention_mask`` and the KV cache up to the last token.
 
     Args:
         read: the model's forward.
@@ -127,12 +128,12 @@ def head_start(
         output = read(
             input_ids=placed.input_ids,
             attention_mask=placed.attention_mask,
-            past_key_values=placed.past_key_values,
             use_cache=True,
             logits_to_keep=1,
+            **as_cache(placed.past),
             **more,
         )
-    past = output.past_key_values
+    past = cache_of(output)
     past.crop(-1)
     slots = placed.attention_mask.shape[1] - placed.input_ids.shape[1]
     filler = placed.input_ids[:, -1:].expand(-1, slots)
@@ -140,7 +141,7 @@ def head_start(
     return {
         "input_ids": torch.cat([filler, placed.input_ids], dim=1),
         "attention_mask": placed.attention_mask,
-        "past_key_values": past,
+        **as_cache(past),
     }
 
 
@@ -170,13 +171,13 @@ def to_static(
             "rule has a say in every step; leave it out."
         )
     static = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=max_length)
-    for index, layer in enumerate(started["past_key_values"].layers):
+    for index, layer in enumerate(given_cache(started).layers):
         static.update(layer.keys, layer.values, index)
     total = started["input_ids"].shape[1]
     steps = torch.arange(1 - total, 1, device=positions.device)
     own = (positions[:, None] + steps).clamp_min(0)  # only the last one is used
     shaped = state.family.shape_positions(state.family.backbone(model), own)
-    return {**started, "past_key_values": static, "position_ids": shaped}
+    return {**started, **as_cache(static), "position_ids": shaped}
 
 
 def only_new(past: Cache | None, input_ids: torch.Tensor) -> int | None:

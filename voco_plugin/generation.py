@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
+from ._compat import as_cache, cache_names, cache_of, given_cache
 from .cache import VoCoCache
 from .cache.groups import Limits
 from .cache.stage_one import compress
@@ -141,7 +142,7 @@ class VoCoGenerationMixin:
             VoCoCache() if voco_cache is None else voco_cache, input_ids, attention_mask,
             prefix_cache=prefix_cache, logits_to_keep=1,
         )  # fmt: skip
-        return output.past_key_values
+        return cache_of(output)
 
     def forward(
         self,
@@ -168,22 +169,21 @@ class VoCoGenerationMixin:
 
     def _stage_two(
         self,
-        cache: VoCoCache,
+        voco_cache: VoCoCache,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
         prefix_cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        for name in ("past_key_values", "inputs_embeds", "position_ids"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} cannot be given together with voco_cache, which decides it; leave it out."
-                )
+        decided = (*cache_names(), "inputs_embeds", "position_ids")
+        _refuse(kwargs, decided)
         labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
         return_dict = kwargs.pop("return_dict", None)
         types = kwargs.pop("token_type_ids", None)
-        placed = place(self, self._voco_attachment, input_ids, attention_mask, cache, types, prefix_cache)
+        placed = place(
+            self, self._voco_attachment, input_ids, attention_mask, voco_cache, types, prefix_cache
+        )
         if types is not None:
             kwargs["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))
         state = self._voco_attachment
@@ -194,13 +194,9 @@ class VoCoGenerationMixin:
             output = self._read(
                 input_ids=placed.input_ids,
                 attention_mask=placed.attention_mask,
-                past_key_values=placed.past_key_values,
                 use_cache=True,
-                **{
-                    k: v
-                    for k, v in kwargs.items()
-                    if k not in ("use_cache", "position_ids", "past_key_values")
-                },
+                **as_cache(placed.past),
+                **{k: v for k, v in kwargs.items() if k != "use_cache" and k not in decided},
             )
         logits = output.logits
         if logits.shape[1] == 1 and kwargs.get("logits_to_keep"):
@@ -254,7 +250,7 @@ class VoCoGenerationMixin:
         if ids is None:
             raise ValueError("generate(voco_cache=…) needs input_ids: the stream of text and VoCo tokens.")
         if voco_cache is None:
-            past = kwargs.get("past_key_values")
+            past = given_cache(kwargs)
             layout = SequenceLayout.from_ids(ids, _mask_of(kwargs, ids), state.vocab)
             asks_first = state.embeddings is not None and state.embeddings.compressor.reads_question
             if prefix is None and (not layout.spans or past is not None or not two_stage or asks_first):
@@ -277,6 +273,7 @@ class VoCoGenerationMixin:
         self, cache: VoCoCache, stream: dict, shown: torch.Tensor, args: tuple, kwargs: dict, prefix: Any
     ) -> Any:
         """Stock ``generate`` on the placed blocks; the output starts with the ids the caller gave."""
+        _refuse(kwargs, cache_names())
         state = self._voco_attachment
         static, assisted = static_kind(args, kwargs), is_assisted(self, args, kwargs)
         if assisted:
@@ -299,14 +296,14 @@ class VoCoGenerationMixin:
             start = {
                 "input_ids": placed.input_ids,
                 "attention_mask": placed.attention_mask,
-                "past_key_values": placed.past_key_values,
+                **as_cache(placed.past),
             }
             if types is not None:
                 kwargs["token_type_ids"] = types
         length = start["input_ids"].shape[1]
         shift_lengths(args, kwargs, length - shown.shape[1])
-        if times > 1 and start["past_key_values"].get_seq_length():
-            start["past_key_values"].batch_repeat_interleave(times)
+        if times > 1 and given_cache(start).get_seq_length():
+            given_cache(start).batch_repeat_interleave(times)
         if static is not None:
             kwargs["cache_implementation"] = None
             most = setting(self, args, kwargs, "max_new_tokens")
@@ -321,7 +318,7 @@ class VoCoGenerationMixin:
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the model's own; ids that stand for cached slots are left out."""
         if kwargs.get("next_sequence_length") is None:
-            kwargs["next_sequence_length"] = only_new(kwargs.get("past_key_values"), input_ids)
+            kwargs["next_sequence_length"] = only_new(given_cache(kwargs), input_ids)
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _suppress(self, kwargs: dict, args: tuple) -> None:
@@ -356,10 +353,19 @@ _GENERATION_ONLY = {
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
     "suppress_tokens",
-    "past_key_values",
+    *cache_names(),
     "prefix_cache",
     "tokenizer",
 }
+
+
+def _refuse(kwargs: dict, names: tuple[str, ...]) -> None:
+    """Refuse what the blocks decide."""
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} cannot be given together with voco_cache, which decides it; leave it out."
+            )
 
 
 def _last_is_text(state: Attachment, ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -380,7 +386,7 @@ def _is_model_input(name: str, value: Any) -> bool:
 
 def _mask_of(kwargs: dict, ids: torch.Tensor) -> torch.Tensor:
     mask = kwargs.get("attention_mask")
-    past = kwargs.get("past_key_values")
+    past = given_cache(kwargs)
     if mask is None:
         return torch.ones_like(ids)
     return mask[:, -ids.shape[1] :] if past is not None else mask

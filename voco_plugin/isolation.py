@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Cache
 
+from ._compat import cache_of, given_cache
 from .attention import ActiveRule, activate, deactivate
 from .block_embeddings import QUESTION_MASK, BlockEmbeddings, Places, in_packed_rows
 from .cache_state import CacheState
@@ -148,7 +149,7 @@ class Attachment:
             return None if named is given else ((), named)
         kwargs, active, state = prepared
         token = None if active is None else activate(active)
-        self._stack().append(_Running(token, active, state, kwargs.get("past_key_values"), places))
+        self._stack().append(_Running(token, active, state, given_cache(kwargs), places))
         return (), kwargs
 
     @torch.compiler.disable
@@ -175,7 +176,7 @@ class Attachment:
                 "the isolation rule was not applied; this family is not supported."
             )
         if not isinstance(past, Cache):
-            past = getattr(output, "past_key_values", None)
+            past = cache_of(output)
         if isinstance(past, Cache):
             state.put_on(past)
 
@@ -206,7 +207,7 @@ class Attachment:
         """New keyword arguments, the rule and the cache state of one forward; ``None`` where no rule
         applies. The rule is ``None`` where text goes on from slots it may all read.
         """
-        past = kwargs.get("past_key_values")
+        past = given_cache(kwargs)
         length = past.get_seq_length() if isinstance(past, Cache) else 0
         state = CacheState.of(past)
         input_ids = kwargs.get("input_ids")

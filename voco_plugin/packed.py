@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Cache
 
+from ._compat import given_cache
 from .attention import ActiveRule
 from .cache_state import CacheState
 from .layout import SequenceLayout, compact_positions
@@ -34,7 +35,7 @@ def prepare_packed(
     """
     kwargs = dict(kwargs)
     ids, input_ids = kwargs.pop(DOCUMENT_IDS), kwargs.get("input_ids")
-    past = kwargs.get("past_key_values")
+    past = given_cache(kwargs)
     if isinstance(past, Cache) and past.get_seq_length():
         raise ValueError(f"{DOCUMENT_IDS} were given beside a filled KV cache; packed rows have no past.")
     if input_ids is None:

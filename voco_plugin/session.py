@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ._compat import cache_of
 from .answering import compress_images, render, stream_of_texts
 from .cache import VoCoCache
 from .modeling import is_attached
@@ -113,7 +114,7 @@ class VoCoSession:
         answer = self._decode(new)
         while new and new[-1] in self._end_ids(generate):
             new.pop()  # how a turn ends is the chat template's to write
-        past = output.past_key_values
+        past = cache_of(output)
         extra = past.get_seq_length() - before - ids.shape[1] - len(new)
         if extra > 0:
             past.crop(-extra)

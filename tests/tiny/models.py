@@ -30,6 +30,8 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from voco_plugin._compat import mend_llama4
+
 from .vocab import BOS, IDS, PAD, SPARE, TOKENS
 from .wide import BACKBONES, load_class
 
@@ -243,6 +245,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
                     parameter += torch.randn_like(parameter) * (0.1 if parameter.dim() < 2 else STD)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    mend_llama4(model)  # it must run without VoCo too; that attach mends it: tests/test_compat.py
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .._compat import as_cache, cache_of
 from . import shapes
 from .timing import Way, compare, flops, interleaved_times, synchronised
 
@@ -36,10 +37,10 @@ def first_token_ways(
     ids = whole["input_ids"]
     end = shapes.BEFORE + int(plain.config.image_seq_length)
     image = ids[:, shapes.BEFORE : end]  # alone: every way reads all of the text
-    past = plain(
+    past = cache_of(plain(
         input_ids=image, attention_mask=torch.ones_like(image), pixel_values=whole["pixel_values"],
         use_cache=True, logits_to_keep=1,
-    ).past_key_values  # fmt: skip
+    ))  # fmt: skip
     words_of = torch.cat([ids[:, : shapes.BEFORE], ids[:, end:]], dim=1)
     # compressed alone, so that every block has to move
     alone = {"input_ids": inputs["input_ids"][:, shapes.BEFORE : end + num_tokens]}
@@ -52,7 +53,7 @@ def first_token_ways(
 
     def full() -> Callable[[], Any]:
         own = copy.deepcopy(past)  # a forward appends to it
-        return lambda: plain(**asked, past_key_values=own, **last)
+        return lambda: plain(**asked, **as_cache(own), **last)
 
     ways: dict[str, Way] = {
         "floor": lambda: lambda: plain(**floor, **last),

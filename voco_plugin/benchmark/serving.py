@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .._compat import as_cache, cache_of
 from ..cache import VoCoCache
 from . import shapes
 from .inference import many_images, text_ids
@@ -53,7 +54,7 @@ def _steps(model: Any, past: Any, steps: int) -> Way:
 
         def run() -> None:
             for mask in masks:
-                model(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True)
+                model(input_ids=token, attention_mask=mask, use_cache=True, **as_cache(past))
 
         return run
 
@@ -85,7 +86,7 @@ def decode(
                 voco_cache=VoCoCache.stack([cache] * count), logits_to_keep=1,
             )  # fmt: skip
             slots[name] = stream.shape[1]
-            ways[name] = _steps(attached, output.past_key_values, steps)
+            ways[name] = _steps(attached, cache_of(output), steps)
         else:
             slots[name] = shapes.BEFORE + text + (vision if name == "full caching" else 0)
             ways[name] = _steps(plain, random_past(plain, count, slots[name]), steps)
@@ -168,10 +169,10 @@ def requests(
 def _decoded(model: Any, output: Any, answer: int) -> None:
     """The tokens after the first, greedily; the prompt's length is its KV cache's."""
     for _ in range(answer - 1):
-        past = output.past_key_values
+        past = cache_of(output)
         token = output.logits[:, -1:].argmax(dim=-1)
         mask = torch.ones(1, past.get_seq_length() + 1, dtype=torch.long, device=token.device)
-        output = model(input_ids=token, attention_mask=mask, past_key_values=past, use_cache=True)
+        output = model(input_ids=token, attention_mask=mask, use_cache=True, **as_cache(past))
 
 
 def _request(model: Any, inputs: dict[str, Any], answer: int) -> Way:
@@ -186,7 +187,7 @@ def _behind(model: Any, past: Any, text: int, answer: int) -> Way:
 
     def made() -> Callable[[], Any]:
         _cut(past, length)
-        given = {"input_ids": words, "attention_mask": mask, "past_key_values": past, "use_cache": True}
+        given = {"input_ids": words, "attention_mask": mask, "use_cache": True, **as_cache(past)}
         return lambda: _decoded(model, model(**given, logits_to_keep=1), answer)
 
     return made

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .._compat import as_cache, cache_of
 from .timing import interleaved_medians
 
 
@@ -43,7 +44,7 @@ def stage_two_times(
 
         def full() -> Callable[[], Any]:
             own = copy.deepcopy(past)  # a forward appends to it
-            return lambda: plain(**rest, past_key_values=own, use_cache=True)
+            return lambda: plain(**rest, **as_cache(own), use_cache=True)
 
         ways = {
             "no cache": lambda: lambda: plain(**whole, use_cache=True),
@@ -75,9 +76,7 @@ def _cached_prefix(
         k: torch.cat([one[k] for one in alone]) for k in alone[0] if k not in ("input_ids", "attention_mask")
     }
     first = torch.cat([one["input_ids"][:, :end] for one in alone])
-    past = plain(
-        input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, **pixels
-    ).past_key_values
+    past = cache_of(plain(input_ids=first, attention_mask=torch.ones_like(first), use_cache=True, **pixels))
     tails = [one["input_ids"][0, end:] for one in alone]
     ids = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True)
     real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tails], batch_first=True)

@@ -87,7 +87,9 @@ def flops(call: Callable[[], Any]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    from .._compat import cpu_attention_flops
+
+    with FlopCounterMode(display=False, custom_mapping=cpu_attention_flops()) as counter:
         call()
     return int(counter.get_total_flops())
 

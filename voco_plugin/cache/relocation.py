@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .._compat import as_cache
 from .turns import Turn, turns
 
 Layers = tuple[list[torch.Tensor], list[torch.Tensor]]
@@ -119,8 +120,8 @@ class Relocator:
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     position_ids=position,
-                    past_key_values=cache,
                     use_cache=True,
+                    **as_cache(cache),
                 )
                 found.append([(layer.keys[0], layer.values[0]) for layer in cache.layers])
         finally:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .._compat import as_cache, cache_names
 from ..cache_state import CacheState
 from ..layout import BlockSpan, SequenceLayout, compact_positions
 from .block import VoCoBlock
@@ -31,7 +32,7 @@ from .slots import LastSlotsCache
 _DROPPED = (
     "labels",
     "use_cache",
-    "past_key_values",
+    *cache_names(),
     "position_ids",
     "logits_to_keep",
     "return_dict",
@@ -206,7 +207,7 @@ def _forward(
     backbone = state.family.backbone(model)
     run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
     with state.positions(policy):
-        backbone(**run, past_key_values=cache, use_cache=True)
+        backbone(**run, **as_cache(cache), use_cache=True)
 
 
 def _block(batch: _Batch, span: BlockSpan, cache: DynamicCache, row: int, start: int) -> VoCoBlock:

@@ -36,14 +36,14 @@ class Placed:
         input_ids: ``(B, T)``, the stream without its VoCo tokens.
         attention_mask: ``(B, P + T)``.
         position_ids: ``(B, T)``.
-        past_key_values: the placed blocks.
+        past: the placed blocks.
         columns: ``(B, T)``, the stream column of each text token; -1 for padding.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    past_key_values: DynamicCache
+    past: DynamicCache
     columns: torch.Tensor
 
 

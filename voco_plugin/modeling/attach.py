@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._compat import mend_llama4
 from ..attention import backend_for, register
 from ..block_embeddings import NAME, BlockEmbeddings
 from ..config import VoCoConfig
@@ -132,6 +133,7 @@ def attach(
         inner.__class__ = _extended(type(inner))
         object.__setattr__(inner, _ATTRIBUTE, state)
         state.install(inner)
+        state.handles += mend_llama4(inner)
     except Exception:
         if hasattr(inner, NAME):
             delattr(inner, NAME)
