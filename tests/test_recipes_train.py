@@ -190,6 +190,59 @@ def test_a_recipe_trains_what_it_says(name: str, bases, data, tmp_path) -> None:
     assert {e["isolation"] for e in made.state.log_history if "loss" in e} == {float(rule != "causal")}
 
 
+RIVALS = {
+    "pooled": {"token_init": "pooled"},
+    "avg_pool": {"compressor": "avg_pool"},
+    "qformer": {
+        "compressor": "qformer",
+        "compressor_options": {"layers": 2, "hidden_size": 16, "heads": 2},
+    },
+    "llama_vid": {"compressor": "llama_vid"},
+    "pixel_shuffle": {"compressor": "pixel_shuffle"},
+    "token_merge": {"compressor": "token_merge"},
+    "matryoshka": {"compressor": "matryoshka"},
+}
+FAMILIES = sorted({name for name in recipes.shipped() if name.endswith("_lora")} | {"llava15_7b_full"})
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_rival_trains_under_the_recipes(name: str, rival: str, bases, data, tmp_path) -> None:
+    """The recipes of real families as they are, with another compressor: two steps, and its weights move."""
+    recipe = load(name)
+    voco = {**recipe.values["voco"], **RIVALS[rival], "num_tokens": 2}
+    base = bases(twin_of(name), marked=False)
+    if rival == "pixel_shuffle":
+        n = vision_tokens(base, data)
+        voco |= {"compressor_options": {"num_vision": n}, "num_tokens": n // 2 if n % 2 == 0 else n // 3}
+    values = {**recipe.values, "voco": voco, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    made = trainer_of(Recipe(recipe.path, values), base, data, tmp_path)
+    before = snapshot(made)
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses)
+    moved = {n for n, p in made.model.named_parameters() if not torch.equal(before[n], p)}
+    weights = {n for n in before if "voco_compressor" in n and "original_module" not in n}
+    # a softmax does not see a bias on all keys alike
+    still = {n for n in weights - moved if not n.endswith("key.bias")}
+    assert not still and bool(weights) == (rival != "matryoshka")
+
+
+def vision_tokens(base: Path, data: Path) -> int:
+    """Image features of one of the data's images, as the base's processor counts them."""
+    trainer = trainer_of_plain(base, data)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    places = torch.tensor(sorted(trainer._vocab.placeholders))
+    return int(torch.isin(batch["input_ids"], places).sum())
+
+
+def trainer_of_plain(base: Path, data: Path) -> vp.VoCoSFTTrainer:
+    args = vp.VoCoSFTConfig(str(base / "out"), voco=vp.VoCoConfig(), use_cpu=True, report_to=[])
+    dataset = load_vision_dataset(str(data), None, str(data.parent))
+    with contextlib.redirect_stderr(io.StringIO()):
+        return vp.VoCoSFTTrainer(str(base), args=args, train_dataset=dataset)
+
+
 def test_every_model_of_a_recipe_has_a_twin() -> None:
     for name in recipes.shipped():
         assert twin_of(name) in processors.NAMES
