@@ -21,7 +21,7 @@ from voco_plugin import VoCoConfig
         ({"block_sink": "eos"}, "block_sink='eos' is not known"),
         ({"hide_prefix": "yes"}, "hide_prefix='yes' must be true or false"),
         ({"token": " "}, "must be a non-empty string"),
-        ({"token_init": "pooled"}, "token_init='pooled' is not known"),
+        ({"token_init": "zero"}, "token_init='zero' is not known"),
     ],
 )
 def test_a_bad_value_is_named(values, message):
