@@ -12,6 +12,8 @@ import voco_plugin as vp
 from harness import CORE, attached, inputs, layout_of, plain, shared, text_columns, trained, vocabulary
 from tiny import NAMES, voco_id
 from voco_plugin import registry
+from voco_plugin.cache import voco_rows
+from voco_plugin.cache.last_layer import NotCut
 from voco_plugin.compressors import build_compressor
 from voco_plugin.compressors.base import regions
 from voco_plugin.compressors.pixel_shuffle import shuffle
@@ -239,6 +241,29 @@ def test_every_compressor_in_two_stages(name, option):
     )
     for row, columns in enumerate(real):
         assert (logits[row, columns] - cached[row, own[row]]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_stage_one_of_a_rival_leaves_the_vision_tokens_out(name, monkeypatch):
+    model = attached(name, compressor="avg_pool").eval()
+    batch = inputs(name, side="left")
+    layers = vp.attachment(model).family.text_model(model).layers
+    rows: list[int] = []
+    handle = layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append((args or [kwargs["hidden_states"]])[0].shape[1]),
+        with_kwargs=True,
+    )
+    short = model.compress(**batch)
+    handle.remove()
+    assert set(rows) == {1, 2, 3}, "as many rows as a block has VoCo tokens"
+
+    def refuse(*args):
+        raise NotCut("told to")
+
+    monkeypatch.setattr(voco_rows, "cut_argument", refuse)
+    for a, b in zip(short, model.compress(**batch), strict=True):  # over the whole blocks
+        for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
+            assert (x - y).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("context", ["self", "prefix"])

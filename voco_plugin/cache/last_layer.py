@@ -158,31 +158,31 @@ def _cut_tokens(args: tuple, kwargs: dict, plan: LastRows) -> tuple[tuple, dict]
     """A feed-forward block that is given one ``(B, N, H)``."""
     if kwargs or len(args) != 1 or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
         raise NotCut("the feed-forward block is given more than hidden states")
-    return (_rows(args[0], 1, "hidden states", plan),), {}
+    return (rows_of(args[0], 1, "hidden states", plan),), {}
 
 
 def _cut_layer(module: torch.nn.Module, args: tuple, kwargs: dict, plan: LastRows) -> tuple[tuple, dict]:
     names = list(inspect.signature(module.forward).parameters)
     if len(args) > len(names):
         raise NotCut("its arguments have no names")
-    new_args = tuple(_cut(name, value, plan) for name, value in zip(names, args, strict=False))
-    return new_args, {name: _cut(name, value, plan) for name, value in kwargs.items()}
+    new_args = tuple(cut_argument(name, value, plan) for name, value in zip(names, args, strict=False))
+    return new_args, {name: cut_argument(name, value, plan) for name, value in kwargs.items()}
 
 
-def _rows(tensor: torch.Tensor, dim: int, name: str, plan: LastRows) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor, dim: int, name: str, plan: LastRows) -> torch.Tensor:
     if tensor.shape[dim] != plan.length:
         raise NotCut(f"{name} has the shape {tuple(tensor.shape)}")
     return tensor.narrow(dim, plan.length - plan.keep, plan.keep).contiguous()
 
 
-def _cut(name: str, value: Any, plan: LastRows) -> Any:
+def cut_argument(name: str, value: Any, plan: LastRows) -> Any:
     """One argument of the layer, for its last rows."""
     if name.startswith("position_embeddings"):
         if isinstance(value, (tuple, list)):
-            return type(value)(_cut(name, part, plan) for part in value)
+            return type(value)(cut_argument(name, part, plan) for part in value)
         if isinstance(value, dict):
-            return {key: _cut(name, part, plan) for key, part in value.items()}
-        return value if value is None else _rows(value, value.dim() - 2, name, plan)
+            return {key: cut_argument(name, part, plan) for key, part in value.items()}
+        return value if value is None else rows_of(value, value.dim() - 2, name, plan)
     if name == "attention_mask" and value is not None and type(value) is not torch.Tensor:
         return None  # a backend's own mask; what it would mask is thrown away
     if not isinstance(value, torch.Tensor):
@@ -192,12 +192,12 @@ def _cut(name: str, value: Any, plan: LastRows) -> Any:
     if name == "hidden_states":
         if value.dim() != 3:
             raise NotCut(f"{name} has the shape {tuple(value.shape)}")
-        return _rows(value, 1, name, plan)
+        return rows_of(value, 1, name, plan)
     if name == "per_layer_input" and value.dim() == 3:
-        return _rows(value, 1, name, plan)
+        return rows_of(value, 1, name, plan)
     if name in _ALONG_LAST or (name in _TOKEN_TYPES and value.dim() == 2):
-        return _rows(value, value.dim() - 1, name, plan)
+        return rows_of(value, value.dim() - 1, name, plan)
     if name == "attention_mask" and value.dim() in (2, 4):
-        cut = _rows(value, value.dim() - 1, name, plan)
-        return cut if value.dim() == 2 else _rows(cut, 2, name, plan)
+        cut = rows_of(value, value.dim() - 1, name, plan)
+        return cut if value.dim() == 2 else rows_of(cut, 2, name, plan)
     raise NotCut(f"{name} is not known")

@@ -11,6 +11,7 @@ they are, up to the last block.
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,13 @@ from .block import VoCoBlock
 from .cache import VoCoCache
 from .fingerprint import fingerprint
 from .groups import Limits, chunks_of
-from .last_layer import last_rows
+from .last_layer import NotCut, last_rows
 from .pixels import VisionInputs, is_per_token, vision_inputs
 from .recut import recut
 from .slots import LastSlotsCache
+from .voco_rows import voco_rows_only
+
+_log = logging.getLogger(__name__)
 
 _DROPPED = (
     "labels",
@@ -168,18 +172,30 @@ def _run_alone(batch: _Batch, chunk: list[tuple[int, int]], numbers: list[int]) 
         orders = [s.start - int(batch.first_real[s.row]) for s in spans]
         CacheState.starting_at(torch.tensor(orders, device=batch.positions.device)).put_on(cache)
     # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
-    text = state.family.text_model(model)
-    config = state.config
-    whole = config.rule == "isolated" and config.reads_vision
-    own_mask = even and not chunked and whole and _is_causal(text)
-    cutting = last_rows(text, kept, length) if slim else contextlib.nullcontext()
-    with cutting:
-        _forward(state, model, run, cache, "alone" if own_mask else "trust")
+    text, config = state.family.text_model(model), state.config
+    plain = even and not chunked and config.rule == "isolated" and _is_causal(text)
+    if not (plain and slim and not config.reads_vision and _ran_short(batch, run, cache, kept, length)):
+        cutting = last_rows(text, kept, length) if slim else contextlib.nullcontext()
+        with cutting:
+            own_mask = plain and config.reads_vision
+            _forward(state, model, run, cache, "alone" if own_mask else "trust")
     found = []
     for row, span in enumerate(spans):
         start = 0 if slim else span.num_vision
         found.append(_block(batch, span, cache, row, start))
     return found
+
+
+def _ran_short(batch: _Batch, run: dict[str, Any], cache: LastSlotsCache, kept: int, length: int) -> bool:
+    """Run a rival's tokens alone, the vision tokens left out of the LLM; whether that could be done."""
+    text = batch.state.family.text_model(batch.model)
+    try:
+        with voco_rows_only(text, kept, length):
+            _forward(batch.state, batch.model, dict(run), cache, "alone")
+    except NotCut as problem:
+        _log.debug("vision tokens not left out: %s", problem)
+        return False
+    return True
 
 
 def _is_causal(text_model: torch.nn.Module) -> bool:
