@@ -1,6 +1,7 @@
 # make quickstart   .venv, the package, and the main job: train, compress, answer from the cache (CPU, minutes)
 # make test         the same .venv with the test extra: ruff, mypy, the suite without its slow tests
-# make test-slow    the slow tests (wheel build, longer training, two processes), and DeepSpeed for them
+# make test-slow    the slow tests (wheel build, longer training, two processes), DeepSpeed and flash-attn's Triton
+#                   kernels for them
 # A stamp per extra, older than pyproject.toml or missing, is the only reason to install.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow flash-attn lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -35,7 +36,15 @@ $(VENV)/.deepspeed: pyproject.toml | $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,deepspeed,ray]'
 	@touch $@
 
-test-slow: $(VENV)/.deepspeed
+# flash-attn's Python part in a folder of its own: its Triton kernels, which a test interprets; no CUDA build
+$(VENV)/.flash-attn: pyproject.toml | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel packaging psutil
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --no-build-isolation --no-binary flash-attn --target $(VENV)/flash-attn flash-attn einops
+	@touch $@
+
+flash-attn: $(VENV)/.flash-attn
+
+test-slow: $(VENV)/.deepspeed $(VENV)/.flash-attn
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.test

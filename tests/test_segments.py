@@ -328,6 +328,18 @@ def test_flash_refuses_what_it_cannot_do():
         flash.by_lengths(by_loops, plan, Layer(1), *half, softcap=30.0)
 
 
+def test_flash_refuses_a_torch_whose_kernel_takes_too_little(monkeypatch):
+    from torch.nn.attention import varlen
+
+    def as_in_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(varlen, "varlen_attn", as_in_2_10)
+    with pytest.raises(ValueError, match="lacks enable_gqa, scale, window_size; use 'segmented'"):
+        flash.varlen_kernel()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @settings(max_examples=20, deadline=None)

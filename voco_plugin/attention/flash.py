@@ -8,6 +8,7 @@ no plain causal segment is refused by name, never computed otherwise.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 
 from .segmented import gathered
 from .segments import SegmentPlan
+
+DTYPES = (torch.float16, torch.bfloat16)
+"""What the kernels compute in."""
 
 
 def run_flash(
@@ -25,11 +29,15 @@ def run_flash(
     Raises:
         ValueError: no GPU, a dtype, a segment or an option that the kernel does not do.
     """
+    _refuse_cpu(query)
+    return by_lengths(varlen_kernel(), plan, module, query, *rest, **kwargs)
+
+
+def _refuse_cpu(query: torch.Tensor) -> None:
     if query.device.type != "cuda":
         raise ValueError(
             f"attention='flash' needs a GPU, and the model is on {query.device.type}; use 'segmented'."
         )
-    return by_lengths(varlen_kernel(), plan, module, query, *rest, **kwargs)
 
 
 def by_lengths(
@@ -53,7 +61,7 @@ def by_lengths(
             f"{odd.keys} keys are not (a window shorter than a block, images read both ways, "
             "block_context='prefix', hide_prefix or rule='star'); use 'segmented'."
         )
-    if query.dtype not in (torch.float16, torch.bfloat16):
+    if query.dtype not in DTYPES:
         raise ValueError(f"attention='flash' takes fp16 or bf16, not {query.dtype}; use 'segmented'.")
     for name, given in (
         ("dropout", dropout),
@@ -95,10 +103,15 @@ def varlen_kernel() -> Callable:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
+        missing = {"varlen_attn"}
+    else:  # torch 2.10 has it without these
+        missing = {"scale", "window_size", "enable_gqa"} - set(inspect.signature(varlen_attn).parameters)
+    if missing:
         raise ValueError(
-            "attention='flash' needs flash-attn (pip install 'voco_plugin[flash-attn]') or a torch that has "
-            "torch.nn.attention.varlen; use 'segmented'."
-        ) from None
+            "attention='flash' needs flash-attn (pip install 'voco_plugin[flash-attn]') or torch >= 2.12: "
+            f"torch {torch.__version__}'s torch.nn.attention.varlen lacks {', '.join(sorted(missing))}; use "
+            "'segmented'."
+        )
 
     def varlen(q, k, v, lengths, longest, scale):
         grouped = q.shape[1] != k.shape[1]

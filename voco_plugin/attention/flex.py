@@ -77,12 +77,16 @@ def flex_forward(
     Raises:
         ValueError: training on a CPU, for which torch has no backward kernel.
     """
+    _refuse_training_on_cpu(query)
+    with _fixed_shapes(query.device):
+        return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _refuse_training_on_cpu(query: torch.Tensor) -> None:
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
         raise ValueError(
             "attention='flex' has no backward on a CPU; use 'segmented', or run under torch.no_grad()."
         )
-    with _fixed_shapes(query.device):
-        return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _fixed_shapes(device: torch.device) -> contextlib.AbstractContextManager:
