@@ -99,6 +99,8 @@ class Score:
         counts: questions per type.
         seconds: what answering took, all in all.
         answers: what was answered, in the questions' order.
+        correct: per question whether that is right.
+        cache: what an image was kept as (:func:`cache_size`), where it was compressed.
     """
 
     accuracy: float
@@ -106,18 +108,21 @@ class Score:
     counts: dict[str, int]
     seconds: float = 0.0
     answers: list[str] = field(default_factory=list, repr=False)
+    correct: list[bool] = field(default_factory=list, repr=False)
+    cache: dict[str, float] | None = None
 
     @property
     def num_questions(self) -> int:
         return sum(self.counts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without the answers."""
+        """Plain values, without what belongs to single questions."""
         return {
             "accuracy": self.accuracy,
             "by_type": self.by_type,
             "counts": self.counts,
             "seconds": self.seconds,
+            "cache": self.cache,
         }
 
 
@@ -131,13 +136,29 @@ def score(questions: Sequence[Question], answers: Sequence[str], seconds: float 
         raise ValueError(
             f"{len(answers)} answers for {len(questions)} questions; give one per question, and at least one."
         )
+    correct = [normalise(a) == normalise(q.answer) for q, a in zip(questions, answers, strict=True)]
     right: dict[str, list[bool]] = defaultdict(list)
-    for question, given in zip(questions, answers, strict=True):
-        right[question.type].append(normalise(given) == normalise(question.answer))
-    flat = [hit for hits in right.values() for hit in hits]
+    for question, hit in zip(questions, correct, strict=True):
+        right[question.type].append(hit)
     by_type = {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
     counts = {kind: len(hits) for kind, hits in sorted(right.items())}
-    return Score(sum(flat) / len(flat), by_type, counts, seconds, list(answers))
+    return Score(sum(correct) / len(correct), by_type, counts, seconds, list(answers), correct)
+
+
+def cache_size(caches: Iterable[Any]) -> dict[str, float]:
+    """Means over the blocks of ``caches``: ``bytes``, VoCo ``tokens`` and ``vision_tokens`` an image.
+
+    Raises:
+        ValueError: there is no block.
+    """
+    blocks = [block for cache in caches for block in cache]
+    if not blocks:
+        raise ValueError("no image was compressed, so there is no size to tell.")
+    return {
+        "bytes": sum(b.nbytes for b in blocks) / len(blocks),
+        "tokens": sum(b.num_tokens for b in blocks) / len(blocks),
+        "vision_tokens": sum(b.num_vision for b in blocks) / len(blocks),
+    }
 
 
 def evaluate(
@@ -172,8 +193,10 @@ def evaluate(
         raise ValueError(f"mode={mode!r} is not known; use images, cache or blind.")
     start = time.perf_counter()
     more: dict[str, Any] = {}
+    size = None
     if mode == "cache":
         joined = caches or compress_rows(model, processor, dataset, questions, batch_size=batch_size)
+        size = cache_size(joined.values())
         more["caches"] = [joined[q.row] for q in questions]
     elif mode == "images":
         pictures = {row: images_of(dataset[row]) for row in sorted({q.row for q in questions})}
@@ -182,7 +205,9 @@ def evaluate(
     answers = answer(
         model, processor, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick, **more
     )  # fmt: skip
-    return score(questions, answers, time.perf_counter() - start)
+    found = score(questions, answers, time.perf_counter() - start)
+    found.cache = size
+    return found
 
 
 def compress_rows(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output
-from .inputs import add_bad_sample_option, add_model_options, is_voco_checkpoint, load_model, positive
+from .inputs import add_bad_sample_option, add_model_options, load_model, positive
 
 K_MODES = ("voco", "lower", "single")
 """Modes that read VoCo tokens, and so take a K."""
@@ -16,7 +16,7 @@ MODES = {
     "voco": "compress each image once, ask every question from the cache",
     "single": "the masked single pass over image and question (equals voco, slower)",
     "base": "the model with VoCo taken off, on all vision tokens: the upper bound of a plain VLM",
-    "lower": "a plain VLM read through the isolation mask, untrained for it: the lower bound",
+    "lower": "a plain VLM, or one trained with voco.rule causal, read through the mask: the lower bound",
     "blind": "the plain model with no image",
 }
 
@@ -31,7 +31,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         epilog="examples:\n  voco eval runs/gridworld_voco --data runs/gridworld/test.json\n"
         "  voco eval runs/gridworld_base --data runs/gridworld/test.json --mode base --mode lower --json\n"
         "  voco eval runs/gridworld_k4 --data runs/gridworld/test.json --num-tokens 1,2,4\n"
-        "  voco eval runs/gridworld_k4 --data runs/gridworld/test.json --num-tokens 4 --first 1,2,4\n",
+        "  voco eval runs/gridworld_k4 --data runs/gridworld/test.json --num-tokens 4 --first 1,2,4\n"
+        "  voco eval runs/upper --data runs/gridworld/train.json --rows=-500: --mode single\n",
     )
     add_model_options(parser)
     parser.add_argument("--data", required=True, metavar="SET", help="LLaVA JSON, datasets folder or hub id")
@@ -54,19 +55,36 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N images only")
     parser.add_argument(
+        "--rows",
+        type=rows,
+        metavar="A:B",
+        help="these rows only, as Python slices (the last 500: --rows=-500:)",
+    )
+    parser.add_argument(
         "--max-new-tokens", type=positive, default=16, help="length of an answer (default: %(default)s)"
     )
     parser.add_argument(
         "--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)"
     )
     add_bad_sample_option(parser, "its questions are not asked")
-    parser.add_argument("--out", metavar="FILE", help="also write the JSON here, answers included")
+    parser.add_argument("--out", metavar="FILE", help="also write the JSON here, with every answer")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
 def counts(text: str) -> list[int]:
     """``1,2,4`` as a list of whole numbers of at least 1, for argparse; a repeated one counts once."""
     return list(dict.fromkeys(positive(part.strip()) for part in text.split(",")))
+
+
+def rows(text: str) -> slice:
+    """``A:B`` as a slice, for argparse; either may be left out."""
+    parts = text.split(":")
+    try:
+        if len(parts) == 2:
+            return slice(*(int(part) if part.strip() else None for part in parts))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no range of rows; write A:B, :B or A:")
 
 
 def check_counts(args: argparse.Namespace, modes: list[str]) -> None:
@@ -90,21 +108,23 @@ def check_counts(args: argparse.Namespace, modes: list[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     modes = list(dict.fromkeys(args.mode or ["voco"]))
     check_counts(args, modes)
-    if "lower" in modes and Path(args.model).is_dir() and is_voco_checkpoint(args.model):
-        raise ValueError(
-            f"{args.model} is trained with VoCo tokens; the lower bound is its base model's, read through "
-            f"the mask "
-            "without training: give that model."
-        )
+    check_lower(args.model, modes)
     from ..data.loaders import load_vision_dataset
     from ..data.undecoded import undecoded
 
     skip = args.on_bad_sample == "skip"
     dataset = load_vision_dataset(args.data, args.split, args.image_folder, missing_images=skip)
     dataset = undecoded(dataset)
+    if args.rows is not None:
+        chosen = range(*args.rows.indices(len(dataset)))
+        if not len(chosen):
+            raise ValueError(
+                f"--rows {args.rows.start}:{args.rows.stop}: {args.data} has {len(dataset)} rows."
+            )
+        dataset = dataset.select(chosen)
     if args.limit is not None:
         dataset = dataset.select(range(min(args.limit, len(dataset))))
-    model, processor = load_model(args, _voco_of(args))
+    model, processor = load_model(args, _voco_of(args, modes))
     skipped = bad_rows(dataset, processor) if skip else {}
     for problem in skipped.values():
         output.note(f"skipped: {problem}")
@@ -118,12 +138,17 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         import json
 
+        from ..benchmark.record import environment
         from ..files import atomic_write_text
 
+        result["environment"] = environment(str(next(model.parameters()).device))
         atomic_write_text(args.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if args.json:
+        result.pop("types")
+        result.pop("rows")
         for entry in result["scores"].values():
             entry.pop("answers")
+            entry.pop("correct")
         output.emit_json(result)
         return 0
     kinds = sorted({kind for entry in result["scores"].values() for kind in entry["by_type"]})
@@ -161,16 +186,53 @@ def bad_rows(dataset: Any, processor: Any) -> dict[int, str]:
     return found
 
 
-def _voco_of(args: argparse.Namespace) -> Any:
-    """The config to load with: the checkpoint's, unless K is given (of several, the largest)."""
-    if args.num_tokens is None:
-        return None
+def saved_config(source: str) -> Any:
+    """The ``VoCoConfig`` of a local checkpoint of this package; ``None`` where there is none."""
     from ..config import CONFIG_NAME, VoCoConfig
 
-    saved = {}
-    if Path(args.model).is_dir() and (Path(args.model) / CONFIG_NAME).is_file():
-        saved = VoCoConfig.load(args.model)[0].to_dict()
-    return VoCoConfig.from_dict({**saved, "num_tokens": max(args.num_tokens)})
+    here = Path(source).is_dir() and (Path(source) / CONFIG_NAME).is_file()
+    return VoCoConfig.load(source)[0] if here else None
+
+
+def check_lower(source: str, modes: list[str]) -> None:
+    """Refuse a lower bound of a model that was trained under the mask.
+
+    Raises:
+        ValueError: its rule isolates, or ``lower`` of a causal model is asked for together with another mode
+            that reads VoCo tokens, which reads it causally.
+    """
+    saved = saved_config(source) if "lower" in modes else None
+    if saved is None:
+        return
+    if saved.isolates:
+        raise ValueError(
+            f"{source} is trained with VoCo tokens under rule {saved.rule!r}; the lower bound is its base "
+            "model's, or that of a model trained with voco.rule causal, read through the mask without "
+            "training: give that model."
+        )
+    others = [mode for mode in modes if mode in K_MODES and mode != "lower"]
+    if others:
+        raise ValueError(
+            f"{source} is read under rule 'causal' by --mode {others[0]} and under 'isolated' by --mode "
+            "lower: run `voco eval` once for each."
+        )
+
+
+def _voco_of(args: argparse.Namespace, modes: list[str]) -> Any:
+    """The config to load with: the checkpoint's, unless K is given (of several, the largest), or the lower
+    bound of a model trained under the causal rule (paper, Sec. 4.2: its positions, and text isolated)."""
+    saved = saved_config(args.model)
+    lower = saved is not None and "lower" in modes
+    if args.num_tokens is None and not lower:
+        return None
+    from ..config import VoCoConfig
+
+    values = {} if saved is None else saved.to_dict()
+    if args.num_tokens is not None:
+        values["num_tokens"] = max(args.num_tokens)
+    if lower:
+        values["rule"] = "isolated"
+    return VoCoConfig.from_dict(values)
 
 
 def evaluate_modes(
@@ -208,11 +270,12 @@ def evaluate_modes(
             made = (caches.compressed_with or shown) if ways[mode] == "cache" else shown
             scores[name] = {
                 "mode": mode, "num_tokens": shown, "compressed_with": made, **found.to_dict(),
-                "answers": found.answers,
+                "answers": found.answers, "correct": "".join(str(int(hit)) for hit in found.correct),
             }  # fmt: skip
     order = sorted(scores, key=lambda name: modes.index(scores[name]["mode"]))
     return {
         "model": args.model, "data": args.data, "images": len(dataset), "questions": len(questions),
+        "types": [question.type for question in questions], "rows": [question.row for question in questions],
         "scores": {name: scores[name] for name in order},
     }  # fmt: skip
 

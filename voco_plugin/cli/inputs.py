@@ -39,13 +39,6 @@ def load_model(args: argparse.Namespace, voco: Any = None) -> tuple[Any, Any]:
     return load(args.model, voco, dtype=args.dtype, device=device)
 
 
-def is_voco_checkpoint(source: str) -> bool:
-    """Whether a local folder was saved by this package; a hub id is taken at its word."""
-    from ..config import CONFIG_NAME
-
-    return not Path(source).is_dir() or (Path(source) / CONFIG_NAME).is_file()
-
-
 def add_bad_sample_option(parser: argparse.ArgumentParser, what: str) -> None:
     """``--on-bad-sample raise|skip``."""
     parser.add_argument(
