@@ -69,34 +69,91 @@ def run(args: argparse.Namespace) -> int:
     results = Path(args.out or Path("runs/results") / path.stem)
     from ..study.keys import fingerprint
     from ..study.plan import Planner
+    from ..study.results import read_search
 
-    planner = Planner(study, Path(args.work), resolve, fingerprint, count_rows)
     if args.tables_only:
-        raise NotImplementedError
+        rows, tried = read_search(results)
+        chosen = {one["method"]: one["tried"] for one in tried if one["chosen"]}
+        count = count_rows if rows is None else (lambda data: rows)
+        planner = Planner(study, Path(args.work), resolve, _by_name, count)
+        return _finish(args, planner, results, path, planner.runs(chosen), tried, by="values_key")
+    planner = Planner(study, Path(args.work), resolve, fingerprint, count_rows)
     if args.list:
         return _list(planner, args)
     if args.print_commands:
         from .study_commands import print_commands
 
         return print_commands(planner, args)
-    return _run(planner, results, args)
+    return _run(args, planner, results, path)
 
 
-def _run(planner: Any, results: Path, args: argparse.Namespace) -> int:
+def _by_name(source: str) -> str:
+    """In place of a fingerprint, where base and data may not be at hand."""
+    return f"name:{source}"
+
+
+def _run(args: argparse.Namespace, planner: Any, results: Path, path: Path) -> int:
     from ..study.children import Children
+    from ..study.results import read_search, write_search
     from ..study.runner import Runner
 
     check_inputs(planner)
+    if planner.study.search is None:
+        (results / "search.json").unlink(missing_ok=True)
     gpus = [part.strip() for part in (args.gpus or "").split(",") if part.strip()]
     jobs = args.jobs or len(gpus) or 1
     runner = Runner(
-        planner, results, Children(args.threads), jobs=jobs, gpus=gpus, tell=output.note, only=args.only
-    )
+        planner, results, Children(args.threads), jobs=jobs, gpus=gpus, tell=output.note, only=args.only,
+        found=lambda tried: write_search(results, planner.rows, tried),
+    )  # fmt: skip
     with _terminated_as_interrupted():
-        runner.run()
+        runs = runner.run()
+    status = _finish(args, planner, results, path, runs, read_search(results)[1], failures=runner.failures)
     for failure in runner.failures:
-        output.error("voco study", f"{', '.join(failure.runs)}: {failure.stderr[-300:]}")
-    return 1 if runner.failures else 0
+        last = failure.stderr.splitlines()[-1] if failure.stderr else "it printed nothing"
+        log = f" (log: {failure.log})" if failure.log else ""
+        output.error("voco study", f"{', '.join(failure.runs)} failed: {last}{log}")
+    return 1 if runner.failures else status
+
+
+def _finish(
+    args: argparse.Namespace, planner: Any, results: Path, path: Path, runs: Any, tried: Any, *,
+    failures: Any = (), by: str = "key",
+) -> int:  # fmt: skip
+    """Tables and pictures of what is finished; printed, or as JSON."""
+    import dataclasses
+
+    from ..study.results import TABLES, write_results
+
+    command = "voco study " + " ".join([path.stem, *(f"--set {change}" for change in args.changes)])
+    result = write_results(
+        results, path.stem, planner.study, runs, command=command,
+        definition=dataclasses.asdict(planner.study), search=tried, failures=failures, by=by,
+        tell=output.note,
+    )  # fmt: skip
+    if args.json:
+        output.emit_json(result)
+        return 0
+    rows = [
+        [
+            row["label"],
+            row["num_tokens"],
+            100 * row["accuracy"],
+            _percent(row["raw"]),
+            _percent(row["retention"]),
+        ]
+        for row in result["rows"]
+    ]
+    if rows:
+        output.emit(output.table(rows, ("method", "K", "accuracy %", "raw ratio %", "retention %")))
+    if result["missing"]:
+        output.emit(f"{len(result['missing'])} of {len(runs)} runs are not finished")
+    output.emit(str(results / TABLES))
+    return 0
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
 
 
 def check_inputs(planner: Any) -> None:
@@ -140,7 +197,7 @@ def _list(planner: Any, args: argparse.Namespace) -> int:
 
     candidates = planner.candidates()
     chosen, _ = choose(candidates)
-    known = [run for run in planner.runs(chosen)]
+    known = planner.runs(chosen)
     rows = []
     for one in [*candidates, *known]:
         if not matches(one.name, args.only):

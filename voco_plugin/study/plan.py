@@ -37,7 +37,6 @@ class Training:
         folder: where it trains to.
         values: the recipe's values that determine it.
         steps: its ``max_steps``, where it has one.
-        saved_at: steps whose checkpoints are read.
     """
 
     key: str
@@ -45,7 +44,6 @@ class Training:
     folder: Path
     values: Mapping[str, Any] = dataclasses.field(hash=False, compare=False)
     steps: int | None = None
-    saved_at: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Reading:
         out: the JSON that it writes.
         set_name: the name of the set that is read.
         training: whose checkpoint is read; ``None`` for the base model.
-        step: of the curve; ``None`` for a result proper, at the end of training.
+        curve: whether it reads the checkpoints of the curve, and not the end of training.
     """
 
     key: str
@@ -66,7 +64,7 @@ class Reading:
     out: Path
     set_name: str
     training: Training | None = None
-    step: int | None = None
+    curve: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +137,9 @@ class Planner:
         self.data = values.get("dataset_name")
         self.image_folder = values.get("image_folder")
         self.held_out = study.search.last if study.search else None
+        self.rows: int | None = None
         if self.held_out:
-            rows = count_rows(str(self.data))
+            rows = self.rows = count_rows(str(self.data))
             if rows <= self.held_out:
                 raise ValueError(
                     f"search.last={self.held_out} of {rows} rows of {self.data} leaves none to train on."
@@ -175,7 +174,10 @@ class Planner:
             k = search.num_tokens or self.tokens_of(method)[0]
             for values in itertools.product(*search.over.values()):
                 tried = dict(zip(keys, values, strict=True))
-                training = self._training(method, k, search.seed, tried | search.overrides)
+                # with overrides of its own it is no run of the study, and has no curve
+                training = self._training(
+                    method, k, search.seed, tried | search.overrides, curve=not search.overrides
+                )
                 shown = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in tried.items())
                 name = f"search-{method.name}-k{k}-{shown}".replace("/", "_")
                 readings = (self._validation(training, method),)
@@ -199,23 +201,26 @@ class Planner:
 
     # -- commands
 
-    def _training(self, method: Method, k: int, seed: int, tried: Mapping[str, Any]) -> Training:
+    def _training(
+        self, method: Method, k: int, seed: int, tried: Mapping[str, Any], *, curve: bool = True
+    ) -> Training:
         study = self.study
+        steps_read = study.curve if curve else None
         overrides = {**self.common, **study.overrides, "voco.num_tokens": k, "seed": seed}
         if method.bound == "upper":
             overrides["voco.rule"] = "causal"
         overrides |= method.overrides | dict(tried)
-        if study.curve:
-            overrides["save_at_steps"] = study.curve
+        if steps_read:
+            overrides["save_at_steps"] = steps_read
         words = as_words(overrides)
         values = self.resolve(study.recipe, words)
         key = training_key(values, self.fingerprint)
         folder = self.work / "trained" / key
         steps = values.get("max_steps")
         steps = steps if isinstance(steps, int) and steps > 0 else None
-        if steps is not None and study.curve and study.curve[-1] > steps:
+        if steps is not None and steps_read and steps_read[-1] > steps:
             raise ValueError(
-                f"curve: step {study.curve[-1]} is beyond max_steps={steps} of method {method.name}; "
+                f"curve: step {steps_read[-1]} is beyond max_steps={steps} of method {method.name}; "
                 "leave it out."
             )
         return Training(
@@ -224,7 +229,6 @@ class Planner:
             folder,
             training_values(values),
             steps,
-            tuple(study.curve or ()),
         )
 
     def _readings(self, training: Training | None, method: Method, k: int | None) -> tuple[Reading, ...]:
@@ -238,10 +242,8 @@ class Planner:
         ]
         if training is not None and method.bound != "lower":
             name, data = next(iter(study.eval_data.items()))
-            found += [
-                self._reading(training, method, name, data, step=step, limit=study.curve_images)
-                for step in study.curve or ()
-            ]
+            if study.curve:
+                found.append(self._reading(training, method, name, data, curve=True))
         return tuple(found)
 
     def _validation(self, training: Training, method: Method) -> Reading:
@@ -255,8 +257,7 @@ class Planner:
 
     def _reading(
         self, training: Training | None, method: Method, set_name: str, data: EvalSet, *,
-        tokens: Iterable[int] | None = None, step: int | None = None, limit: int | None = None,
-        rows: str | None = None,
+        tokens: Iterable[int] | None = None, curve: bool = False, rows: str | None = None,
     ) -> Reading:  # fmt: skip
         study = self.study
         if training is None and self.model is None:
@@ -265,16 +266,15 @@ class Planner:
                 "one; add model: to the study."
             )
         model = str(self.model) if training is None else str(training.folder)
-        if step is not None and training is not None and step != training.steps:
-            model += f"/checkpoint-{step}"
         options: dict[str, Any] = {"mode": method.read_as, "max-new-tokens": study.max_new_tokens}
         if tokens is not None:
             options["num-tokens"] = ",".join(map(str, tokens))
-        options |= {
-            k: v for k, v in (("split", data.split), ("limit", limit), ("rows", rows)) if v is not None
-        }
+        more: dict[str, Any] = {"split": data.split, "rows": rows}
+        if curve:
+            more |= {"steps": ",".join(map(str, study.curve or ())), "limit": study.curve_images}
+        options |= {name: value for name, value in more.items() if value is not None}
         source = self.fingerprint(model) if training is None else training.key
-        key = digest([source, step, self.fingerprint(data.data), options])
+        key = digest([source, self.fingerprint(data.data), options])
         out = self.work / "read" / f"{key}.json"
         words = ["eval", model, "--data", data.data]
         folder = data.image_folder or self.image_folder
@@ -282,7 +282,7 @@ class Planner:
             words += ["--image-folder", folder]
         words += [f"--{name}={value}" for name, value in options.items()]
         words += ["--batch-size", str(study.batch_size), "--out", str(out)]
-        return Reading(key, tuple(words), out, set_name, training, step)
+        return Reading(key, tuple(words), out, set_name, training, curve)
 
 
 def units(runs: Sequence[Run]) -> list[tuple[Training | None, list[Reading]]]:

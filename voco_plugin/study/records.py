@@ -18,6 +18,7 @@ from .plan import Reading, Run, Training
 
 FORMAT_VERSION = 1
 RESULTS_NAME = "train_results.json"
+QUESTIONS = "questions.json"
 
 
 def read_json(path: Path) -> Any:
@@ -70,11 +71,11 @@ def record(run: Run) -> dict[str, Any]:
         for entry in found["scores"].values():
             kept = {k: v for k, v in entry.items() if k != "answers"}
             kept |= {"set": reading.set_name, "images": found["images"], "questions": found["questions"]}
-            if reading.step is None:
-                scores.append(kept)
-            else:
+            if reading.curve:
                 kept.pop("correct")
-                curve.append({"step": reading.step, **kept})
+                curve.append(kept)
+            else:
+                scores.append(kept)
     training = None
     if run.training is not None:
         training = read_json(run.training.folder / RESULTS_NAME)
@@ -103,18 +104,18 @@ def record(run: Run) -> dict[str, Any]:
 
 
 def questions(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-    """Of each set: the type and the row of each question, in the order of ``correct``."""
+    """Of each set: the type and the row of each question, in the order they were asked."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
         for reading in run.readings:
-            if reading.step is None and reading.set_name not in found and was_read(reading):
+            if not reading.curve and reading.set_name not in found and was_read(reading):
                 read = read_json(reading.out)
                 found[reading.set_name] = {"types": read["types"], "rows": read["rows"]}
     return found
 
 
 class RunFolder:
-    """``RESULTS/runs``: one JSON a finished run."""
+    """``RESULTS/runs``: one JSON a finished run; beside it ``questions.json``."""
 
     def __init__(self, results: Path) -> None:
         self.folder = Path(results) / "runs"
@@ -128,8 +129,20 @@ class RunFolder:
         if before is not None and before["key"] == run.key:
             return before
         made = record(run)
+        self._keep_questions(run)
         atomic_write_text(self.path(run), json.dumps(made, indent=1, ensure_ascii=False, default=str) + "\n")
         return made
+
+    def _keep_questions(self, run: Run) -> None:
+        path = self.folder.parent / QUESTIONS
+        before = read_json(path) or {}
+        asked = {**before, **questions([run])}
+        if asked != before:
+            atomic_write_text(path, json.dumps(asked, separators=(",", ":")) + "\n")
+
+    def questions(self) -> dict[str, dict[str, Any]]:
+        """Of each set that was read: the type and the row of each question, in the order of ``correct``."""
+        return read_json(self.folder.parent / QUESTIONS) or {}
 
     def read(self, run: Run) -> dict[str, Any] | None:
         """The record under the run's name, of whatever definition; ``None`` where there is none."""

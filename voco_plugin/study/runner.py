@@ -9,6 +9,7 @@ import functools
 import json
 import queue
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -30,6 +31,8 @@ from .records import (
     was_read,
 )
 
+START = 10.0
+"""Seconds to start a process and load a model, which a reading does not count: for the estimate only."""
 Choices = dict[str, dict[str, Any]]
 
 
@@ -101,14 +104,17 @@ class Runner:
         gpus: values of ``CUDA_VISIBLE_DEVICES``, one for each job; none leaves it as it is.
         tell: gets a line for whatever happens.
         only: see :func:`matches`.
+        found: gets what the search tried, once it is done.
     """
 
     def __init__(
         self, planner: Planner, results: Path, children: Children, *, jobs: int = 1,
         gpus: Sequence[str] = (), tell: Callable[[str], None] = lambda line: None, only: str | None = None,
+        found: Callable[[list[dict[str, Any]]], None] = lambda tried: None,
     ) -> None:  # fmt: skip
-        self.planner, self.children, self.tell, self.only = planner, children, tell, only
-        self.folder, self.jobs = RunFolder(results), jobs
+        self.planner, self.children, self._tell, self.only = planner, children, tell, only
+        self._telling = threading.Lock()
+        self.folder, self.jobs, self.found = RunFolder(results), jobs, found
         self.failures: list[Failure] = []
         self._gpus: queue.Queue[str] | None = None
         if gpus:
@@ -123,7 +129,9 @@ class Runner:
         guess = {run.method.name: dict(run.tried) for run in candidates}
         self.progress = self._progress([*candidates, *self.wanted(self.planner.runs(guess))])
         self._execute(candidates)
-        chosen, _ = choose(candidates)
+        chosen, tried = choose(candidates)
+        if candidates:
+            self.found(tried)
         runs = self.wanted(self.planner.runs(chosen))
         lost = {run.method.name for run in candidates} - set(chosen)
         upper = self.planner.study.upper
@@ -138,6 +146,10 @@ class Runner:
         self.progress = self._progress([*candidates, *ready])
         self._execute(ready)
         return self.planner.runs(chosen)
+
+    def tell(self, line: str) -> None:
+        with self._telling:
+            self._tell(line)
 
     def wanted(self, runs: Iterable[Run]) -> list[Run]:
         return [run for run in runs if matches(run.name, self.only)]
@@ -164,11 +176,11 @@ class Runner:
         )
         for training, readings in found:
             if training is not None and trained(training):
-                progress.trained(training, seconds_of(read_json(training.folder / RESULTS_NAME)))
+                progress.trained(training, START + seconds_of(read_json(training.folder / RESULTS_NAME)))
             for reading in readings:
                 if was_read(reading):
                     scores = read_json(reading.out)["scores"].values()
-                    progress.read(reading, sum(entry["seconds"] for entry in scores))
+                    progress.read(reading, START + sum(entry["seconds"] for entry in scores))
         return progress
 
     # -- doing it
@@ -276,8 +288,7 @@ class Runner:
         self.progress.read(reading)
         entries = read_json(reading.out)["scores"].items()
         shown = ", ".join(f"{mode} {100 * entry['accuracy']:.1f} %" for mode, entry in entries)
-        where = "" if reading.step is None else f" at step {reading.step}"
-        self.tell(self.progress.line(f"{name}{where}: {shown}"))
+        self.tell(self.progress.line(f"{name}: {shown}"))
 
     def _record(self, run: Run) -> None:
         if not run.searching and finished(run):
