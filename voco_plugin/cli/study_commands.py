@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any
 
 from . import output
@@ -17,16 +18,14 @@ def print_commands(planner: Any, args: argparse.Namespace) -> int:
     from ..study.records import command, trained, was_read
     from ..study.runner import choose, matches
 
+    for source in dict.fromkeys((planner.model, planner.data)):
+        if source and "/" in str(source) and not Path(source).expanduser().exists():
+            output.note(f"{source} is not here: folders are named by its content, and get others where it is")
     candidates = planner.candidates()
     chosen, _ = choose(candidates)
     waiting = {run.method.name for run in candidates} - set(chosen)
-    upper = planner.study.upper
-    runs = list(candidates)
-    for run in planner.runs(chosen):
-        source = upper.name if run.method.bound == "lower" and upper else run.method.name
-        if source not in waiting:
-            runs.append(run)
-    runs = [run for run in runs if matches(run.name, args.only)]
+    ready = [run for run in planner.runs(chosen) if planner.tuned_as(run.method) not in waiting]
+    runs = [run for run in [*candidates, *ready] if matches(run.name, args.only)]
     for training, readings in units(runs):
         names = [run.name for run in runs if any(r in readings for r in run.readings)]
         output.emit(f"# {', '.join(dict.fromkeys(names))}")

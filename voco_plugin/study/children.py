@@ -45,15 +45,18 @@ class Children:
     """Starts commands and can stop them all.
 
     Args:
-        program: what ``voco`` is called as.
+        program: what ``voco`` is called as; ``None``: this Python's.
         threads: of each child.
         environment: more variables for each child.
     """
 
     def __init__(
-        self, threads: int = 1, program: Sequence[str] = VOCO, environment: Mapping[str, str] | None = None
+        self,
+        threads: int = 1,
+        program: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.program = list(program)
+        self.program = list(VOCO if program is None else program)
         self.environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),

@@ -120,6 +120,7 @@ class Method:
         num_tokens: K's of this method, in place of the study's.
         eval_num_tokens: K's at which one training is read (paper, Table 4), in place of the study's.
         seeds: in place of the study's.
+        tuned_as: the method whose search this one takes its values from, in place of a search of its own.
         label: what tables and plots call it.
     """
 
@@ -130,12 +131,14 @@ class Method:
     num_tokens: list[int] | None = None
     eval_num_tokens: list[int] | None = None
     seeds: list[int] | None = None
+    tuned_as: str | None = None
     label: str | None = None
 
     def __post_init__(self) -> None:
         _choice("bound", self.bound, BOUNDS)
         _choice("mode", self.mode, MODES)
         _text("label", self.label)
+        _text("tuned_as", self.tuned_as)
         self.num_tokens = _wholes("num_tokens", self.num_tokens)
         self.eval_num_tokens = _wholes("eval_num_tokens", self.eval_num_tokens)
         self.seeds = _wholes("seeds", self.seeds, 0)
@@ -149,6 +152,8 @@ class Method:
                 f"bound={self.bound!r} is the base model without VoCo tokens, read once: it has neither "
                 "num_tokens nor seeds."
             )
+        if self.tuned_as and not self.trains:
+            raise ValueError(f"bound={self.bound!r} trains nothing; leave tuned_as={self.tuned_as!r} out.")
         if self.bound and self.mode:
             raise ValueError(f"bound={self.bound!r} says how it is read; leave mode={self.mode!r} out.")
 
@@ -297,6 +302,12 @@ class Study:
         if len(uppers) > 1:
             raise ValueError(f"methods {' and '.join(uppers)} are both bound: upper; there is one.")
         for method in methods.values():
+            tuned = [m.name for m in methods.values() if m.trains and m.tuned_as is None]
+            if method.tuned_as is not None and method.tuned_as not in tuned:
+                raise ValueError(
+                    f"methods.{method.name}: tuned_as={method.tuned_as!r} is no method with a search of its "
+                    f"own{nearest(method.tuned_as, tuned)}; use one of {', '.join(tuned)}."
+                )
             if method.bound == "lower" and not uppers:
                 raise ValueError(
                     f"methods.{method.name}: bound: lower reads the upper bound's checkpoint, and no method "

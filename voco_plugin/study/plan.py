@@ -169,7 +169,7 @@ class Planner:
         keys = list(search.over)
         found = []
         for method in self.study.methods.values():
-            if not method.trains:
+            if not method.trains or method.tuned_as is not None:
                 continue
             k = search.num_tokens or self.tokens_of(method)[0]
             for values in itertools.product(*search.over.values()):
@@ -188,12 +188,18 @@ class Planner:
         """The K's of a method."""
         return method.num_tokens or self.study.num_tokens
 
+    def tuned_as(self, method: Method) -> str:
+        """The method whose search says this one's values: its own, unless it names another or reads the upper
+        bound's checkpoint."""
+        source = (self.study.upper or method) if method.bound == "lower" else method
+        return source.tuned_as or source.name
+
     def _run(self, method: Method, k: int, seed: int, chosen: Mapping[str, Mapping[str, Any]]) -> Run:
         source, at = method, k
         if method.bound == "lower":
             source = self.study.upper or method
             at = k if k in self.tokens_of(source) else self.tokens_of(source)[0]
-        tried = chosen.get(source.name, {})
+        tried = chosen.get(self.tuned_as(method), {})
         training = self._training(source, at, seed, tried)
         name = f"{method.name}-k{k}-s{seed}"
         readings = self._readings(training, method, k)

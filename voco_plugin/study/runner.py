@@ -134,14 +134,9 @@ class Runner:
             self.found(tried)
         runs = self.wanted(self.planner.runs(chosen))
         lost = {run.method.name for run in candidates} - set(chosen)
-        upper = self.planner.study.upper
-
-        def source(run: Run) -> str:
-            return upper.name if run.method.bound == "lower" and upper else run.method.name
-
-        ready = [run for run in runs if source(run) not in lost]
+        ready = [run for run in runs if self.planner.tuned_as(run.method) not in lost]
         for method in sorted(lost):
-            names = [run.name for run in runs if source(run) == method]
+            names = [run.name for run in runs if self.planner.tuned_as(run.method) == method]
             self.failures.append(Failure(names, "", 1, f"the search of {method} is not complete", ""))
         self.progress = self._progress([*candidates, *ready])
         self._execute(ready)
@@ -160,12 +155,7 @@ class Runner:
         if self.only is None:
             return candidates
         guess = {run.method.name: dict(run.tried) for run in candidates}
-        methods = {run.method.name for run in self.wanted(self.planner.runs(guess))}
-        upper = self.planner.study.upper
-        if upper is not None and any(
-            m.bound == "lower" and m.name in methods for m in self.planner.study.methods.values()
-        ):
-            methods.add(upper.name)
+        methods = {self.planner.tuned_as(run.method) for run in self.wanted(self.planner.runs(guess))}
         return [run for run in candidates if run.method.name in methods or matches(run.name, self.only)]
 
     def _progress(self, runs: Sequence[Run]) -> Progress:
