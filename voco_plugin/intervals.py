@@ -34,6 +34,8 @@ class Resampler:
         groups: ``(Q,)``: the image (or any other label) of each question; whole groups are then drawn.
         resamples: ``R``.
         seed: of the draws; equal seeds give equal intervals.
+        stream: sets of questions that are averaged need one each: their questions are then drawn
+            independently, and the seeds of a method are the same in all.
 
     Raises:
         ValueError: there is no question, or not one group for each.
@@ -46,6 +48,7 @@ class Resampler:
         groups: Sequence[Any] | None = None,
         resamples: int = RESAMPLES,
         seed: int = 0,
+        stream: int = 0,
     ) -> None:
         if num_questions < 1 or resamples < 1:
             raise ValueError(
@@ -54,7 +57,7 @@ class Resampler:
             )
         if groups is not None and len(groups) != num_questions:
             raise ValueError(f"{len(groups)} groups for {num_questions} questions; give one for each.")
-        self.num_questions, self.resamples, self.seed = num_questions, resamples, seed
+        self.num_questions, self.resamples, self.seed, self.stream = num_questions, resamples, seed, stream
         self._labels = None
         if groups is not None:
             self._labels = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
@@ -62,7 +65,7 @@ class Resampler:
 
     def _draw(self) -> Iterator[np.ndarray]:
         """How often each replicate has each question, ``(some of R, Q)`` at a time; the same every time."""
-        rng = np.random.default_rng([self.seed, 0])
+        rng = np.random.default_rng([self.seed, 0, self.stream])
         number = self.num_questions if self._labels is None else int(self._labels.max()) + 1
         left = self.resamples
         while left:

@@ -108,10 +108,10 @@ class Figures:
         self.study, self.questions = study, questions
         self.sets = [name for name in study.eval_data if name in questions]
         self._draws: dict[str, Resampler] = {}
-        for name in self.sets:
+        for stream, name in enumerate(self.sets):
             rows = questions[name]["rows"]
             groups = rows if study.resample == "images" else None
-            self._draws[name] = Resampler(len(rows), groups=groups, resamples=resamples)
+            self._draws[name] = Resampler(len(rows), groups=groups, resamples=resamples, stream=stream)
         order = {name: number for number, name in enumerate(study.methods)}
         self.records = sorted(
             records, key=lambda r: (order[r["method"]], r["num_tokens"] or 0, r["seed"] or 0)
