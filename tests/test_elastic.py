@@ -239,7 +239,7 @@ def test_a_prefix_lm_compresses_again_for_each_k(monkeypatch) -> None:
     from argparse import Namespace
 
     from voco_plugin import metrics
-    from voco_plugin.cli.evaluate import CutCaches
+    from voco_plugin.cli.eval_modes import CutCaches
 
     made = []
 

@@ -30,7 +30,17 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("isolation", "block_embeddings", "cache_state", "packed"),
     4: ("cache", "decoding", "generation"),
     5: ("modeling",),
-    6: ("collator", "trl_rows", "video", "answering", "metrics", "session", "session_file"),
+    6: (
+        "collator",
+        "trl_rows",
+        "video",
+        "answering",
+        "agreement",
+        "intervals",
+        "metrics",
+        "session",
+        "session_file",
+    ),
     7: ("training", "benchmark", "study", "data", "reporting", "bulk"),
     8: ("cli",),
 }

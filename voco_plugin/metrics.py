@@ -1,9 +1,14 @@
 """Scores of question answering, and the two ratios by which a compression is judged.
 
+    accuracy   right answers / questions        exact match, :func:`score`
     raw ratio  x / upper                        how much of the score is left
-    retention  (x - lower) / (upper - lower)    how much of what vision adds is left (paper, Table 1)
+    retention  (x - lower) / (upper - lower)    how much of what vision adds is left (paper, Sec. 4.2)
+    average    mean over benchmarks of either   the paper's Avg.: ratios first, then their mean
+    interval   2.5 … 97.5 percentiles of means over questions and seeds drawn again (:mod:`.intervals`)
 
-Both, always: where upper and lower are close, retention says little and swings widely.
+x is the compressed model's score, upper that of the model trained with VoCo tokens under a causal mask, lower
+that model's read through the isolation mask. Both ratios, always: where upper and lower are close, retention
+says little and swings widely (ScienceQA in the paper's Table 1: 5.8 points between them).
 """
 
 from __future__ import annotations
@@ -14,7 +19,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .agreement import Agreement as Agreement
+from .agreement import agreement as agreement
 from .images import open_image
+from .intervals import Resampler as Resampler
+from .intervals import bootstrap as bootstrap
+from .intervals import bootstrap_difference as bootstrap_difference
+from .intervals import interval as interval
 
 
 def raw_ratio(score: float, upper: float) -> float:
@@ -38,6 +49,33 @@ def retention(score: float, lower: float, upper: float) -> float:
     if upper <= lower:
         raise ValueError(f"retention needs upper > lower, not upper={upper}, lower={lower}.")
     return (score - lower) / (upper - lower)
+
+
+def average_raw_ratio(scores: Sequence[float], uppers: Sequence[float]) -> float:
+    """The mean of :func:`raw_ratio` over benchmarks, given in the same order.
+
+    Raises:
+        ValueError: as :func:`raw_ratio`, or the numbers of benchmarks differ.
+    """
+    _check_columns(scores, uppers)
+    return sum(map(raw_ratio, scores, uppers)) / len(scores)
+
+
+def average_retention(scores: Sequence[float], lowers: Sequence[float], uppers: Sequence[float]) -> float:
+    """The mean of :func:`retention` over benchmarks, given in the same order (the paper's Avg.).
+
+    Raises:
+        ValueError: as :func:`retention`, or the numbers of benchmarks differ.
+    """
+    _check_columns(scores, lowers, uppers)
+    return sum(map(retention, scores, lowers, uppers)) / len(scores)
+
+
+def _check_columns(*columns: Sequence[float]) -> None:
+    if len({len(column) for column in columns}) != 1 or not columns[0]:
+        raise ValueError(
+            f"{', '.join(str(len(c)) for c in columns)} scores: give one for each benchmark, at least one."
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +137,8 @@ class Score:
         counts: questions per type.
         seconds: what answering took, all in all.
         answers: what was answered, in the questions' order.
+        correct: per question whether that is right.
+        cache: what an image was kept as (:func:`cache_size`), where it was compressed.
     """
 
     accuracy: float
@@ -106,18 +146,21 @@ class Score:
     counts: dict[str, int]
     seconds: float = 0.0
     answers: list[str] = field(default_factory=list, repr=False)
+    correct: list[bool] = field(default_factory=list, repr=False)
+    cache: dict[str, float] | None = None
 
     @property
     def num_questions(self) -> int:
         return sum(self.counts.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without the answers."""
+        """Plain values, without what belongs to single questions."""
         return {
             "accuracy": self.accuracy,
             "by_type": self.by_type,
             "counts": self.counts,
             "seconds": self.seconds,
+            "cache": self.cache,
         }
 
 
@@ -131,13 +174,29 @@ def score(questions: Sequence[Question], answers: Sequence[str], seconds: float 
         raise ValueError(
             f"{len(answers)} answers for {len(questions)} questions; give one per question, and at least one."
         )
+    correct = [normalise(a) == normalise(q.answer) for q, a in zip(questions, answers, strict=True)]
     right: dict[str, list[bool]] = defaultdict(list)
-    for question, given in zip(questions, answers, strict=True):
-        right[question.type].append(normalise(given) == normalise(question.answer))
-    flat = [hit for hits in right.values() for hit in hits]
+    for question, hit in zip(questions, correct, strict=True):
+        right[question.type].append(hit)
     by_type = {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
     counts = {kind: len(hits) for kind, hits in sorted(right.items())}
-    return Score(sum(flat) / len(flat), by_type, counts, seconds, list(answers))
+    return Score(sum(correct) / len(correct), by_type, counts, seconds, list(answers), correct)
+
+
+def cache_size(caches: Iterable[Any]) -> dict[str, float]:
+    """Means over the blocks of ``caches``: ``bytes``, VoCo ``tokens`` and ``vision_tokens`` an image.
+
+    Raises:
+        ValueError: there is no block.
+    """
+    blocks = [block for cache in caches for block in cache]
+    if not blocks:
+        raise ValueError("no image was compressed, so there is no size to tell.")
+    return {
+        "bytes": sum(b.nbytes for b in blocks) / len(blocks),
+        "tokens": sum(b.num_tokens for b in blocks) / len(blocks),
+        "vision_tokens": sum(b.num_vision for b in blocks) / len(blocks),
+    }
 
 
 def evaluate(
@@ -172,8 +231,10 @@ def evaluate(
         raise ValueError(f"mode={mode!r} is not known; use images, cache or blind.")
     start = time.perf_counter()
     more: dict[str, Any] = {}
+    size = None
     if mode == "cache":
         joined = caches or compress_rows(model, processor, dataset, questions, batch_size=batch_size)
+        size = cache_size(joined.values())
         more["caches"] = [joined[q.row] for q in questions]
     elif mode == "images":
         pictures = {row: images_of(dataset[row]) for row in sorted({q.row for q in questions})}
@@ -182,7 +243,9 @@ def evaluate(
     answers = answer(
         model, processor, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick, **more
     )  # fmt: skip
-    return score(questions, answers, time.perf_counter() - start)
+    found = score(questions, answers, time.perf_counter() - start)
+    found.cache = size
+    return found
 
 
 def compress_rows(
@@ -223,59 +286,3 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
     where = f"sample {row['id']!r}" if row.get("id") is not None else None
     return [open_image(image, where) for image in images]
-
-
-@dataclass
-class Agreement:
-    """How two ways of computing the same answers compare: single pass against stage 2 from a cache.
-
-    Attributes:
-        equal: answers that are the same, token by token.
-        total: answers compared.
-        max_logit_difference: the largest absolute difference over every answer position and the vocabulary.
-    """
-
-    equal: int
-    total: int
-    max_logit_difference: float
-
-
-def agreement(
-    model: Any, processor: Any, questions: Sequence[str], images: Any, caches: Any, max_new_tokens: int
-) -> Agreement:
-    """Greedy answers from ``caches`` against the single masked pass over the images (contract 1 of the
-    architecture).
-
-    The single pass is one forward over prompt and answer, from which the greedy choice at every position is
-    read; it shares nothing with the cached path but the weights.
-    """
-    import torch
-
-    from .answering import prompt
-
-    equal, worst = 0, 0.0
-    with torch.no_grad():
-        for question, row, cache in zip(questions, images, caches, strict=True):
-            stream = prompt(model, processor, [question], caches=[cache])
-            ids = model.generate(**stream, max_new_tokens=max_new_tokens, do_sample=False)
-            fresh = ids[:, stream["input_ids"].shape[1] :]
-            single = prompt(model, processor, [question], images=[row])
-            full = model(**_extended(single, fresh)).logits[0, -fresh.shape[1] - 1 : -1].float()
-            cached = model(**_extended(stream, fresh)).logits[0, -fresh.shape[1] - 1 : -1].float()
-            worst = max(worst, (full - cached).abs().max().item())
-            equal += bool((full.argmax(-1) == fresh[0]).all())
-    return Agreement(equal, len(questions), worst)
-
-
-def _extended(inputs: dict[str, Any], fresh: Any) -> dict[str, Any]:
-    """``inputs`` with the answer's ids ``(1, A)`` appended to every per-token tensor."""
-    import torch
-
-    length = inputs["input_ids"].shape[1]
-    out = dict(inputs)
-    out["input_ids"] = torch.cat([inputs["input_ids"], fresh], dim=1)
-    for key, value in inputs.items():
-        if key != "input_ids" and torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == length:
-            filler = torch.ones_like(fresh) if key == "attention_mask" else torch.zeros_like(fresh)
-            out[key] = torch.cat([value, filler.to(value.dtype)], dim=1)
-    return out

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..files import atomic_write_text
 
 FORMAT_VERSION = 1
 PACKAGES = ("voco_plugin", "torch", "transformers", "peft")
+TRAINING_PACKAGES = (*PACKAGES, "trl", "accelerate", "datasets")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -48,21 +49,28 @@ def record(
     name: str, figures: Mapping[str, Any], *, command: str, device: str, dtype: str, **settings: Any
 ) -> dict[str, Any]:
     """The whole result of one benchmark, as JSON values."""
-    import torch
-
     return {
         "format_version": FORMAT_VERSION,
         "benchmark": name,
         "command": command,
+        "dtype": dtype,
+        **environment(device),
+        "settings": settings,
+        **figures,
+    }
+
+
+def environment(device: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Machine and versions, as JSON values."""
+    import torch
+
+    return {
         "device": device,
         "device_name": device_name(device),
-        "dtype": dtype,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
-        "settings": settings,
-        **figures,
+        "versions": {package: _version(package) for package in packages},
     }
 
 

@@ -19,7 +19,7 @@ from . import output
 
 COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "convert",
-    "store", "bench",
+    "store", "bench", "study",
 )  # fmt: skip
 _MODULE = {"eval": "evaluate"}
 

@@ -26,24 +26,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
 
 
-def load_model(args: argparse.Namespace, voco: Any = None) -> tuple[Any, Any]:
-    """``(model, processor)`` of ``args.model``, VoCo attached."""
+def load_model(args: argparse.Namespace, voco: Any = None, source: str | None = None) -> tuple[Any, Any]:
+    """``(model, processor)`` of ``args.model`` (or of ``source``, in its place), VoCo attached."""
+    source = args.model if source is None else source
     for file in getattr(args, "plugin", None) or []:
         load_plugin(file)
-    check_model_path(args.model)
+    check_model_path(source)
     import torch
 
     from ..modeling import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load(args.model, voco, dtype=args.dtype, device=device)
-
-
-def is_voco_checkpoint(source: str) -> bool:
-    """Whether a local folder was saved by this package; a hub id is taken at its word."""
-    from ..config import CONFIG_NAME
-
-    return not Path(source).is_dir() or (Path(source) / CONFIG_NAME).is_file()
+    return load(source, voco, dtype=args.dtype, device=device)
 
 
 def add_bad_sample_option(parser: argparse.ArgumentParser, what: str) -> None:

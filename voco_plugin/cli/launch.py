@@ -112,6 +112,20 @@ def _own_deepspeed_file(path: Path, settings: dict[str, Any]) -> list[str]:
     return ["--deepspeed_config_file", str(integration_folder() / "deepspeed" / Path(file).name)]
 
 
+def profile_arguments(config: RecipeArguments) -> list[str]:
+    """The options of ``accelerate launch`` for a recipe's profile, to be run on another machine: nothing of
+    this one is checked.
+
+    Raises:
+        RecipeError: there is no such profile.
+    """
+    path = find_profile(str(config.accelerate_config))
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    processes = config.num_processes or settings.get("num_processes")
+    more = [] if processes is None else ["--num_processes", str(processes)]
+    return ["--config_file", str(path), *more, *_own_deepspeed_file(path, settings)]
+
+
 def check_profile(
     name: str, settings: dict[str, Any], processes: int | None, use_cpu: bool, devices: int
 ) -> int:

@@ -90,8 +90,9 @@ def recipe_folder() -> Path:
 
 
 def shipped() -> dict[str, Path]:
-    """Bare name → file of every shipped recipe."""
-    return {path.stem: path for path in sorted(recipe_folder().rglob("*.yaml"))}
+    """Bare name → file of every shipped recipe (``studies/`` holds studies, see ``study_file.py``)."""
+    found = sorted(recipe_folder().rglob("*.yaml"))
+    return {path.stem: path for path in found if path.parent.name != "studies"}
 
 
 def find(name: str) -> Path:

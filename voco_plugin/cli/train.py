@@ -107,6 +107,7 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
 
     from ..data.loaders import load_vision_dataset
     from ..training.card import launch_command
+    from ..training.checkpoints import NoteStart
     from ..training.config import VoCoSFTConfig
     from ..training.quantization import check_quantization
     from ..training.trainer import VoCoSFTTrainer
@@ -171,9 +172,12 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         trainer.command = launch_command(["voco", "train", *typed])
     resume = config.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume) if resume is not None else None
+    trainer.add_callback(start := NoteStart())
     outcome = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(config.output_dir)
     trainer.save_state()  # trainer_state.json: the loss curve
+    if trainer.is_world_process_zero():
+        write_results(trainer, outcome, start.step)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.dataset_name)
     return {
@@ -183,6 +187,34 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         "metrics": outcome.metrics,
         "main_process": trainer.is_world_process_zero(),
     }
+
+
+RESULTS_NAME = "train_results.json"
+"""Written last, when the model is saved: a folder that has it is a finished run."""
+
+
+def write_results(trainer: Any, outcome: Any, resumed_at: int) -> None:
+    """``train_results.json`` in the output folder: the last metrics, what trained, machine and versions.
+
+    ``train_runtime`` counts the steps after ``resumed_at`` alone.
+    """
+    import json
+
+    from ..benchmark.record import TRAINING_PACKAGES, environment
+    from ..files import atomic_write_text
+
+    trained, total = trainer.trained_and_all
+    result = {
+        **outcome.metrics,
+        "steps": outcome.global_step,
+        "resumed_at": resumed_at,
+        "trained_parameters": trained,
+        "parameters": total,
+        "processes": trainer.args.world_size,
+        "environment": environment(str(trainer.args.device), TRAINING_PACKAGES),
+    }
+    path = Path(trainer.args.output_dir) / RESULTS_NAME
+    atomic_write_text(path, json.dumps(result, indent=2, default=str) + "\n")
 
 
 def _check_num_processes(asked: int | None, found: int) -> None:

@@ -22,10 +22,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..config import CONFIG_NAME
@@ -154,6 +155,26 @@ class AtomicCheckpoints(_Base):
         if self.args.process_index != 0 and self.args.local_process_index == 0:
             action()
         self.accelerator.wait_for_everyone()
+
+
+class SaveAtSteps(TrainerCallback):
+    """Asks for a checkpoint after each of ``steps``."""
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        self.steps = set(steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            control.should_save = True
+
+
+class NoteStart(TrainerCallback):
+    """Notes the ``step`` that training starts from: 0, or a checkpoint's."""
+
+    step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
 
 
 def recover(run: str | os.PathLike) -> list[str]:

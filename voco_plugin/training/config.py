@@ -38,6 +38,8 @@ class VoCoSFTConfig(SFTConfig):
         on_bad_sample: what to do with a sample whose image cannot be read, or that the processor refuses:
             ``raise``, or ``skip``: another row takes its place, the same in every epoch and after a resume;
             each is named in a warning and counted in ``skipped_samples``.
+        save_at_steps: optimizer steps after which a checkpoint is saved, besides those of ``save_strategy``:
+            for a curve over training.
         packing: whether conversations with images share rows of up to ``max_length`` tokens, whole, and
             isolated from each other (TRL refuses this): first-fit decreasing over the whole training set, by
             lengths that a first pass counts from image sizes and text. ``per_device_train_batch_size`` then
@@ -55,8 +57,8 @@ class VoCoSFTConfig(SFTConfig):
     columns of the vision formats, and ``padding_free`` is refused for vision data.
 
     Raises:
-        ValueError: ``voco``, ``num_tokens_range`` or ``on_bad_sample`` is not valid, the range is
-            given without ``voco``, or ``packing`` without ``max_length``.
+        ValueError: ``voco``, ``num_tokens_range``, ``save_at_steps`` or ``on_bad_sample`` is not valid, the
+            range is given without ``voco``, or ``packing`` without ``max_length``.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "voco"]
@@ -87,6 +89,11 @@ class VoCoSFTConfig(SFTConfig):
         },
     )
 
+    save_at_steps: list[int] | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps after which a checkpoint is saved, besides save_strategy's."},
+    )
+
     def __post_init__(self) -> None:
         self.voco = as_voco_config(self.voco)
         check_on_bad_sample(self.on_bad_sample)
@@ -99,6 +106,8 @@ class VoCoSFTConfig(SFTConfig):
                     f"num_tokens_range={self.num_tokens_range}, so it would be evaluated untrained; choose "
                     "it within the range."
                 )
+        if any(step < 1 for step in self.save_at_steps or []):
+            raise ValueError(f"save_at_steps={self.save_at_steps} must be optimizer steps of at least 1.")
         if self.packing and self.max_length is None:
             raise ValueError(
                 "packing=True needs max_length, the tokens of a packed row (at least the longest "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -150,9 +151,8 @@ def count_trainable(model: nn.Module, row_only: bool = False) -> tuple[dict[str,
     return dict(counts), total
 
 
-def describe_trainable(model: nn.Module, row_only: bool = False) -> str:
-    """One line: what trains, with counts (``row_only``: see :func:`count_trainable`)."""
-    counts, total = count_trainable(model, row_only)
+def describe_trainable(counts: Mapping[str, int], total: int) -> str:
+    """One line: what trains, from what :func:`count_trainable` gives."""
     trained = sum(counts.values())
     what = ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "nothing"
     return f"training {what}: {trained:,} of {total:,} parameters ({trained / max(total, 1):.2%})"

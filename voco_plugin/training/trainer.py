@@ -34,7 +34,7 @@ from .adapters import (
     train_loose_parameters,
 )
 from .card import write_card
-from .checkpoints import AtomicCheckpoints
+from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .config import VoCoSFTConfig
 from .datasets import has_images, prepare_dataset
 from .launch import check_launch, check_sharded_head
@@ -48,7 +48,7 @@ from .models import (
     processor_of,
 )
 from .packing import check_packing, pack_dataset, without_trls
-from .parts import describe_trainable
+from .parts import count_trainable, describe_trainable
 from .quantization import check_quantization
 from .skipping import SkipCounter
 from .weights import load_whole_weights
@@ -174,6 +174,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
             name_present_layers(unwrap(self.model))
         self._skips = SkipCounter()
         self.add_callback(self._skips)
+        if getattr(args, "save_at_steps", None):
+            self.add_callback(SaveAtSteps(args.save_at_steps))
         self._set_collators(data_collator)
         if packs:
             self._pack()
@@ -232,7 +234,9 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
             )
 
     def _report(self) -> str:
-        report = describe_trainable(self.accelerator.unwrap_model(self.model), self._row_only)
+        counts, total = count_trainable(self.accelerator.unwrap_model(self.model), self._row_only)
+        self.trained_and_all = sum(counts.values()), total
+        report = describe_trainable(counts, total)
         if self.voco is None:
             report += "; no VoCo tokens (voco=None): the plain VLM"
         if self.accelerator.is_main_process:

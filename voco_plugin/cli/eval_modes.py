@@ -1,0 +1,188 @@
+"""The modes of ``voco eval``: what each loads, and its scores at each K."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from . import output
+
+K_MODES = ("voco", "lower", "single")
+"""Modes that read VoCo tokens, and so take a K."""
+
+MODES = {
+    "voco": "compress each image once, ask every question from the cache",
+    "single": "the masked single pass over image and question (equals voco, slower)",
+    "base": "the model with VoCo taken off, on all vision tokens: the upper bound of a plain VLM",
+    "lower": "a plain VLM, or one trained with voco.rule causal, read through the mask: the lower bound",
+    "blind": "the plain model with no image",
+}
+
+
+def saved_config(source: str) -> Any:
+    """The ``VoCoConfig`` of a local checkpoint of this package; ``None`` where there is none."""
+    from ..config import CONFIG_NAME, VoCoConfig
+
+    here = Path(source).is_dir() and (Path(source) / CONFIG_NAME).is_file()
+    return VoCoConfig.load(source)[0] if here else None
+
+
+def check_lower(source: str, modes: list[str]) -> None:
+    """Refuse a lower bound of a model that was trained under the mask.
+
+    Raises:
+        ValueError: its rule isolates, or ``lower`` of a causal model is asked for together with another mode
+            that reads VoCo tokens, which reads it causally.
+    """
+    saved = saved_config(source) if "lower" in modes else None
+    if saved is None:
+        return
+    if saved.isolates:
+        raise ValueError(
+            f"{source} is trained with VoCo tokens under rule {saved.rule!r}; the lower bound is its base "
+            "model's, or that of a model trained with voco.rule causal, read through the mask without "
+            "training: give that model."
+        )
+    others = [mode for mode in modes if mode in K_MODES and mode != "lower"]
+    if others:
+        raise ValueError(
+            f"{source} is read under rule 'causal' by --mode {others[0]} and under 'isolated' by --mode "
+            "lower: run `voco eval` once for each."
+        )
+
+
+def voco_of(source: str, num_tokens: list[int] | None, modes: list[str]) -> Any:
+    """The config to load with: the checkpoint's, unless K is given (of several, the largest), or the lower
+    bound of a model trained under the causal rule (paper, Sec. 4.2: its positions, and text isolated)."""
+    saved = saved_config(source)
+    lower = saved is not None and "lower" in modes
+    if num_tokens is None and not lower:
+        return None
+    from ..config import VoCoConfig
+
+    values = {} if saved is None else saved.to_dict()
+    if num_tokens is not None:
+        values["num_tokens"] = max(num_tokens)
+    if lower:
+        values["rule"] = "isolated"
+    return VoCoConfig.from_dict(values)
+
+
+def evaluate_modes(
+    model: Any, processor: Any, dataset: Any, modes: list[str], args: argparse.Namespace, *, quiet: bool
+) -> dict[str, Any]:
+    """The scores of each mode, those that need VoCo attached first: ``base`` and ``blind`` take it off."""
+    from ..metrics import evaluate, questions_of
+    from ..modeling import detach, is_attached
+
+    questions = questions_of(
+        dataset.remove_columns("images") if "images" in dataset.column_names else dataset
+    )
+    if not questions:
+        raise ValueError(f"{args.data} holds no question with an answer.")
+    ways = {"voco": "cache", "lower": "cache", "single": "images", "base": "images", "blind": "blind"}
+    scores: dict[str, Any] = {}
+    for mode in sorted(modes, key=lambda m: m in ("base", "blind")):
+        if mode in ("base", "blind") and is_attached(model):
+            model = _plain(model, detach)
+        takes_k = mode in K_MODES
+        listed = (args.first or args.num_tokens) if takes_k else None
+        caches = CutCaches(model, processor, dataset, questions, args)
+        for k in listed or [None]:
+            name = mode if k is None or len(listed or []) == 1 and args.first is None else f"{mode} K={k}"
+            with output.progress(total=len(questions), unit="question", quiet=quiet) as bar:
+                bar.set_description(name)
+                if mode == "single" and k is not None:
+                    set_num_tokens(model, k)
+                found = evaluate(
+                    model, processor, dataset, questions, mode=ways[mode],
+                    caches=caches.of(k) if ways[mode] == "cache" and name != mode else None,
+                    max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, tick=bar.update,
+                )  # fmt: skip
+            shown = k or (own_num_tokens(model) if takes_k else None)
+            made = (caches.compressed_with or shown) if ways[mode] == "cache" else shown
+            scores[name] = {
+                "mode": mode, "num_tokens": shown, "compressed_with": made, **found.to_dict(),
+                "answers": found.answers, "correct": "".join(str(int(hit)) for hit in found.correct),
+            }  # fmt: skip
+    order = sorted(scores, key=lambda name: modes.index(scores[name]["mode"]))
+    return {
+        "model": args.model, "data": args.data, "images": len(dataset), "questions": len(questions),
+        "types": [question.type for question in questions], "rows": [question.row for question in questions],
+        "scores": {name: scores[name] for name in order},
+    }  # fmt: skip
+
+
+class CutCaches:
+    """The images of every row, compressed once into the largest K, and cut to the first k as asked.
+
+    Attributes:
+        compressed_with: that K, once images were compressed here.
+    """
+
+    def __init__(self, model: Any, processor: Any, dataset: Any, questions: Any, args: argparse.Namespace):
+        self.parts = (model, processor, dataset, questions)
+        self.args = args
+        self.compressed_with: int | None = None
+        self._made: dict[int, Any] = {}
+
+    def of(self, k: int) -> dict[int, Any]:
+        """Per row the cache with ``k`` VoCo tokens an image.
+
+        ``--first`` cuts a compression into more. ``--num-tokens`` asks for one into ``k``, which is the same
+        under causal attention (a VoCo token sees none after it); a backbone that reads its prompt both ways
+        compresses again, and so does a model whose tokens are made for their whole number.
+        """
+        from ..metrics import compress_rows
+
+        largest = max(self.args.num_tokens) if self.args.num_tokens else own_num_tokens(self.parts[0])
+        if self.args.first is not None and k > largest:
+            raise ValueError(f"--first {k}: this model compresses into {largest}; give --num-tokens {k}.")
+        if not self._made:
+            self._made = self._compressed(compress_rows, largest)
+        again = any(not is_nested(c.fingerprint) for c in self._made.values())
+        if again and self.args.first is None:
+            if k != self.compressed_with:
+                self._made = self._compressed(compress_rows, k)
+            return self._made
+        return {row: cache.first(k) for row, cache in self._made.items()}
+
+    def _compressed(self, compress_rows: Any, num_tokens: int) -> dict[int, Any]:
+        self.compressed_with = num_tokens
+        return compress_rows(*self.parts, num_tokens=num_tokens, batch_size=self.args.batch_size)
+
+
+def is_nested(fingerprint: dict[str, Any]) -> bool:
+    """Whether the first k of K VoCo tokens are what a compression into k gives."""
+    from ..cache.fingerprint import check_nested
+
+    try:
+        check_nested(fingerprint)
+    except ValueError:
+        return False
+    return fingerprint.get("attention") != "prefix"
+
+
+def own_num_tokens(model: Any) -> int:
+    """K of an attached model."""
+    from ..modeling import attachment
+
+    return attachment(model).config.num_tokens
+
+
+def set_num_tokens(model: Any, num_tokens: int) -> None:
+    """Let an attached model put ``num_tokens`` VoCo tokens after each image of a prompt."""
+    import dataclasses
+
+    from ..modeling import attachment
+
+    state = attachment(model)
+    state.config = dataclasses.replace(state.config, num_tokens=num_tokens)
+
+
+def _plain(model: Any, detach: Any) -> Any:
+    """The model without VoCo: an adapter comes off too, so that what is left is what it was trained from."""
+    if hasattr(model, "unload"):
+        model = model.unload()
+    return detach(model)
