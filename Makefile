@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
+WORKERS ?= 2
 
 .PHONY: quickstart test test-slow flash-attn lint format clean
 .DEFAULT_GOAL := quickstart
@@ -30,7 +31,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 $(VENV)/.deepspeed: pyproject.toml | $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,deepspeed,ray]'

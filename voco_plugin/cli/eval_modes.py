@@ -82,6 +82,8 @@ def evaluate_modes(
     if not questions:
         raise ValueError(f"{args.data} holds no question with an answer.")
     ways = {"voco": "cache", "lower": "cache", "single": "images", "base": "images", "blind": "blind"}
+    if "voco" in modes and is_attached(model) and reads_question(model):
+        ways["voco"] = "images"  # such tokens are made anew for each question
     scores: dict[str, Any] = {}
     for mode in sorted(modes, key=lambda m: m in ("base", "blind")):
         if mode in ("base", "blind") and is_attached(model):
@@ -93,7 +95,7 @@ def evaluate_modes(
             name = mode if k is None or len(listed or []) == 1 and args.first is None else f"{mode} K={k}"
             with output.progress(total=len(questions), unit="question", quiet=quiet) as bar:
                 bar.set_description(name)
-                if mode == "single" and k is not None:
+                if ways[mode] == "images" and k is not None:
                     set_num_tokens(model, k)
                 found = evaluate(
                     model, processor, dataset, questions, mode=ways[mode],
@@ -151,6 +153,14 @@ class CutCaches:
     def _compressed(self, compress_rows: Any, num_tokens: int) -> dict[int, Any]:
         self.compressed_with = num_tokens
         return compress_rows(*self.parts, num_tokens=num_tokens, batch_size=self.args.batch_size)
+
+
+def reads_question(model: Any) -> bool:
+    """Whether the model's compressor looks at the question before it compresses (LLaMA-VID's)."""
+    from ..modeling import attachment
+
+    embeddings = attachment(model).embeddings
+    return embeddings is not None and embeddings.compressor.reads_question
 
 
 def is_nested(fingerprint: dict[str, Any]) -> bool:
