@@ -1,5 +1,6 @@
 """The gridworld says what is in its images: answers re-derived another way, splits, balance, determinism."""
 
+import colorsys
 import filecmp
 import json
 import re
@@ -20,13 +21,20 @@ from voco_plugin.data.gridworld_questions import Turn, blind_accuracy
 from voco_plugin.data.loaders import load_vision_dataset
 
 TYPES = {"object", "colour", "count", "exists", "relation", "sum"}
+STUDY_TYPES = TYPES | {"only", "count_in"}
+HUES = {"red": 0, "orange": 30, "yellow": 51, "green": 128, "blue": 224, "purple": 281}
+WORLDS = {"quickstart": {}, "grid3": {"grid": 3}, "study": {"level": "study", "caption": True}}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=WORLDS)
 def world(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("world") / f"grid{request.param}"
-    meta = write_gridworld(out, num_train=120, num_test=60, seed=3, grid=request.param, num_colors=4)
+    out = tmp_path_factory.mktemp("world") / request.param
+    meta = write_gridworld(out, num_train=120, num_test=60, seed=3, **WORLDS[request.param])
     return out, meta
+
+
+def types_of(out: Path) -> set[str]:
+    return STUDY_TYPES if out.name == "study" else TYPES
 
 
 def read(out: Path, split: str) -> list[dict]:
@@ -72,6 +80,27 @@ def answer(question: str, cells: dict[str, dict]) -> str:
         return min(where, key=where.__getitem__)
     if match := re.fullmatch(r"What is the sum of the digits at (\w\d) and (\w\d)\?", question):
         return str(sum(int(contents[match[k]].removeprefix("digit ")) for k in (1, 2)))
+    if match := re.fullmatch(r"Colour of (\w+)", question):
+        (found,) = [text for text in contents.values() if text.endswith(match[1])]
+        return found.split()[0]
+    if match := re.fullmatch(r"Object at (\w\d)", question):
+        return contents[match[1]].split()[1]
+    if match := re.fullmatch(r"Colour at (\w\d)", question):
+        assert not contents[match[1]].startswith("digit")
+        return contents[match[1]].split()[0]
+    if match := re.fullmatch(r"Any (.+)", question):
+        return "yes" if match[1] in contents.values() else "no"
+    if match := re.fullmatch(r"Count (\w+)(?: in (row|column) (\w))?", question):
+        at = {"row": 1, "column": 0}.get(match[2])
+        inside = [text for cell, text in contents.items() if at is None or cell[at] == match[3]]
+        return str(sum(match[1].removesuffix("s") in text.split() for text in inside))
+    if match := re.fullmatch(r"Is (.+) (left of|above) (.+)", question):
+        axis = 0 if match[2] == "left of" else 1
+        spots = [[place(c)[axis] for c, text in contents.items() if text == match[k]] for k in (1, 3)]
+        assert [len(spot) for spot in spots] == [1, 1] and spots[0] != spots[1], "the question has one answer"
+        return "yes" if spots[0] < spots[1] else "no"
+    if match := re.fullmatch(r"Sum of (\w\d) and (\w\d)", question):
+        return str(sum(int(contents[match[k]].removeprefix("digit ")) for k in (1, 2)))
     assert question == "Describe the image."
     in_order = sorted(contents, key=lambda cell: place(cell)[::-1])
     return ", ".join(f"{cell} {contents[cell]}" for cell in in_order)
@@ -87,7 +116,7 @@ def test_every_answer_follows_from_the_scene(world):
 
 
 def test_pixels_show_the_scene(world):
-    """The hue at the middle of each cell is that of the shape the scene file names; digits are grey."""
+    """The brightest hue of each cell is that of the shape the scene file names; digits are grey."""
     out, meta = world
     pixels = meta["settings"]["cell_pixels"]
     for row in load_vision_dataset(out / "test.json"):
@@ -95,18 +124,13 @@ def test_pixels_show_the_scene(world):
         for name, cell in scenes(out)[row["id"]]["cells"].items():
             column, line = place(name)
             patch = image[line * pixels : (line + 1) * pixels, column * pixels : (column + 1) * pixels]
-            middle = patch[pixels // 2 - 3 : pixels // 2 + 3, pixels // 2 - 3 : pixels // 2 + 3].reshape(
-                -1, 3
-            )
             if "digit" in cell:
                 assert np.ptp(patch.reshape(-1, 3), axis=1).max() <= 2
                 continue
-            red, green, blue = middle.mean(0)
-            seen = (
-                "blue" if blue == max(red, green, blue) else
-                "green" if green == max(red, green, blue) else
-                "yellow" if green > 0.6 * red else "red"
-            )  # fmt: skip
+            dots = patch.reshape(-1, 3)
+            red, green, blue = dots[np.ptp(dots, axis=1).argmax()] / 255
+            degrees = 360 * colorsys.rgb_to_hsv(red, green, blue)[0]
+            seen = min(HUES, key=lambda name: abs((degrees - HUES[name] + 180) % 360 - 180))
             assert seen == cell["color"]
 
 
@@ -118,7 +142,8 @@ def test_types_label_each_turn_and_each_type_occurs(world):
             assert len(row["types"]) == len(turns(row))
             assert len({question for question, _ in turns(row)}) == len(turns(row)), "no question twice"
             counts.update(row["types"])
-        assert set(counts) == (TYPES | {"describe"} if split == "train" else TYPES)
+        types = types_of(out)
+        assert set(counts) == (types | {"describe"} if split == "train" else types)
     assert all(
         row["types"][-1] == "describe" and "describe" not in row["types"][:-1] for row in read(out, "train")
     )

@@ -20,15 +20,29 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "LLaVA JSON and as a datasets folder; with --base, also a tiny VLM trained on it; with --model, "
         "one with a pre-trained tower, to train.",
         epilog="examples:\n  voco gridworld runs/gridworld --base runs/gridworld_base\n"
-        "  voco gridworld runs/gridworld --num-train 2000 --model runs/gridworld_init\n",
+        "  voco gridworld runs/gridworld --num-train 2000 --model runs/gridworld_init\n"
+        "  voco gridworld runs/study --level study --num-train 16000 --model runs/study_init\n",
     )
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--num-train", type=int, default=8000, help="training images (default: %(default)s)")
     parser.add_argument("--num-test", type=int, default=500, help="held-out images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
-    parser.add_argument("--grid", type=int, default=2, help="cells a side, 2…9 (default: 2)")
-    parser.add_argument("--questions", type=int, default=8, help="questions an image (default: 8)")
-    parser.add_argument("--cell-pixels", type=int, default=32, help="pixels a cell's side (default: 32)")
+    parser.add_argument(
+        "--level",
+        default="quickstart",
+        choices=("quickstart", "study"),
+        help="how hard: quickstart (2 x 2 cells, answers in phrases) or study (3 x 3 cells, answers of one "
+        "word); the options below change it (default: %(default)s)",
+    )
+    parser.add_argument("--grid", type=int, help="cells a side, 2…9 (default: 2; study: 3)")
+    parser.add_argument("--colors", type=int, help="colours in use, 2…6 (default: 4; study: 6)")
+    parser.add_argument("--questions", type=int, help="questions an image (default: 8; study: 12)")
+    parser.add_argument("--cell-pixels", type=int, help="pixels a cell's side (default: 32; study: 16)")
+    parser.add_argument(
+        "--caption",
+        action=argparse.BooleanOptionalAction,
+        help="end a training conversation with a description of every cell (default: yes; study: no)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier gridworld in OUT")
     parser.add_argument(
         "--base", metavar="FOLDER", help="also copy the shipped base VLM, tuned on this set, to FOLDER"
@@ -55,9 +69,12 @@ def run(args: argparse.Namespace) -> int:
         num_train=args.num_train,
         num_test=args.num_test,
         seed=args.seed,
+        level=args.level,
         grid=args.grid,
+        num_colors=args.colors,
         num_questions=args.questions,
         cell_pixels=args.cell_pixels,
+        caption=args.caption,
         overwrite=args.overwrite,
     )
     result: dict[str, Any] = {"out": args.out, **meta}
@@ -66,12 +83,12 @@ def run(args: argparse.Namespace) -> int:
         copy_base(args.base)
     if args.model:
         result["model"] = args.model
-        result["pre-trained"] = _write_model(args)
+        result["pre-trained"] = _write_model(args, meta["settings"])
     if args.parts:
         from ..data.tiny_parts import write_tiny_parts
 
         more = {} if args.tower_steps is None else {"tower_steps": args.tower_steps}
-        world = {"grid": args.grid, "cell_pixels": args.cell_pixels}
+        world = _world(args, meta["settings"])
         result["parts"] = {args.parts: write_tiny_parts(args.parts, seed=args.model_seed, **world, **more)}
     if args.json:
         output.emit_json(result)
@@ -121,10 +138,17 @@ def copy_base(folder: str) -> None:
             shutil.copyfile(file, Path(folder) / file.name)
 
 
-def _write_model(args: argparse.Namespace) -> Any:
+def _world(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a tiny model must know of the set that was written."""
+    from ..data.gridworld_levels import level_of
+
+    names = ("grid", "num_colors", "cell_pixels", "question_set")
+    return {name: settings[name] for name in names} | {"patch_size": level_of(args.level).patch_size}
+
+
+def _write_model(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     from ..data.tiny_vlm import write_tiny_vlm
 
     given = {"tower_steps": args.tower_steps, "align_steps": args.align_steps}
     steps = {name: number for name, number in given.items() if number is not None}
-    world = {"grid": args.grid, "cell_pixels": args.cell_pixels}
-    return write_tiny_vlm(args.model, seed=args.model_seed, **world, **steps)
+    return write_tiny_vlm(args.model, seed=args.model_seed, **_world(args, settings), **steps)

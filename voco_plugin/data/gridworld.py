@@ -26,12 +26,21 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from voco_plugin.data.gridworld_questions import Turn, ask, blind_accuracy, describe
+from voco_plugin.data.gridworld_levels import level_of, question_types
+from voco_plugin.data.gridworld_questions import (
+    QUESTION_TYPES,
+    QuestionType,
+    Turn,
+    ask,
+    blind_accuracy,
+    describe,
+)
 from voco_plugin.data.gridworld_scenes import COLORS, SPLITS, Scene, draw_scene, sample_scene
 
 FORMAT_VERSION = 1
@@ -44,11 +53,13 @@ def write_gridworld(
     num_test: int = 500,
     seed: int = 0,
     *,
-    grid: int = 2,
-    num_colors: int = 4,
-    num_questions: int = 8,
-    cell_pixels: int = 32,
-    caption: bool = True,
+    level: str = "quickstart",
+    grid: int | None = None,
+    num_colors: int | None = None,
+    num_questions: int | None = None,
+    cell_pixels: int | None = None,
+    question_set: str | None = None,
+    caption: bool | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes the set into `out_dir` and returns what `meta.json` holds.
@@ -57,10 +68,12 @@ def write_gridworld(
         out_dir: folder to make.
         num_train, num_test: images per split.
         seed: the same seed and settings give the same files, byte for byte.
+        level: the name of the settings below that are not given (`gridworld_levels`).
         grid: cells per side, 2…9.
         num_colors: colours in use, 2…6.
         num_questions: questions per image, each a turn of its conversation.
         cell_pixels: pixels per cell side, at least 12.
+        question_set: `phrases`, or `words`: short questions with answers of one word.
         caption: end each training conversation with "Describe the image."
         overwrite: replace an earlier gridworld in `out_dir`.
 
@@ -68,19 +81,20 @@ def write_gridworld(
         ValueError: a setting is out of range, or `out_dir` holds something else, or holds a set and not
         `overwrite`. ImportError: scikit-learn is missing.
     """
-    _check(
-        num_train=num_train,
-        num_test=num_test,
-        grid=grid,
-        num_colors=num_colors,
-        cell_pixels=cell_pixels,
-        num_questions=num_questions,
-    )
+    named = level_of(level)
+    given = {
+        "grid": grid, "num_colors": num_colors, "num_questions": num_questions, "cell_pixels": cell_pixels,
+    }  # fmt: skip
+    world = {name: getattr(named, name) if value is None else value for name, value in given.items()}
+    question_set = named.question_set if question_set is None else question_set
+    caption = named.caption if caption is None else caption
+    types = question_types(question_set)
+    _check(num_train=num_train, num_test=num_test, **world)
     out = Path(out_dir)
     _prepare(out, overwrite)
     settings = {
-        "num_train": num_train, "num_test": num_test, "seed": seed, "grid": grid, "num_colors": num_colors,
-        "num_questions": num_questions, "cell_pixels": cell_pixels, "caption": caption,
+        "num_train": num_train, "num_test": num_test, "seed": seed, **world, "question_set": question_set,
+        "caption": caption,
     }  # fmt: skip
     scenes: dict[str, Any] = {}
     turns: dict[str, list[Turn]] = {split: [] for split in SPLITS}
@@ -89,7 +103,7 @@ def write_gridworld(
         (out / "images" / split).mkdir(parents=True)
         rows[split] = []
         for index in range(number):
-            scene, asked, png = make_item(split, index, seed, grid, num_colors, num_questions, cell_pixels)
+            scene, asked, png = make_item(split, index, seed, **world, types=types)
             turns[split] += asked
             if caption and split == "train":
                 asked = [*asked, describe(scene)]
@@ -108,12 +122,19 @@ def write_gridworld(
 
 
 def make_item(
-    split: str, index: int, seed: int, grid: int, num_colors: int, num_questions: int, cell_pixels: int
+    split: str,
+    index: int,
+    seed: int,
+    grid: int,
+    num_colors: int,
+    num_questions: int,
+    cell_pixels: int,
+    types: Mapping[str, QuestionType] = QUESTION_TYPES,
 ) -> tuple[Scene, list[Turn], bytes]:
     """Item `index` of a split: its scene, its questions, and the image as PNG bytes."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = sample_scene(rng, grid, num_colors, split)
-    asked = ask(scene, rng, num_questions, num_colors)
+    asked = ask(scene, rng, num_questions, num_colors, types)
     buffer = io.BytesIO()
     draw_scene(scene, rng, cell_pixels).save(buffer, format="PNG")
     return scene, asked, buffer.getvalue()

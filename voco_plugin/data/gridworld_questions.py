@@ -17,26 +17,31 @@ right half of the time, and `count` draws its answer before it draws what to cou
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from voco_plugin.data.gridworld_scenes import COLORS, DIGITS, SHAPES, Scene
+from voco_plugin.data.gridworld_scenes import COLORS, DIGITS, SHAPES, Scene, Thing
 
 DESCRIBE = "describe"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question with its exact answer; `type` is a key of `QUESTION_TYPES` or `describe`."""
+    """One question with its exact answer; `type` is a key of its question set or `describe`."""
 
     type: str
     question: str
     answer: str
 
 
-def _pick(rng: np.random.Generator, options):
+QuestionType = Callable[[Scene, np.random.Generator, tuple[str, ...]], "tuple[str, str] | None"]
+"""Draws a question about a scene and its answer, given the colours in use; None where there is none."""
+
+
+def pick(rng: np.random.Generator, options):
+    """One of `options`, each as likely."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -46,38 +51,42 @@ def _object(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> 
 
 
 def _colour(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
-    index = _pick(rng, [i for i, thing in enumerate(scene.things) if not thing.is_digit])
+    index = pick(rng, [i for i, thing in enumerate(scene.things) if not thing.is_digit])
     return f"What colour is the shape at {scene.cell_name(index)}?", str(scene.things[index].color)
 
 
 def _count(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
     subjects = [(f"{color} shapes", sum(t.color == color for t in scene.things)) for color in colors]
     subjects += [(f"{shape}s", sum(t.shape == shape for t in scene.things)) for shape in SHAPES]
-    number = _pick(rng, sorted({count for _, count in subjects}))
-    subject = _pick(rng, [name for name, count in subjects if count == number])
+    number = pick(rng, sorted({count for _, count in subjects}))
+    subject = pick(rng, [name for name, count in subjects if count == number])
     return f"How many {subject} are there?", str(number)
 
 
 def _exists(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
-    present = set(scene.names)
-    example = _pick(rng, scene.things)
+    example = pick(rng, scene.things)
     if rng.random() < 0.5:
         return f"Is there a {example.name}?", "yes"
+    absent = absent_of_kind(scene, example, colors)
+    return (f"Is there a {pick(rng, absent)}?", "no") if absent else None
+
+
+def absent_of_kind(scene: Scene, example: Thing, colors: tuple[str, ...]) -> list[str]:
+    """Names of the digits, or of the shapes, as `example` is one, that the scene does not hold."""
     if example.is_digit:
         others = [f"digit {d}" for d in DIGITS]
     else:
         others = [f"{color} {shape}" for color in colors for shape in SHAPES]
-    absent = [name for name in others if name not in present]
-    return (f"Is there a {_pick(rng, absent)}?", "no") if absent else None
+    return [name for name in others if name not in scene.names]
 
 
 def _relation(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
     unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
-    word, place = _pick(rng, [("further left", scene.column), ("higher", scene.row)])
+    word, place = pick(rng, [("further left", scene.column), ("higher", scene.row)])
     pairs = [(i, j) for i in unique for j in unique if place(i) < place(j)]
     if not pairs:
         return None
-    first, second = _pick(rng, pairs)
+    first, second = pick(rng, pairs)
     answer = scene.things[first].name
     if rng.random() < 0.5:
         first, second = second, first
@@ -93,7 +102,7 @@ def _sum(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tup
     return f"What is the sum of the digits at {scene.cell_name(i)} and {scene.cell_name(j)}?", str(total)
 
 
-QUESTION_TYPES: dict[str, Callable[[Scene, np.random.Generator, tuple[str, ...]], tuple[str, str] | None]] = {
+QUESTION_TYPES: dict[str, QuestionType] = {
     "object": _object,
     "colour": _colour,
     "count": _count,
@@ -109,8 +118,14 @@ def describe(scene: Scene) -> Turn:
     return Turn(DESCRIBE, "Describe the image.", ", ".join(parts))
 
 
-def ask(scene: Scene, rng: np.random.Generator, num_questions: int, num_colors: int) -> list[Turn]:
-    """Draws `num_questions` different questions about one scene, going round the types it allows.
+def ask(
+    scene: Scene,
+    rng: np.random.Generator,
+    num_questions: int,
+    num_colors: int,
+    types: Mapping[str, QuestionType] = QUESTION_TYPES,
+) -> list[Turn]:
+    """Draws `num_questions` different questions about one scene, going round the `types` it allows.
 
     Raises:
         ValueError: the scene does not allow that many different questions.
@@ -119,8 +134,8 @@ def ask(scene: Scene, rng: np.random.Generator, num_questions: int, num_colors: 
     turns: list[Turn] = []
     seen: set[str] = set()
     for _ in range(20 * num_questions):
-        for kind in rng.permutation(sorted(QUESTION_TYPES)):
-            asked = QUESTION_TYPES[str(kind)](scene, rng, colors)
+        for kind in rng.permutation(sorted(types)):
+            asked = types[str(kind)](scene, rng, colors)
             if asked is None or asked[0] in seen:
                 continue
             seen.add(asked[0])

@@ -33,6 +33,7 @@ def write_tiny_parts(
     cell_pixels: int = 32,
     patch_size: int = 16,
     width: int = 128,
+    question_set: str = "phrases",
     tower_steps: int = 600,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
@@ -43,6 +44,7 @@ def write_tiny_parts(
         grid, num_colors, cell_pixels: the gridworld that the encoders are trained on.
         patch_size: pixels.
         width: D of encoders and LLMs.
+        question_set: whose words the LLMs' tokenizer has.
         tower_steps: of an encoder's training; 0 leaves it random.
         seed: of all weights, images and batches.
 
@@ -57,7 +59,7 @@ def write_tiny_parts(
             out / name, name, world, patch_size=patch_size, width=width, steps=tower_steps, seed=seed
         )
     for name in LLMS:
-        write_tiny_llm(out / name, name, width=width, seed=seed)
+        write_tiny_llm(out / name, name, width=width, question_set=question_set, seed=seed)
     return figures
 
 
@@ -195,11 +197,19 @@ def _pretrain(encoder: Encoder, world: tuple[int, int, int], steps: int, seed: i
     return {"cell_accuracy": right, "position_accuracy": placed}
 
 
-def write_tiny_llm(folder: Path, name: str, *, width: int = 128, layers: int = 4, seed: int = 0) -> None:
-    """Write one of `LLMS`, with random weights, and the gridworld tokenizer."""
+def write_tiny_llm(
+    folder: Path,
+    name: str,
+    *,
+    width: int = 128,
+    layers: int = 4,
+    question_set: str = "phrases",
+    seed: int = 0,
+) -> None:
+    """Write one of `LLMS`, with random weights, and the gridworld tokenizer of `question_set`."""
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(question_set)
     tokenizer.chat_template = CHAT_TEMPLATE
     heads = max(1, width // 32)
     common: dict[str, Any] = {

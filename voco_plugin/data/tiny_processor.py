@@ -2,6 +2,10 @@
 
 <s> USER: <image>
 What is at a1? ASSISTANT: red circle</s> USER: Is there a digit 7? ASSISTANT: no</s>
+
+and for the question set `words`
+
+<s><image> Object at a1 circle</s> Any digit 3 no</s>
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from voco_plugin.data.gridworld_levels import question_types
 from voco_plugin.data.gridworld_questions import ask, describe
 from voco_plugin.data.gridworld_scenes import COLORS, SPLITS, sample_scene
 
@@ -34,9 +39,30 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
+TERSE_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}"
+    "{% elif message['content'] is string %}{{ ' ' + message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ ' ' + part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
+"""For short questions: the answer follows at once, no word is said about who speaks."""
 
-def build_processor(image_size: int = 64, patch_size: int = 16) -> LlavaProcessor:
-    """The processor of the tiny VLM: images of `image_size` pixels a side, in patches of `patch_size`."""
+TEMPLATES = {"phrases": CHAT_TEMPLATE, "words": TERSE_TEMPLATE}
+"""The chat template that goes with each question set."""
+
+
+def build_processor(
+    image_size: int = 64, patch_size: int = 16, question_set: str = "phrases"
+) -> LlavaProcessor:
+    """The processor of the tiny VLM: images of `image_size` pixels a side, in patches of `patch_size`; a
+    tokenizer that has the words of `question_set`."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
@@ -44,16 +70,16 @@ def build_processor(image_size: int = 64, patch_size: int = 16) -> LlavaProcesso
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(question_set),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=TEMPLATES[question_set],
     )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE tokenizer trained on gridworld text, always the same; its words come out as single tokens."""
+def build_tokenizer(question_set: str = "phrases") -> PreTrainedTokenizerFast:
+    """A BPE tokenizer trained on gridworld text, the same for a question set; its words are single tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +98,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=[chr(code) for code in range(33, 127)] + ["\n"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(_corpus(question_set), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -85,13 +111,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _corpus(num_scenes: int = 400) -> list[str]:
+def _corpus(question_set: str, num_scenes: int = 400) -> list[str]:
     """Gridworld conversations, 3 x 3 cells and all colours: one vocabulary serves every setting."""
     rng = np.random.default_rng(0)
     lines = [f" {number}" for number in range(19) for _ in range(50)]
     for index in range(num_scenes):
         scene = sample_scene(rng, 3, len(COLORS), SPLITS[index % 2])
-        turns = [*ask(scene, rng, 12, len(COLORS)), describe(scene)]
+        turns = [*ask(scene, rng, 12, len(COLORS), question_types(question_set)), describe(scene)]
         for turn in turns:
             lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
             lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")

@@ -47,6 +47,8 @@ def build_tiny_vlm(
     text_width: int = 128,
     text_layers: int = 4,
     text_heads: int = 4,
+    text_inner: int | None = None,
+    question_set: str = "phrases",
     seed: int = 0,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Builds the model, with random weights in fp32, and its processor.
@@ -55,6 +57,8 @@ def build_tiny_vlm(
         image_size, patch_size: pixels; the first a multiple of the second.
         vision_width, vision_layers: of the CLIP tower; its last layer is not used, as in LLaVA.
         text_width, text_layers, text_heads: of the Llama LLM.
+        text_inner: width inside its feed-forward blocks; None: four times `text_width`.
+        question_set: whose words the tokenizer has.
         seed: of the weights.
 
     Raises:
@@ -70,7 +74,7 @@ def build_tiny_vlm(
         raise ValueError(
             f"text_width={text_width} is no multiple of text_heads={text_heads}: change one of them"
         )
-    processor = build_processor(image_size, patch_size)
+    processor = build_processor(image_size, patch_size, question_set)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=vision_width,
@@ -84,7 +88,7 @@ def build_tiny_vlm(
     text = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=text_width,
-        intermediate_size=4 * text_width,
+        intermediate_size=4 * text_width if text_inner is None else text_inner,
         num_hidden_layers=text_layers,
         num_attention_heads=text_heads,
         num_key_value_heads=text_heads,
@@ -132,7 +136,7 @@ def write_tiny_vlm(
     tower_steps: int = 2000,
     align_steps: int = 600,
     seed: int = 0,
-    **sizes: int,
+    **model_options: Any,
 ) -> dict[str, float]:
     """Builds the model for one gridworld, pre-trains its tower, aligns its projector, and saves model and
     processor into `out_dir`.
@@ -143,14 +147,14 @@ def write_tiny_vlm(
         tower_steps: of `pretrain_tower`; 0 leaves the tower random.
         align_steps: of `align_projector`; 0 leaves the projector random.
         seed: of weights, images and batches.
-        sizes: the other arguments of `build_tiny_vlm`.
+        model_options: the other arguments of `build_tiny_vlm`.
 
     Returns:
         What `pretrain_tower` and `align_projector` return.
     """
     from voco_plugin.data.tiny_align import align_projector
 
-    model, processor = build_tiny_vlm(image_size=grid * cell_pixels, seed=seed, **sizes)
+    model, processor = build_tiny_vlm(image_size=grid * cell_pixels, seed=seed, **model_options)
     world = {"grid": grid, "num_colors": num_colors, "cell_pixels": cell_pixels}
     figures = pretrain_tower(model, processor, steps=tower_steps, seed=seed, **world) if tower_steps else {}
     if align_steps:

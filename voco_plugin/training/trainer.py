@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 
 from .._compat import (
+    head_on_answers_alone,
     introduce_deepspeed_to_the_process_group,
     loss_of_merged_heads,
     mend_tied_head,
@@ -288,11 +289,11 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with loss_of_merged_heads():  # the backward pass takes the head's weight too
+        with head_on_answers_alone(), loss_of_merged_heads():  # the backward pass takes the head's weight too
             return super().training_step(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        with loss_of_merged_heads():
+        with head_on_answers_alone(), loss_of_merged_heads():
             return super().prediction_step(*args, **kwargs)
 
     def _count(self, inputs: dict[str, Any]) -> None:
