@@ -14,17 +14,27 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from gridworld_study import voco
-
 ENCODERS = ("transformers_clip", "timm_vit", "open_clip_vit")
 LLMS = ("llama", "qwen3", "gemma3")
 PACKAGES = ("torch", "transformers", "trl", "timm", "open_clip_torch")
+
+
+def voco(*words: object, threads: int) -> str:
+    """One `voco` command in its own process; its standard output."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "voco_plugin", *map(str, words)], capture_output=True, text=True, env=env
+    )
+    if done.returncode:
+        sys.exit(f"voco {' '.join(map(str, words))} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
 def cell(args: argparse.Namespace, encoder: str, llm: str) -> dict:

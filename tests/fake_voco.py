@@ -54,7 +54,9 @@ def train(words: list[str]) -> None:
     hang = os.environ.get("FAKE_HANG")
     if hang and hang in words:
         note(f"hangs {os.getpid()}")
-        while not os.path.exists(os.environ.get("FAKE_GO", "/nonexistent")):
+        for _ in range(3000):  # a minute, should nobody come
+            if os.path.exists(os.environ.get("FAKE_GO", "/nonexistent")):
+                break
             time.sleep(0.02)
     (folder / "told.json").write_text(json.dumps(given))
     (folder / "train_results.json").write_text(

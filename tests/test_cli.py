@@ -181,13 +181,16 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_recipes_are_listed_shown_and_copied(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     listed = json.loads(out_of(capsys, "recipes", "--json"))
-    assert {r["name"] for r in listed} == {p.stem for p in (ROOT / "recipes").rglob("*.yaml")}
+    files = [p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "studies"]
+    assert {r["name"] for r in listed} == {p.stem for p in files}
     shown = out_of(capsys, "recipes", "show", "gridworld_voco")
     assert shown == (ROOT / "recipes" / "gridworld_voco.yaml").read_text()
     out_of(capsys, "recipes", "copy", "gridworld_voco", "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == shown
     assert "exists already" in error_of(capsys, "recipes", "copy", "gridworld_voco", "mine.yaml")
     out_of(capsys, "recipes", "copy", "gridworld_voco", "mine.yaml", "--force")
+    study = (ROOT / "recipes" / "studies" / "gridworld_table1.yaml").read_text()
+    assert out_of(capsys, "recipes", "show", "gridworld_table1") == study
 
 
 def test_a_copied_recipe_trains_like_the_shipped_one(capsys, tmp_path, monkeypatch) -> None:

@@ -137,7 +137,7 @@ def test_the_wheel_holds_recipes_integrations_and_assets_inside_the_package(whee
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"voco_plugin"}
-    for file in sorted(p.relative_to(ROOT) for p in (ROOT / "recipes").glob("*.yaml")):
+    for file in sorted(p.relative_to(ROOT) for p in (ROOT / "recipes").rglob("*.yaml")):
         assert f"voco_plugin/{file.as_posix()}" in names
     for file in sorted(p.relative_to(ROOT) for p in (ROOT / "integrations").glob("*/*.*")):
         if file.suffix in (".yaml", ".json"):

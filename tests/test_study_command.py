@@ -395,8 +395,8 @@ def test_a_tiny_study_end_to_end(world: Path, monkeypatch: pytest.MonkeyPatch, c
         "search": {"over": {"learning_rate": [1e-3, 2e-3]}, "last": 2},
         "methods": {
             "upper": {"bound": "upper"}, "voco": {"eval_num_tokens": [2, 1]},
-            "pooled": {"voco.token_init": "pooled"}, "avg_pool": {"voco.compressor": "avg_pool"},
-            "lower": {"bound": "lower"}, "base": {"bound": "base"}, "blind": {"bound": "blind"},
+            "avg_pool": {"voco.compressor": "avg_pool", "tuned_as": "voco"}, "lower": {"bound": "lower"},
+            "base": {"bound": "base"},
         },
     }  # fmt: skip
     Path("tiny.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
@@ -421,7 +421,7 @@ def test_a_tiny_study_end_to_end(world: Path, monkeypatch: pytest.MonkeyPatch, c
     rows = {row["method"]: row for row in result["rows"] if row["num_tokens"] != 1}
     assert rows["voco"]["cache_bytes"] == rows["avg_pool"]["cache_bytes"]
     assert rows["upper"]["cache_bytes"] == 8 * rows["voco"]["cache_bytes"], "16 vision tokens, 2 VoCo tokens"
-    assert rows["pooled"]["trained_parameters"] > rows["voco"]["trained_parameters"]
+    assert rows["avg_pool"]["trained_parameters"] > rows["voco"]["trained_parameters"]
     before = {path: path.stat().st_mtime_ns for path in Path("runs/study").rglob("*") if path.is_file()}
     out_of(capsys, "study", "tiny.yaml")
     assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -9,6 +9,7 @@ from typing import Any
 from ..files import atomic_write_text
 from . import output
 from .recipe import find, shipped, summary
+from .study_file import shipped as shipped_studies
 
 
 def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -16,7 +17,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "recipes",
         parents=[common],
         help="list, show or copy the shipped recipes",
-        description="List the shipped recipes, show one, or copy one to change it.",
+        description="List the shipped recipes, show one, or copy one to change it; show and copy take\n"
+        "studies too (`voco study --list`).",
         epilog="examples:\n  voco recipes\n  voco recipes show gridworld_voco\n"
         "  voco recipes copy gridworld_voco my.yaml\n",
     )
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.name is None:
         raise ValueError(f"`voco recipes {args.action}` needs a name: one of {', '.join(shipped())}.")
-    source = find(args.name)
+    studies = shipped_studies()
+    source = studies[args.name] if args.name in studies else find(args.name)
     text = source.read_text(encoding="utf-8")
     if args.action == "show":
         output.emit(text.rstrip("\n"))

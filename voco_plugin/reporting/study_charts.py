@@ -177,12 +177,23 @@ def _costs(figures: Any, plt: Any, colours: dict[str, Any]) -> Any:
             axes.annotate(text, (cost, values[0]), xytext=(4, 4), textcoords="offset points", fontsize=7)
         front = _front([(getattr(row, name), row.accuracy) for row in rows])
         axes.plot([c for c, _ in front], [100 * a for _, a in front], ":", color="0.5", zorder=0)
-        axes.set_xscale("log")
-        axes.set_xlabel(label)
+        _cost_axis(axes, sorted({getattr(row, name) for row in rows}), label)
         axes.set_ylabel("accuracy %")
         axes.margins(x=0.15)
         _bare(axes)
     return figure
+
+
+def _cost_axis(axes: Any, costs: Sequence[float], label: str) -> None:
+    """Logarithmic where costs differ by much; of few different ones each has its number."""
+    if costs[-1] > 8 * costs[0]:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        if len(costs) <= 8:
+            axes.set_xticks(costs)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(label)
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
