@@ -23,7 +23,8 @@ from voco_plugin.data.loaders import load_vision_dataset
 TYPES = {"object", "colour", "count", "exists", "relation", "sum"}
 STUDY_TYPES = TYPES | {"only", "count_in"}
 HUES = {"red": 0, "orange": 30, "yellow": 51, "green": 128, "blue": 224, "purple": 281}
-WORLDS = {"quickstart": {}, "grid3": {"grid": 3}, "study": {"level": "study", "caption": True}}
+WORLDS = {"quickstart": {}, "grid3": {"grid": 3}, "study": {"level": "study"}}
+WORLDS["terse"] = WORLDS["study"] | {"question_set": "terse"}
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -34,7 +35,7 @@ def world(request, tmp_path_factory):
 
 
 def types_of(out: Path) -> set[str]:
-    return STUDY_TYPES if out.name == "study" else TYPES
+    return STUDY_TYPES if out.name in ("study", "terse") else TYPES
 
 
 def read(out: Path, split: str) -> list[dict]:
@@ -60,6 +61,32 @@ def place(name: str) -> tuple[int, int]:
     return "abcdefghi".index(name[0]), int(name[1:]) - 1
 
 
+def short_answer(question: str, contents: dict[str, str]) -> str | None:
+    """Answers a question of one of the sets with answers of one word; None where it is none."""
+    if match := re.fullmatch(r"Colour of (?:the only )?(\w+)", question):
+        (found,) = [text for text in contents.values() if text.endswith(match[1])]
+        return found.split()[0]
+    if match := re.fullmatch(r"Object at (\w\d)", question):
+        return contents[match[1]].split()[1]
+    if match := re.fullmatch(r"Colour at (\w\d)", question):
+        assert not contents[match[1]].startswith("digit")
+        return contents[match[1]].split()[0]
+    if match := re.fullmatch(r"Any (.+)", question):
+        return "yes" if match[1] in contents.values() else "no"
+    if match := re.fullmatch(r"(?:How many|Count) (\w+)(?: shapes)?(?: in (row|column) (\w))?", question):
+        at = {"row": 1, "column": 0}.get(match[2])
+        inside = [text for cell, text in contents.items() if at is None or cell[at] == match[3]]
+        return str(sum(match[1].removesuffix("s") in text.split() for text in inside))
+    if match := re.fullmatch(r"Is (?:the )?(.+) (left of|above) (?:the )?(.+)", question):
+        axis = 0 if match[2] == "left of" else 1
+        spots = [[place(c)[axis] for c, text in contents.items() if text == match[k]] for k in (1, 3)]
+        assert [len(spot) for spot in spots] == [1, 1] and spots[0] != spots[1], "the question has one answer"
+        return "yes" if spots[0] < spots[1] else "no"
+    if match := re.fullmatch(r"Sum of (\w\d) and (\w\d)", question):
+        return str(sum(int(contents[match[k]].removeprefix("digit ")) for k in (1, 2)))
+    return None
+
+
 def answer(question: str, cells: dict[str, dict]) -> str:
     """Answers a question from the scene file alone, by parsing its English."""
     contents = {cell: words(value) for cell, value in cells.items()}
@@ -67,6 +94,8 @@ def answer(question: str, cells: dict[str, dict]) -> str:
         return contents[match[1]]
     if match := re.fullmatch(r"What colour is the shape at (\w\d)\?", question):
         return contents[match[1]].split()[0]
+    if short := short_answer(question.removesuffix("?"), contents):
+        return short
     if match := re.fullmatch(r"How many (\w+) are there\?", question):
         return str(sum(text.endswith(match[1].removesuffix("s")) for text in contents.values()))
     if match := re.fullmatch(r"How many (\w+) shapes are there\?", question):
@@ -79,27 +108,6 @@ def answer(question: str, cells: dict[str, dict]) -> str:
         assert len(where) == 2 and len(set(where.values())) == 2, "the question has one answer"
         return min(where, key=where.__getitem__)
     if match := re.fullmatch(r"What is the sum of the digits at (\w\d) and (\w\d)\?", question):
-        return str(sum(int(contents[match[k]].removeprefix("digit ")) for k in (1, 2)))
-    if match := re.fullmatch(r"Colour of (\w+)", question):
-        (found,) = [text for text in contents.values() if text.endswith(match[1])]
-        return found.split()[0]
-    if match := re.fullmatch(r"Object at (\w\d)", question):
-        return contents[match[1]].split()[1]
-    if match := re.fullmatch(r"Colour at (\w\d)", question):
-        assert not contents[match[1]].startswith("digit")
-        return contents[match[1]].split()[0]
-    if match := re.fullmatch(r"Any (.+)", question):
-        return "yes" if match[1] in contents.values() else "no"
-    if match := re.fullmatch(r"Count (\w+)(?: in (row|column) (\w))?", question):
-        at = {"row": 1, "column": 0}.get(match[2])
-        inside = [text for cell, text in contents.items() if at is None or cell[at] == match[3]]
-        return str(sum(match[1].removesuffix("s") in text.split() for text in inside))
-    if match := re.fullmatch(r"Is (.+) (left of|above) (.+)", question):
-        axis = 0 if match[2] == "left of" else 1
-        spots = [[place(c)[axis] for c, text in contents.items() if text == match[k]] for k in (1, 3)]
-        assert [len(spot) for spot in spots] == [1, 1] and spots[0] != spots[1], "the question has one answer"
-        return "yes" if spots[0] < spots[1] else "no"
-    if match := re.fullmatch(r"Sum of (\w\d) and (\w\d)", question):
         return str(sum(int(contents[match[k]].removeprefix("digit ")) for k in (1, 2)))
     assert question == "Describe the image."
     in_order = sorted(contents, key=lambda cell: place(cell)[::-1])
@@ -278,6 +286,46 @@ def test_the_tiny_vlm_is_an_ordinary_checkpoint_that_reads_gridworld(tmp_path):
     assert (batch["input_ids"] == model.config.image_token_id).sum() == 16
     assert (batch["input_ids"] != processor.tokenizer.unk_token_id).all()
     assert model(**batch).logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_questions_of_the_short_sets_take_one_word_for_an_answer_and_ask_the_same(tmp_path):
+    from voco_plugin.data.tiny_processor import build_tokenizer
+
+    rows = {}
+    for name in ("words", "terse"):
+        write_gridworld(tmp_path / name, num_train=20, num_test=5, level="study", question_set=name)
+        rows[name] = read(tmp_path / name, "train")
+        tokenizer = build_tokenizer(name)
+        for question, given in (turn for row in rows[name] for turn in turns(row)[:-1]):
+            assert len(tokenizer(" " + given)["input_ids"]) == 1
+            words = re.findall(r"[^ ?]+|[?]", question)
+            assert len(tokenizer(" " + question)["input_ids"]) == len(words), "every word is one token"
+    for left, right in zip(rows["words"], rows["terse"], strict=True):
+        assert left["types"] == right["types"]
+        assert [given for _, given in turns(left)] == [given for _, given in turns(right)]
+
+
+def test_the_study_world_is_balanced_so_that_a_blind_guesser_is_weak(tmp_path):
+    blind = write_gridworld(tmp_path, num_train=600, num_test=200, level="study")["blind_accuracy"]
+    assert blind["all"] < 0.42
+    assert all(blind[kind] < 0.3 for kind in ("only", "object", "colour", "sum"))
+    assert all(blind[kind] < 0.6 for kind in ("exists", "relation", "count", "count_in"))
+    given = Counter((q.split()[0], a) for row in read(tmp_path, "train") for q, a in turns(row))
+    for word in ("Any", "Is"):
+        assert 0.42 < given[word, "yes"] / (given[word, "yes"] + given[word, "no"]) < 0.58
+
+
+def test_a_level_names_settings_and_each_can_be_overridden(tmp_path):
+    meta = write_gridworld(tmp_path / "a", num_train=2, num_test=2, level="study", grid=4, caption=False)
+    assert meta["settings"] | {"seed": 0} == {
+        "num_train": 2, "num_test": 2, "seed": 0, "grid": 4, "num_colors": 6, "num_questions": 12,
+        "cell_pixels": 16, "question_set": "words", "caption": False,
+    }  # fmt: skip
+    assert "describe" not in {kind for row in read(tmp_path / "a", "train") for kind in row["types"]}
+    with pytest.raises(ValueError, match=r"level='studi' is not known \(did you mean 'study'\?\)"):
+        write_gridworld(tmp_path / "b", level="studi")
+    with pytest.raises(ValueError, match="question_set='word' is not known"):
+        write_gridworld(tmp_path / "b", question_set="word")
 
 
 def test_every_word_of_the_world_is_one_token():

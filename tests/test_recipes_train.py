@@ -40,6 +40,8 @@ TWINS = {
     "runs/paper/align": "llava_llama",
     "runs/gridworld_init": "llava_llama",
     "runs/gridworld_base": "llava_llama",
+    "runs/gridworld_study_init": "llava_llama",
+    "runs/gridworld_study_base": "llava_llama",
 }
 COMPOSED = {
     ("clip_vit_l_14_336", "vicuna_7b_v1_5"): "llava_llama",

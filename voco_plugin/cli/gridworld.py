@@ -39,9 +39,14 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, help="questions an image (default: 8; study: 12)")
     parser.add_argument("--cell-pixels", type=int, help="pixels a cell's side (default: 32; study: 16)")
     parser.add_argument(
+        "--question-set",
+        choices=("phrases", "words", "terse"),
+        help="phrases, or answers of one word: words, terse (default: phrases; study: words)",
+    )
+    parser.add_argument(
         "--caption",
         action=argparse.BooleanOptionalAction,
-        help="end a training conversation with a description of every cell (default: yes; study: no)",
+        help="end a training conversation with a description of every cell (default: yes)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier gridworld in OUT")
     parser.add_argument(
@@ -74,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         num_colors=args.colors,
         num_questions=args.questions,
         cell_pixels=args.cell_pixels,
+        question_set=args.question_set,
         caption=args.caption,
         overwrite=args.overwrite,
     )

@@ -73,7 +73,7 @@ def write_gridworld(
         num_colors: colours in use, 2…6.
         num_questions: questions per image, each a turn of its conversation.
         cell_pixels: pixels per cell side, at least 12.
-        question_set: `phrases`, or `words`: short questions with answers of one word.
+        question_set: `phrases`; `words` or `terse`: short questions with answers of one word.
         caption: end each training conversation with "Describe the image."
         overwrite: replace an earlier gridworld in `out_dir`.
 

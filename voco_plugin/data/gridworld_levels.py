@@ -10,9 +10,13 @@ import difflib
 from dataclasses import dataclass
 
 from voco_plugin.data.gridworld_questions import QUESTION_TYPES, QuestionType
-from voco_plugin.data.gridworld_words import WORD_TYPES
+from voco_plugin.data.gridworld_words import TERSE_TYPES, WORD_TYPES
 
-QUESTION_SETS: dict[str, dict[str, QuestionType]] = {"phrases": QUESTION_TYPES, "words": WORD_TYPES}
+QUESTION_SETS: dict[str, dict[str, QuestionType]] = {
+    "phrases": QUESTION_TYPES,
+    "words": WORD_TYPES,
+    "terse": TERSE_TYPES,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Level:
 
 LEVELS: dict[str, Level] = {
     "quickstart": Level(2, 4, 32, 8, "phrases", True, 16),
-    "study": Level(3, 6, 16, 12, "words", False, 8),
+    "study": Level(3, 6, 16, 12, "words", True, 8),
 }
 
 

@@ -1,30 +1,49 @@
-"""Short questions with answers of one word: the question set `words`, for studies.
+"""Short questions with answers of one word, for studies: the question sets `words` and `terse`.
 
 Eight types, from easy to hard:
 
-    only      Colour of circle             red           there is one circle
-    object    Object at b2                 circle | 4
-    colour    Colour at b2                 red
-    exists    Any red circle               yes | no
-    count     Count circles                3
-    count_in  Count red in row 2           1
-    relation  Is red circle above digit 4  yes | no
-    sum       Sum of a1 and b2             6
+    type      words                                  terse                       answer
+    only      Colour of the only circle?             Colour of circle            red
+    object    Object at b2?                          Object at b2                circle | 4
+    colour    Colour at b2?                          Colour at b2                red
+    exists    Any red circle?                        Any red circle              yes | no
+    count     How many circles?                      Count circles               3
+    count_in  How many red shapes in row 2?          Count red in row 2          1
+    relation  Is the red circle above the digit 4?   Is red circle above digit 4 yes | no
+    sum       Sum of b1 and c3?                      Sum of b1 and c3            6
 
-A question costs about four tokens and its answer one, so that a conversation of twelve asks much of one image
-and a training step little of the machine. The word an answer turns on comes last: where a question mark and
-`ASSISTANT:` stand between it and the answer, a small LLM first has to learn to carry it there
-(docs/decisions.md). Answers are balanced as in `gridworld_questions`.
+`terse` takes a third fewer tokens and ends with what the answer turns on. Both ask the same of the same
+images: one seed gives the same questions. Answers are balanced as in `gridworld_questions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from voco_plugin.data.gridworld_questions import QuestionType, absent_of_kind, pick
 from voco_plugin.data.gridworld_scenes import SHAPES, Scene, Thing
+
+Asked = tuple[str, str] | None
+"""A question and its answer; None where the scene allows none."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How the types are put into words; `str.format` fills in the braces."""
+
+    only: str
+    colored: str
+    count: str
+    relation: str
+    mark: str
+
+
+_WORDS = Wording("of the only {}", "{} shapes", "How many {}", "Is the {} {} the {}", "?")
+_TERSE = Wording("of {}", "{}", "Count {}", "Is {} {} {}", "")
 
 
 def _word(thing: Thing) -> str:
@@ -32,37 +51,37 @@ def _word(thing: Thing) -> str:
     return str(thing.digit) if thing.is_digit else str(thing.shape)
 
 
-def _only(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+def _only(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
     shapes = [thing.shape for thing in scene.things]
     single = [thing for thing in scene.things if thing.shape and shapes.count(thing.shape) == 1]
     if not single:
         return None
     thing = pick(rng, single)
-    return f"Colour of {thing.shape}", str(thing.color)
+    return f"Colour {say.only.format(thing.shape)}{say.mark}", str(thing.color)
 
 
-def _object(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+def _object(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
     index = int(rng.integers(len(scene.things)))
-    return f"Object at {scene.cell_name(index)}", _word(scene.things[index])
+    return f"Object at {scene.cell_name(index)}{say.mark}", _word(scene.things[index])
 
 
-def _colour(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+def _colour(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
     index = pick(rng, [i for i, thing in enumerate(scene.things) if not thing.is_digit])
-    return f"Colour at {scene.cell_name(index)}", str(scene.things[index].color)
+    return f"Colour at {scene.cell_name(index)}{say.mark}", str(scene.things[index].color)
 
 
-def _exists(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+def _exists(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
     example = pick(rng, scene.things)
     if rng.random() < 0.5:
-        return f"Any {example.name}", "yes"
+        return f"Any {example.name}{say.mark}", "yes"
     absent = absent_of_kind(scene, example, colors)
-    return (f"Any {pick(rng, absent)}", "no") if absent else None
+    return (f"Any {pick(rng, absent)}{say.mark}", "no") if absent else None
 
 
-def _subjects(things: Iterable[Thing], colors: tuple[str, ...]) -> list[tuple[str, int]]:
+def _subjects(say: Wording, things: Iterable[Thing], colors: tuple[str, ...]) -> list[tuple[str, int]]:
     """What can be counted among `things`, with how many there are."""
     things = list(things)
-    counts = [(color, sum(t.color == color for t in things)) for color in colors]
+    counts = [(say.colored.format(color), sum(t.color == color for t in things)) for color in colors]
     counts += [(f"{shape}s", sum(t.shape == shape for t in things)) for shape in SHAPES]
     return [*counts, ("digits", sum(t.is_digit for t in things))]
 
@@ -73,20 +92,20 @@ def _drawn(rng: np.random.Generator, subjects: list[tuple[str, int]]) -> tuple[s
     return pick(rng, [name for name, count in subjects if count == number]), str(number)
 
 
-def _count(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
-    subject, number = _drawn(rng, _subjects(scene.things, colors))
-    return f"Count {subject}", number
+def _count(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
+    subject, number = _drawn(rng, _subjects(say, scene.things, colors))
+    return f"{say.count.format(subject)}{say.mark}", number
 
 
-def _count_in(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+def _count_in(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
     line = int(rng.integers(scene.grid))
     place, where = pick(rng, [(scene.row, f"row {line + 1}"), (scene.column, f"column {chr(97 + line)}")])
     inside = [thing for index, thing in enumerate(scene.things) if place(index) == line]
-    subject, number = _drawn(rng, _subjects(inside, colors))
-    return f"Count {subject} in {where}", number
+    subject, number = _drawn(rng, _subjects(say, inside, colors))
+    return f"{say.count.format(subject)} in {where}{say.mark}", number
 
 
-def _relation(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+def _relation(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
     unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
     word, place = pick(rng, [("left of", scene.column), ("above", scene.row)])
     pairs = [(i, j) for i in unique for j in unique if place(i) < place(j)]
@@ -96,19 +115,19 @@ def _relation(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -
     answer = "yes"
     if rng.random() < 0.5:
         first, second, answer = second, first, "no"
-    return f"Is {scene.names[first]} {word} {scene.names[second]}", answer
+    return f"{say.relation.format(scene.names[first], word, scene.names[second])}{say.mark}", answer
 
 
-def _sum(scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> tuple[str, str] | None:
+def _sum(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
     digits = [i for i, thing in enumerate(scene.things) if thing.is_digit]
     if len(digits) < 2:
         return None
     i, j = (digits[int(k)] for k in sorted(rng.choice(len(digits), 2, replace=False)))
     total = (scene.things[i].digit or 0) + (scene.things[j].digit or 0)
-    return f"Sum of {scene.cell_name(i)} and {scene.cell_name(j)}", str(total)
+    return f"Sum of {scene.cell_name(i)} and {scene.cell_name(j)}{say.mark}", str(total)
 
 
-WORD_TYPES: dict[str, QuestionType] = {
+_TYPES: dict[str, Callable[[Wording, Scene, np.random.Generator, tuple[str, ...]], Asked]] = {
     "only": _only,
     "object": _object,
     "colour": _colour,
@@ -118,3 +137,5 @@ WORD_TYPES: dict[str, QuestionType] = {
     "relation": _relation,
     "sum": _sum,
 }
+WORD_TYPES: dict[str, QuestionType] = {name: partial(draw, _WORDS) for name, draw in _TYPES.items()}
+TERSE_TYPES: dict[str, QuestionType] = {name: partial(draw, _TERSE) for name, draw in _TYPES.items()}

@@ -3,7 +3,7 @@
 <s> USER: <image>
 What is at a1? ASSISTANT: red circle</s> USER: Is there a digit 7? ASSISTANT: no</s>
 
-and for the question set `words`
+and for the question set `terse`
 
 <s><image> Object at a1 circle</s> Any digit 3 no</s>
 """
@@ -54,7 +54,7 @@ TERSE_TEMPLATE = (
 )
 """For short questions: the answer follows at once, no word is said about who speaks."""
 
-TEMPLATES = {"phrases": CHAT_TEMPLATE, "words": TERSE_TEMPLATE}
+TEMPLATES = {"phrases": CHAT_TEMPLATE, "words": CHAT_TEMPLATE, "terse": TERSE_TEMPLATE}
 """The chat template that goes with each question set."""
 
 
