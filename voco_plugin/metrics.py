@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .boxes import located
 from .images import open_image
 
 
@@ -89,9 +90,23 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
+def exact(given: str, truth: str) -> bool:
+    """Whether the answers are the same up to case, outer space and a final full stop."""
+    return normalise(given) == normalise(truth)
+
+
+SCORERS: dict[str, Callable[[str, str], bool]] = {"rec": located}
+"""How an answer of a question type is judged, where it is not by exact match."""
+
+
+def is_right(kind: str, given: str, truth: str) -> bool:
+    """Whether ``given`` answers a question of type ``kind`` whose answer is ``truth``."""
+    return SCORERS.get(kind, exact)(given, truth)
+
+
 @dataclass
 class Score:
-    """Exact-match accuracy, 0…1, of a set of answers.
+    """Accuracy, 0…1, of a set of answers: exact match, or what :data:`SCORERS` says of a type.
 
     Attributes:
         accuracy: over all questions.
@@ -125,7 +140,8 @@ def score(questions: Sequence[Question], answers: Sequence[str], seconds: float 
     """The :class:`Score` of ``answers``, one per question.
 
     Raises:
-        ValueError: there is no question, or not one answer for each.
+        ValueError: there is no question, or not one answer for each; a ``rec`` question has no box for an
+            answer.
     """
     if not questions or len(questions) != len(answers):
         raise ValueError(
@@ -133,7 +149,7 @@ def score(questions: Sequence[Question], answers: Sequence[str], seconds: float 
         )
     right: dict[str, list[bool]] = defaultdict(list)
     for question, given in zip(questions, answers, strict=True):
-        right[question.type].append(normalise(given) == normalise(question.answer))
+        right[question.type].append(is_right(question.type, given, question.answer))
     flat = [hit for hits in right.values() for hit in hits]
     by_type = {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
     counts = {kind: len(hits) for kind, hits in sorted(right.items())}
