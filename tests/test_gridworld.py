@@ -25,6 +25,8 @@ STUDY_TYPES = TYPES | {"only", "count_in"}
 HUES = {"red": 0, "orange": 30, "yellow": 51, "green": 128, "blue": 224, "purple": 281}
 WORLDS = {"quickstart": {}, "grid3": {"grid": 3}, "study": {"level": "study"}}
 WORLDS["terse"] = WORLDS["study"] | {"question_set": "terse"}
+WORLDS["boxes"] = WORLDS["study"] | {"boxes": True}
+WORLDS["terse_boxes"] = WORLDS["terse"] | {"boxes": True}
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -35,7 +37,8 @@ def world(request, tmp_path_factory):
 
 
 def types_of(out: Path) -> set[str]:
-    return STUDY_TYPES if out.name in ("study", "terse") else TYPES
+    short = STUDY_TYPES if WORLDS[out.name].get("level") == "study" else TYPES
+    return short | ({"rec", "reg"} if "boxes" in out.name else set())
 
 
 def read(out: Path, split: str) -> list[dict]:
@@ -87,8 +90,26 @@ def short_answer(question: str, contents: dict[str, str]) -> str | None:
     return None
 
 
-def answer(question: str, cells: dict[str, dict]) -> str:
+def box_answer(question: str, scene: dict) -> str | None:
+    """Answers a question about a box; None where it is none."""
+    text = {
+        cell: "[" + ",".join(f"{int(99 * edge / scene['side'] + 0.5):02d}" for edge in value["box"]) + "]"
+        for cell, value in scene["cells"].items()
+    }
+    if match := re.fullmatch(r"Where is (?:the )?(.+)", question):
+        (cell,) = [cell for cell, value in scene["cells"].items() if words(value) == match[1]]
+        return text[cell]
+    if match := re.fullmatch(r"What is in (\[.+\])", question):
+        (cell,) = [cell for cell, said in text.items() if said == match[1]]
+        return words(scene["cells"][cell])
+    return None
+
+
+def answer(question: str, scene: dict) -> str:
     """Answers a question from the scene file alone, by parsing its English."""
+    cells = scene["cells"]
+    if "side" in scene and (boxed := box_answer(question.removesuffix("?"), scene)):
+        return boxed
     contents = {cell: words(value) for cell, value in cells.items()}
     if match := re.fullmatch(r"What is at (\w\d)\?", question):
         return contents[match[1]]
@@ -120,7 +141,7 @@ def test_every_answer_follows_from_the_scene(world):
     for split in ("train", "test"):
         for row in read(out, split):
             for question, given in turns(row):
-                assert given == answer(question, truth[row["id"]]["cells"]), (row["id"], question)
+                assert given == answer(question, truth[row["id"]]), (row["id"], question)
 
 
 def test_pixels_show_the_scene(world):
@@ -319,7 +340,7 @@ def test_a_level_names_settings_and_each_can_be_overridden(tmp_path):
     meta = write_gridworld(tmp_path / "a", num_train=2, num_test=2, level="study", grid=4, caption=False)
     assert meta["settings"] | {"seed": 0} == {
         "num_train": 2, "num_test": 2, "seed": 0, "grid": 4, "num_colors": 6, "num_questions": 12,
-        "cell_pixels": 16, "question_set": "words", "caption": False,
+        "cell_pixels": 16, "question_set": "words", "caption": False, "boxes": False,
     }  # fmt: skip
     assert "describe" not in {kind for row in read(tmp_path / "a", "train") for kind in row["types"]}
     with pytest.raises(ValueError, match=r"level='studi' is not known \(did you mean 'study'\?\)"):

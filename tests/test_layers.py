@@ -24,6 +24,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "conversations",
         "images",
         "packing",
+        "boxes",
     ),
     1: ("attention",),
     2: ("families", "encoders", "llms", "projectors", "compressors", "composition", "registration"),

@@ -21,6 +21,7 @@ from typing import Any
 
 from .agreement import Agreement as Agreement
 from .agreement import agreement as agreement
+from .boxes import located
 from .images import open_image
 from .intervals import Resampler as Resampler
 from .intervals import bootstrap as bootstrap
@@ -127,9 +128,23 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
 
+def exact(given: str, truth: str) -> bool:
+    """Whether the answers are the same up to case, outer space and a final full stop."""
+    return normalise(given) == normalise(truth)
+
+
+SCORERS: dict[str, Callable[[str, str], bool]] = {"rec": located}
+"""How an answer of a question type is judged, where it is not by exact match."""
+
+
+def is_right(kind: str, given: str, truth: str) -> bool:
+    """Whether ``given`` answers a question of type ``kind`` whose answer is ``truth``."""
+    return SCORERS.get(kind, exact)(given, truth)
+
+
 @dataclass
 class Score:
-    """Exact-match accuracy, 0…1, of a set of answers.
+    """Accuracy, 0…1, of a set of answers: exact match, or what :data:`SCORERS` says of a type.
 
     Attributes:
         accuracy: over all questions.
@@ -168,13 +183,14 @@ def score(questions: Sequence[Question], answers: Sequence[str], seconds: float 
     """The :class:`Score` of ``answers``, one per question.
 
     Raises:
-        ValueError: there is no question, or not one answer for each.
+        ValueError: there is no question, or not one answer for each; a ``rec`` question has no box for an
+            answer.
     """
     if not questions or len(questions) != len(answers):
         raise ValueError(
             f"{len(answers)} answers for {len(questions)} questions; give one per question, and at least one."
         )
-    correct = [normalise(a) == normalise(q.answer) for q, a in zip(questions, answers, strict=True)]
+    correct = [is_right(q.type, a, q.answer) for q, a in zip(questions, answers, strict=True)]
     right: dict[str, list[bool]] = defaultdict(list)
     for question, hit in zip(questions, correct, strict=True):
         right[question.type].append(hit)

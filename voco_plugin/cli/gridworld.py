@@ -48,6 +48,11 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="end a training conversation with a description of every cell (default: yes)",
     )
+    parser.add_argument(
+        "--boxes",
+        action="store_true",
+        help="also ask where an object is and what is in a box, boxes as text: types rec and reg",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier gridworld in OUT")
     parser.add_argument(
         "--base", metavar="FOLDER", help="also copy the shipped base VLM, tuned on this set, to FOLDER"
@@ -81,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         cell_pixels=args.cell_pixels,
         question_set=args.question_set,
         caption=args.caption,
+        boxes=args.boxes,
         overwrite=args.overwrite,
     )
     result: dict[str, Any] = {"out": args.out, **meta}
@@ -148,7 +154,7 @@ def _world(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]
     """What a tiny model must know of the set that was written."""
     from ..data.gridworld_levels import level_of
 
-    names = ("grid", "num_colors", "cell_pixels", "question_set")
+    names = ("grid", "num_colors", "cell_pixels", "question_set", "boxes")
     return {name: settings[name] for name in names} | {"patch_size": level_of(args.level).patch_size}
 
 

@@ -41,7 +41,16 @@ from voco_plugin.data.gridworld_questions import (
     blind_accuracy,
     describe,
 )
-from voco_plugin.data.gridworld_scenes import COLORS, SPLITS, Scene, draw_scene, sample_scene
+from voco_plugin.data.gridworld_scenes import (
+    COLORS,
+    SPLITS,
+    Scene,
+    draw_scene,
+    paint,
+    place,
+    sample_placement,
+    sample_scene,
+)
 
 FORMAT_VERSION = 1
 _MARKER = "meta.json"
@@ -60,6 +69,7 @@ def write_gridworld(
     cell_pixels: int | None = None,
     question_set: str | None = None,
     caption: bool | None = None,
+    boxes: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes the set into `out_dir` and returns what `meta.json` holds.
@@ -75,6 +85,8 @@ def write_gridworld(
         cell_pixels: pixels per cell side, at least 12.
         question_set: `phrases`; `words` or `terse`: short questions with answers of one word.
         caption: end each training conversation with "Describe the image."
+        boxes: ask the fine-grained types too, `rec` and `reg` (`gridworld_boxes`); `scenes.json` then has
+            each thing's box in pixels. Another world than without, image by image.
         overwrite: replace an earlier gridworld in `out_dir`.
 
     Raises:
@@ -88,13 +100,13 @@ def write_gridworld(
     world = {name: getattr(named, name) if value is None else value for name, value in given.items()}
     question_set = named.question_set if question_set is None else question_set
     caption = named.caption if caption is None else caption
-    types = question_types(question_set)
+    types = question_types(question_set, boxes)
     _check(num_train=num_train, num_test=num_test, **world)
     out = Path(out_dir)
     _prepare(out, overwrite)
     settings = {
         "num_train": num_train, "num_test": num_test, "seed": seed, **world, "question_set": question_set,
-        "caption": caption,
+        "caption": caption, "boxes": boxes,
     }  # fmt: skip
     scenes: dict[str, Any] = {}
     turns: dict[str, list[Turn]] = {split: [] for split in SPLITS}
@@ -103,7 +115,7 @@ def write_gridworld(
         (out / "images" / split).mkdir(parents=True)
         rows[split] = []
         for index in range(number):
-            scene, asked, png = make_item(split, index, seed, **world, types=types)
+            scene, asked, png = make_item(split, index, seed, **world, types=types, boxes=boxes)
             turns[split] += asked
             if caption and split == "train":
                 asked = [*asked, describe(scene)]
@@ -130,13 +142,21 @@ def make_item(
     num_questions: int,
     cell_pixels: int,
     types: Mapping[str, QuestionType] = QUESTION_TYPES,
+    boxes: bool = False,
 ) -> tuple[Scene, list[Turn], bytes]:
     """Item `index` of a split: its scene, its questions, and the image as PNG bytes."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = sample_scene(rng, grid, num_colors, split)
-    asked = ask(scene, rng, num_questions, num_colors, types)
+    if boxes:  # questions depend on places, so these are drawn first
+        placement = sample_placement(scene, rng, cell_pixels)
+        scene = place(scene, placement, cell_pixels)
+        asked = ask(scene, rng, num_questions, num_colors, types)
+        image = paint(scene, placement, cell_pixels)
+    else:
+        asked = ask(scene, rng, num_questions, num_colors, types)
+        image = draw_scene(scene, rng, cell_pixels)
     buffer = io.BytesIO()
-    draw_scene(scene, rng, cell_pixels).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return scene, asked, buffer.getvalue()
 
 

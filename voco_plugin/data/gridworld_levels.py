@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from voco_plugin.data.gridworld_boxes import BOX_TYPES, TERSE_BOX_TYPES
 from voco_plugin.data.gridworld_questions import QUESTION_TYPES, QuestionType
 from voco_plugin.data.gridworld_words import TERSE_TYPES, WORD_TYPES
 
@@ -58,13 +59,16 @@ def level_of(name: str) -> Level:
     return LEVELS[_known("level", name, LEVELS)]
 
 
-def question_types(name: str) -> dict[str, QuestionType]:
-    """The question set of that name: per type, what draws a question.
+def question_types(name: str, boxes: bool = False) -> dict[str, QuestionType]:
+    """The question set of that name: per type, what draws a question; with `boxes`, `rec` and `reg` too.
 
     Raises:
         ValueError: there is none.
     """
-    return QUESTION_SETS[_known("question_set", name, QUESTION_SETS)]
+    types = QUESTION_SETS[_known("question_set", name, QUESTION_SETS)]
+    if not boxes:
+        return types
+    return {**types, **(TERSE_BOX_TYPES if name == "terse" else BOX_TYPES)}
 
 
 def _known(what: str, name: str, names: dict) -> str:

@@ -16,6 +16,7 @@ right half of the time, and `count` draws its answer before it draws what to cou
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from voco_plugin.data.gridworld_scenes import COLORS, DIGITS, SHAPES, Scene, Thing
+from voco_plugin.metrics import is_right
 
 DESCRIBE = "describe"
 
@@ -118,6 +120,9 @@ def describe(scene: Scene) -> Turn:
     return Turn(DESCRIBE, "Describe the image.", ", ".join(parts))
 
 
+_BOXES = re.compile(r"\[.*?\]")
+
+
 def ask(
     scene: Scene,
     rng: np.random.Generator,
@@ -125,7 +130,8 @@ def ask(
     num_colors: int,
     types: Mapping[str, QuestionType] = QUESTION_TYPES,
 ) -> list[Turn]:
-    """Draws `num_questions` different questions about one scene, going round the `types` it allows.
+    """Draws `num_questions` different questions about one scene, going round the `types` it allows; no box
+    comes twice.
 
     Raises:
         ValueError: the scene does not allow that many different questions.
@@ -136,9 +142,12 @@ def ask(
     for _ in range(20 * num_questions):
         for kind in rng.permutation(sorted(types)):
             asked = types[str(kind)](scene, rng, colors)
-            if asked is None or asked[0] in seen:
+            if asked is None:
                 continue
-            seen.add(asked[0])
+            said = {asked[0], *_BOXES.findall(" ".join(asked))}
+            if said & seen:
+                continue
+            seen |= said
             turns.append(Turn(str(kind), *asked))
             if len(turns) == num_questions:
                 return turns
@@ -148,20 +157,40 @@ def ask(
 
 
 def blind_accuracy(train: Iterable[Turn], test: Iterable[Turn]) -> dict[str, float]:
-    """Accuracy, 0…1, of the best guesser who sees no image: per question text, the commonest training answer.
+    """Accuracy, 0…1, of the best guesser who sees no image: per question text, the training answer that is
+    right most often there.
 
-    A question never seen in training gets its type's commonest answer. Keys: each type in `test`, and `all`.
+    A question never seen in training gets its type's best answer. Keys: each type in `test`, and `all`.
     """
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_type: dict[str, Counter[str]] = defaultdict(Counter)
     for turn in train:
         by_text[turn.question][turn.answer] += 1
         by_type[turn.type][turn.answer] += 1
+    guesses: dict[tuple[str, str], str] = {}
     hits: dict[str, list[bool]] = defaultdict(list)
     for turn in test:
-        counts = by_text.get(turn.question) or by_type[turn.type]
-        # ties go to the alphabetically first answer, whatever the order of the data
-        guess = min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""
-        hits[turn.type].append(guess == turn.answer)
-        hits["all"].append(guess == turn.answer)
+        key = (turn.type, turn.question if turn.question in by_text else "")
+        if key not in guesses:
+            guesses[key] = _best_guess(turn.type, by_text.get(turn.question) or by_type[turn.type])
+        right = is_right(turn.type, guesses[key], turn.answer)
+        hits[turn.type].append(right)
+        hits["all"].append(right)
     return {kind: float(np.mean(values)) for kind, values in sorted(hits.items())}
+
+
+def _best_guess(kind: str, counts: Counter[str]) -> str:
+    """The answer that is right for most of `counts`; ties go to the alphabetically first, whatever the order
+    of the data. Where near answers count too, the `_MAX_GUESSES` commonest are weighed."""
+    if not counts:
+        return ""
+    commonest = sorted(counts, key=lambda answer: (-counts[answer], answer))[:_MAX_GUESSES]
+    some = {answer: counts[answer] for answer in commonest}
+
+    def worth(answer: str) -> int:
+        return sum(number for truth, number in some.items() if is_right(kind, answer, truth))
+
+    return min(some, key=lambda answer: (-worth(answer), answer))
+
+
+_MAX_GUESSES = 200

@@ -13,7 +13,7 @@ Shapes: `G` cells per side, `P` pixels per cell; an image is `G*P x G*P` RGB.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,16 +36,23 @@ DIGITS = (0, 1, 2, 3, 4)
 # One digit image, and one combination of things, in five belongs to the test split.
 _TEST_EVERY = 5
 _MAX_TRIES = 1000
+# of 255: less ink than this cannot be seen, and is in no box (the edge of a shape has 16 or more)
+_VISIBLE = 12
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What one cell holds: a coloured shape, or a digit and its index `sample` in `load_digits`."""
+    """What one cell holds: a coloured shape, or a digit and its index `sample` in `load_digits`.
+
+    `box` is where its pixels are, once the scene is placed: left, top, right and bottom edge in pixels, the
+    last two just outside.
+    """
 
     color: str | None = None
     shape: str | None = None
     digit: int | None = None
     sample: int | None = None
+    box: tuple[int, int, int, int] | None = None
 
     @property
     def is_digit(self) -> bool:
@@ -59,10 +66,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """`grid` cells per side and the things in them, in row-major order (`grid * grid` of them)."""
+    """`grid` cells per side and the things in them, in row-major order (`grid * grid` of them).
+
+    `side` is the image's, in pixels, once the scene is placed.
+    """
 
     grid: int
     things: tuple[Thing, ...]
+    side: int | None = None
 
     def row(self, index: int) -> int:
         """Row of cell `index`, from the top, in cells."""
@@ -85,7 +96,8 @@ class Scene:
         for index, thing in enumerate(self.things):
             fields = {k: v for k, v in vars(thing).items() if v is not None}
             cells[self.cell_name(index)] = fields
-        return {"grid": self.grid, "cells": cells}
+        placed = {} if self.side is None else {"side": self.side}
+        return {"grid": self.grid, **placed, "cells": cells}
 
 
 def cell_name(row: int, column: int) -> str:
@@ -145,24 +157,66 @@ def sample_scene(rng: np.random.Generator, grid: int, num_colors: int, split: st
     raise AssertionError("no scene of this split in a thousand draws")
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a scene is drawn: the background's `shade`, and per thing the left and top edge and the side of the
+    square it is drawn in, in pixels, and its ink."""
+
+    shade: int
+    squares: tuple[tuple[int, int, int], ...]
+    inks: tuple[tuple[int, int, int], ...]
+
+
 def draw_scene(scene: Scene, rng: np.random.Generator, cell_pixels: int) -> Image.Image:
     """Draws the scene as RGB, `grid * cell_pixels` pixels a side; `rng` varies sizes and places."""
-    side = scene.grid * cell_pixels
+    return paint(scene, sample_placement(scene, rng, cell_pixels), cell_pixels)
+
+
+def sample_placement(scene: Scene, rng: np.random.Generator, cell_pixels: int) -> Placement:
+    """Draws sizes, places within the cells, and brightness."""
     shade = int(rng.integers(16, 48))
-    image = Image.new("RGB", (side, side), (shade, shade, shade))
+    squares, inks = [], []
     for index, thing in enumerate(scene.things):
         size = int(round(cell_pixels * rng.uniform(0.62, 0.84)))
         slack = cell_pixels - size
         left = scene.column(index) * cell_pixels + int(rng.integers(slack + 1))
         top = scene.row(index) * cell_pixels + int(rng.integers(slack + 1))
+        squares.append((left, top, size))
         if thing.color is None:
-            mask, ink = _digit_mask(thing, size), (235, 235, 235)
+            inks.append((235, 235, 235))
         else:
             brightness = rng.uniform(0.85, 1.0)
             red, green, blue = (int(level * brightness) for level in COLORS[thing.color])
-            mask, ink = _shape_mask(str(thing.shape), size), (red, green, blue)
-        image.paste(ink, (left, top), mask)
+            inks.append((red, green, blue))
+    return Placement(shade, tuple(squares), tuple(inks))
+
+
+def paint(scene: Scene, placement: Placement, cell_pixels: int) -> Image.Image:
+    """The picture of a scene so placed."""
+    side = scene.grid * cell_pixels
+    image = Image.new("RGB", (side, side), (placement.shade,) * 3)
+    for thing, (left, top, size), ink in zip(scene.things, placement.squares, placement.inks, strict=True):
+        image.paste(ink, (left, top), _mask(thing, size))
     return image
+
+
+def place(scene: Scene, placement: Placement, cell_pixels: int) -> Scene:
+    """The scene with `side`, and the `box` of each thing: the smallest that holds all of its visible ink."""
+    things = []
+    for thing, (left, top, size) in zip(scene.things, placement.squares, strict=True):
+        x0, y0, x1, y1 = _ink_box(_mask(thing, size))
+        things.append(replace(thing, box=(left + x0, top + y0, left + x1, top + y1)))
+    return Scene(scene.grid, tuple(things), scene.grid * cell_pixels)
+
+
+def _ink_box(mask: Image.Image) -> tuple[int, int, int, int]:
+    rows, columns = np.nonzero(np.asarray(mask) >= _VISIBLE)
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+
+
+def _mask(thing: Thing, size: int) -> Image.Image:
+    """Coverage of the thing over `size x size` pixels, 0…255."""
+    return _digit_mask(thing, size) if thing.color is None else _shape_mask(str(thing.shape), size)
 
 
 def _digit_mask(thing: Thing, size: int) -> Image.Image:

@@ -34,6 +34,7 @@ def write_tiny_parts(
     patch_size: int = 16,
     width: int = 128,
     question_set: str = "phrases",
+    boxes: bool = False,
     tower_steps: int = 600,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
@@ -44,7 +45,7 @@ def write_tiny_parts(
         grid, num_colors, cell_pixels: the gridworld that the encoders are trained on.
         patch_size: pixels.
         width: D of encoders and LLMs.
-        question_set: whose words the LLMs' tokenizer has.
+        question_set, boxes: whose words the LLMs' tokenizer has.
         tower_steps: of an encoder's training; 0 leaves it random.
         seed: of all weights, images and batches.
 
@@ -59,7 +60,7 @@ def write_tiny_parts(
             out / name, name, world, patch_size=patch_size, width=width, steps=tower_steps, seed=seed
         )
     for name in LLMS:
-        write_tiny_llm(out / name, name, width=width, question_set=question_set, seed=seed)
+        write_tiny_llm(out / name, name, width=width, question_set=question_set, boxes=boxes, seed=seed)
     return figures
 
 
@@ -204,12 +205,13 @@ def write_tiny_llm(
     width: int = 128,
     layers: int = 4,
     question_set: str = "phrases",
+    boxes: bool = False,
     seed: int = 0,
 ) -> None:
     """Write one of `LLMS`, with random weights, and the gridworld tokenizer of `question_set`."""
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
-    tokenizer = build_tokenizer(question_set)
+    tokenizer = build_tokenizer(question_set, boxes)
     tokenizer.chat_template = CHAT_TEMPLATE
     heads = max(1, width // 32)
     common: dict[str, Any] = {

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from voco_plugin.boxes import SCALE
 from voco_plugin.data.gridworld_levels import question_types
 from voco_plugin.data.gridworld_questions import ask, describe
-from voco_plugin.data.gridworld_scenes import COLORS, SPLITS, sample_scene
+from voco_plugin.data.gridworld_scenes import COLORS, SPLITS, place, sample_placement, sample_scene
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
@@ -59,10 +60,10 @@ TEMPLATES = {"phrases": CHAT_TEMPLATE, "words": CHAT_TEMPLATE, "terse": TERSE_TE
 
 
 def build_processor(
-    image_size: int = 64, patch_size: int = 16, question_set: str = "phrases"
+    image_size: int = 64, patch_size: int = 16, question_set: str = "phrases", boxes: bool = False
 ) -> LlavaProcessor:
     """The processor of the tiny VLM: images of `image_size` pixels a side, in patches of `patch_size`; a
-    tokenizer that has the words of `question_set`."""
+    tokenizer that has the words of `question_set` (and of boxes)."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
@@ -70,7 +71,7 @@ def build_processor(
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(question_set),
+        tokenizer=build_tokenizer(question_set, boxes),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -78,15 +79,16 @@ def build_processor(
     )
 
 
-def build_tokenizer(question_set: str = "phrases") -> PreTrainedTokenizerFast:
-    """A BPE tokenizer trained on gridworld text, the same for a question set; its words are single tokens."""
+def build_tokenizer(question_set: str = "phrases", boxes: bool = False) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer trained on gridworld text, the same for a question set: its words (and with
+    `boxes` coordinates) are single tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"[\n?,.]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[\n?,.]| ?\[|\]" if boxes else r"[\n?,.]"), "isolated"),
             pre_tokenizers.Metaspace(prepend_scheme="never"),
         ]
     )
@@ -98,7 +100,7 @@ def build_tokenizer(question_set: str = "phrases") -> PreTrainedTokenizerFast:
         initial_alphabet=[chr(code) for code in range(33, 127)] + ["\n"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(question_set), trainer)
+    tokenizer.train_from_iterator(_corpus(question_set, boxes), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -111,13 +113,18 @@ def build_tokenizer(question_set: str = "phrases") -> PreTrainedTokenizerFast:
     )
 
 
-def _corpus(question_set: str, num_scenes: int = 400) -> list[str]:
+def _corpus(question_set: str, boxes: bool, num_scenes: int = 400) -> list[str]:
     """Gridworld conversations, 3 x 3 cells and all colours: one vocabulary serves every setting."""
     rng = np.random.default_rng(0)
     lines = [f" {number}" for number in range(19) for _ in range(50)]
+    types = question_types(question_set, boxes)
+    if boxes:
+        lines += [f" [{number:02d},{number:02d}]" for number in range(SCALE + 1) for _ in range(50)]
     for index in range(num_scenes):
         scene = sample_scene(rng, 3, len(COLORS), SPLITS[index % 2])
-        turns = [*ask(scene, rng, 12, len(COLORS), question_types(question_set)), describe(scene)]
+        if boxes:
+            scene = place(scene, sample_placement(scene, rng, 16), 16)
+        turns = [*ask(scene, rng, 12, len(COLORS), types), describe(scene)]
         for turn in turns:
             lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
             lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
