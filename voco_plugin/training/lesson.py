@@ -1,0 +1,203 @@
+"""One batch's lesson: the teacher reads its prompts, and the student is compared with it, inside the student's
+own forward.
+
+    batch ──> Lesson: the same prompts without VoCo tokens
+    model(**batch, distill=lesson)            through DDP, DeepSpeed or FSDP, as any forward
+      └─ the student's forward: the teacher reads (no graph) ──> TRL's fused loss, the backbone's output seen
+         on its way ──> divergence of both hidden states through both heads
+
+Inside, because there the wrappers hold their weights together; the teacher first, because its pass must leave
+nothing between the student's forward and backward.
+
+Shapes: ``B`` rows of ``N`` tokens, ``n`` answer tokens in all of them, ``d`` width.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..block_embeddings import QUESTION_MASK
+from ..injection import remove_voco_tokens
+from ..layout import TokenVocabulary
+from ..modeling import attachment
+from ..packing import DOCUMENT_IDS, Documents
+from .distillation import DistillConfig
+from .divergence import Comparison, Head, divergence
+from .teacher import Teacher, evaluating
+
+_PER_TOKEN = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
+"""What a batch holds of each token, and what stands for none."""
+_STUDENTS = ("labels", "fused_lm_head", "output_router_logits", QUESTION_MASK, DOCUMENT_IDS)
+"""What the student's forward is given and the plain model's is not."""
+
+
+@dataclass
+class DistilledOutput(FusedCausalLMOutput):
+    """TRL's output and, summed over the answer tokens, the terms that the distillation adds."""
+
+    divergence: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+
+# -- one batch
+# ------------------------------------------------------------------------------------------------------------
+
+
+def plain_prompts(
+    batch: Mapping[str, Any], vocab: TokenVocabulary, keep_voco: bool = False
+) -> dict[str, torch.Tensor]:
+    """The per-token tensors of ``batch`` as the original model reads its prompts: one row a conversation,
+    without VoCo tokens (unless ``keep_voco``) and block sinks. Answer tokens keep their order.
+    """
+    tokens = {name: batch[name] for name in _PER_TOKEN if batch.get(name) is not None}
+    if batch.get(DOCUMENT_IDS) is not None:
+        documents = Documents(batch[DOCUMENT_IDS], batch["input_ids"].shape)
+        tokens = {name: documents.split(value, _PER_TOKEN[name]) for name, value in tokens.items()}
+        tokens["attention_mask"] = documents.mask.long()
+    if keep_voco:
+        return tokens
+    mask = tokens.get("attention_mask")
+    left = mask is not None and bool((mask[:, 0] == 0).any())
+    return remove_voco_tokens(
+        tokens, vocab, pad_token_id=0, padding_side="left" if left else "right"
+    )
+
+
+def before_answers(labels: torch.Tensor) -> torch.Tensor:
+    """``(B, N)`` labels → ``(B, N - 1)`` bool: the positions that predict an answer token."""
+    return labels[:, 1:] != -100
+
+
+@dataclass
+class Lesson:
+    """What the forward of one batch needs for its distillation.
+
+    Attributes:
+        prompts: :func:`plain_prompts` of the batch.
+        labels: ``(B, N)``, the student's.
+    """
+
+    distiller: Distiller
+    prompts: dict[str, torch.Tensor]
+    labels: torch.Tensor
+
+    def run(self, student: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> DistilledOutput:
+        """The student's ``forward`` with the terms of the distillation, as sums over its answer tokens."""
+        how = self.distiller
+        inputs = {k: v for k, v in kwargs.items() if k not in (*_STUDENTS, *_PER_TOKEN)}
+        inputs |= {k: v for k, v in self.prompts.items() if k != "labels"}
+        extra = {"output_hidden_states": True} if how.config.hidden_layers else {}
+        if not how.checked:
+            check_head(student, forward, how.vocab)
+            how.checked = True
+        taught, teacher = how.teacher.read({**inputs, **extra})
+        seen: list[Any] = []
+        handle = student.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            output = forward(*args, **kwargs, **extra)
+        finally:
+            handle.remove()
+        at, there = before_answers(self.labels), before_answers(self.prompts["labels"])
+        if int(at.sum()) != int(there.sum()):
+            raise ValueError(
+                f"the student answers {int(at.sum())} tokens of this batch and the teacher {int(there.sum())}: "
+                "a label on a row's first token, which nothing predicts; mask it with -100."
+            )
+        device = output.log_probs.device
+        terms = dict.fromkeys(("divergence", "hidden"))
+        if how.config.weight:
+            own, its = (answers(o.last_hidden_state, m, device) for o, m in ((seen[0], at), (taught, there)))
+            terms["divergence"] = divergence(own, Head.of(student), its, teacher, how.comparison).sum()
+        if how.config.hidden_weight:
+            pairs = self._layers(seen[0], taught)
+            errors = [hidden_error(answers(a, at, device), answers(b, there, device)) for a, b in pairs]
+            terms["hidden"] = torch.stack(errors).mean()
+        return DistilledOutput(**output, **terms)
+
+    def _layers(self, own: Any, its: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        layers = self.distiller.config.hidden_layers
+        if layers is None:
+            return [(own.last_hidden_state, its.last_hidden_state)]
+        found = [getattr(output, "hidden_states", None) or () for output in (own, its)]
+        if max(layers) >= min(map(len, found)):
+            raise ValueError(
+                f"distill.hidden_layers={layers}: this model gives hidden states 0 to {min(map(len, found)) - 1}."
+            )
+        return [(found[0][n], found[1][n]) for n in layers]
+
+
+def answers(states: torch.Tensor, mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``(B, N, d)`` at the positions that predict an answer token → ``(n, d)``."""
+    return states[:, :-1][mask.to(states.device)].to(device)
+
+
+def hidden_error(own: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
+    """The squared difference of ``(n, d)`` hidden states over the teacher's mean square, summed over n."""
+    wide = torch.promote_types(own.dtype, torch.float32)
+    own, its = own.to(wide), its.to(wide)
+    return ((own - its).square().mean(-1) / its.square().mean(-1)).sum()
+
+
+def check_head(student: nn.Module, forward: Any, vocab: TokenVocabulary) -> None:
+    """Compare the logits read off the hidden states with the model's own, on a few tokens of text.
+
+    Raises:
+        ValueError: the model gets its logits in a way that is not known here.
+    """
+    ids = [i for i in range(64) if i not in {*vocab.placeholders, *vocab.markers, vocab.voco_id}][:4]
+    ids = torch.tensor([ids], device=student.get_input_embeddings().weight.device)
+    seen: list[Any] = []
+    handle = student.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad(), attachment(student).suspended(), evaluating(student):
+        try:
+            own = forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        finally:
+            handle.remove()
+        found = Head.of(student).logits(seen[0].last_hidden_state[0].to(own.device))
+    exact = own.dtype in (torch.float32, torch.float64)
+    difference, largest = float((own - found).abs().max()), float(own.abs().max())
+    if not difference <= (1e-3 if exact else 3e-2) * largest:
+        raise ValueError(
+            f"{type(student).__name__} does more between its hidden states and its logits than a head, a "
+            f"scale and a soft cap (logits differ by {difference:.3g}), so distill cannot read its "
+            "distribution; leave distill out."
+        )
+
+
+def open_for_lessons(student: nn.Module) -> None:
+    """Let ``student.forward`` take ``distill=lesson``; without it, it is what it was."""
+    own = student.forward
+
+    @functools.wraps(type(student).forward)
+    def forward(self: nn.Module, *args: Any, distill: Lesson | None = None, **kwargs: Any) -> Any:
+        return own(*args, **kwargs) if distill is None else distill.run(self, own, args, kwargs)
+
+    student.forward = types.MethodType(forward, student)
+
+
+class Distiller:
+    """A teacher and how its lessons are counted.
+
+    Args:
+        rows: rows of the student's own vocabulary before VoCo's were added; ``None``: all.
+    """
+
+    def __init__(self, config: DistillConfig, teacher: Teacher, vocab: TokenVocabulary, rows: int | None):
+        self.config, self.teacher, self.vocab = config, teacher, vocab
+        known = [n for n in (rows, teacher.rows) if n is not None]
+        self.comparison = Comparison(
+            config.divergence, config.temperature, min(known, default=None), (vocab.voco_id,), config.top_k,
+            config.chunk,
+        )  # fmt: skip
+        self.checked = False
+
+    def lesson(self, batch: Mapping[str, Any]) -> Lesson:
+        return Lesson(self, plain_prompts(batch, self.vocab, self.config.teacher_tokens), batch["labels"])
