@@ -39,9 +39,9 @@ class VoCoSFTConfig(SFTConfig):
         on_bad_sample: what to do with a sample whose image cannot be read, or that the processor refuses:
             ``raise``, or ``skip``: another row takes its place, the same in every epoch and after a resume;
             each is named in a warning and counted in ``skipped_samples``.
-        distill: what is added to the loss so that the model answers as the plain one does (paper, Eq. 1), as a
-            :class:`~voco_plugin.training.DistillConfig`, a dict of its fields, or such a dict as JSON; ``None``
-            adds nothing. The log then has ``ce_loss`` and ``distill_loss`` beside ``loss``.
+        distill: what is added to the loss so that the model answers as the plain one does (paper, Eq. 1):
+            a :class:`~voco_plugin.training.DistillConfig`, a dict of its fields, or such a dict as JSON. The
+            log then has ``ce_loss`` and ``distill_loss`` beside ``loss``. ``None`` adds nothing.
         packing: whether conversations with images share rows of up to ``max_length`` tokens, whole, and
             isolated from each other (TRL refuses this): first-fit decreasing over the whole training set, by
             lengths that a first pass counts from image sizes and text. ``per_device_train_batch_size`` then
@@ -77,7 +77,7 @@ class VoCoSFTConfig(SFTConfig):
     )
     distill: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Distillation from the plain model as JSON, e.g. '{\"teacher\": \"base\"}'; none: no."},
+        metadata={"help": 'Distillation from the plain model as JSON, e.g. \'{"teacher": "base"}\'.'},
     )
     num_tokens_range: list[int] | None = field(
         default=None,

@@ -83,8 +83,8 @@ class DistillConfig:
         self._check_layers()
         if not self.weight and not self.hidden_weight:
             raise ValueError(
-                "DistillConfig.weight and hidden_weight are both 0, so nothing is distilled; set one, or leave "
-                "distill out."
+                "DistillConfig.weight and hidden_weight are both 0, so nothing is distilled; set one, or "
+                "leave distill out."
             )
 
     def _check_teacher(self) -> None:
@@ -115,6 +115,15 @@ class DistillConfig:
             )
         self.hidden_layers = list(layers)
 
+    def summary(self) -> str:
+        """One line of what differs from the defaults, and the teacher: a folder by its last name alone."""
+        told = {"teacher": os.path.basename(os.path.normpath(self.teacher))}
+        if not os.path.isdir(self.teacher):
+            told["teacher"] = self.teacher
+        own = DistillConfig()
+        told |= {k: v for k, v in self.to_dict().items() if v != getattr(own, k) and k != "teacher"}
+        return ", ".join(f"{key}={value}" for key, value in told.items())
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, as plain values."""
         return asdict(self)
@@ -140,7 +149,7 @@ def as_distill_config(value: DistillConfig | dict[str, Any] | str | None) -> Dis
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"distill={value!r} is not JSON ({error}); write '{{\"teacher\": \"base\"}}'."
+                f'distill={value!r} is not JSON ({error}); write \'{{"teacher": "base"}}\'.'
             ) from None
     if value is None or isinstance(value, DistillConfig):
         return value

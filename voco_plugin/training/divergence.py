@@ -43,20 +43,20 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: Any) -> Head:
-        """The head of a transformers model, read as TRL's fused loss reads it, so that both speak of the same
-        distribution (``lesson.check_head`` compares it with the model's own logits).
+    def of(cls, model: Any, scaled: bool = True, capped: bool = True) -> Head:
+        """The head of a transformers model.
+
+        Args:
+            scaled: whether the model applies the logit scale of its text config.
+            capped: whether it applies the soft cap; ``lesson.observe_head`` finds out both.
         """
         head, text = model.get_output_embeddings(), model.config.get_text_config()
-        scale = 1.0
-        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
-            found = getattr(text, name, None)
-            if found is not None:
-                divides = name == "logits_scaling" and text.model_type != "hyperclovax"
-                scale = 1 / found if divides else found
-                break
-        weight, bias = head.weight, getattr(head, "bias", None)
-        return cls(_whole(weight), _whole(bias), scale, getattr(text, "final_logit_softcapping", None))
+        return cls(
+            _whole(head.weight),
+            _whole(getattr(head, "bias", None)),
+            _scale(text) if scaled else 1.0,
+            getattr(text, "final_logit_softcapping", None) if capped else None,
+        )
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -76,6 +76,17 @@ class Head:
         with gathered(self.parameters):
             product = _Product(hidden, self.weight, self.bias, self.rows, _dtype(hidden))
             return self.finish(product.of(slice(None)))
+
+
+def _scale(text: Any) -> float:
+    """The logit scale of a text config, under the names that TRL's fused loss knows too."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text, name, None) is not None:
+            return getattr(text, name)
+    divisor = getattr(text, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    return divisor if text.model_type == "hyperclovax" else 1 / divisor
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Comparison:
         """``(c, V)`` logits → log-probabilities."""
         if self.left_out:
             logits = logits.index_fill(-1, torch.tensor(self.left_out, device=logits.device), NEVER)
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        return torch.log_softmax(logits if self.temperature == 1 else logits / self.temperature, dim=-1)
 
     def value(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         """The divergence of outcomes given as log-probabilities, ``(c, outcomes)`` → ``(c,)``."""
@@ -229,7 +240,8 @@ class _Chunked(torch.autograd.Function):
                     _add_product(of_hidden[part], of_product, product.weight)
                 if of_weight is not None:
                     _add_product(of_weight[:rows], of_product.t(), product.hidden[part])
-        made = [None if s is None else s.to(v.dtype) for s, v in zip(sums, (hidden, weight, bias), strict=True)]
+        given = (hidden, weight, bias)
+        made = [None if s is None else s.to(v.dtype) for s, v in zip(sums, given, strict=True)]
         return (*made, None, None, None)
 
 

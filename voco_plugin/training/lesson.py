@@ -1,5 +1,5 @@
-"""One batch's lesson: the teacher reads its prompts, and the student is compared with it, inside the student's
-own forward.
+"""One batch's lesson: the teacher reads its prompts, and the student is compared with it, inside the
+student's own forward.
 
     batch ──> Lesson: the same prompts without VoCo tokens
     model(**batch, distill=lesson)            through DDP, DeepSpeed or FSDP, as any forward
@@ -15,6 +15,8 @@ Shapes: ``B`` rows of ``N`` tokens, ``n`` answer tokens in all of them, ``d`` wi
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +35,11 @@ from .distillation import DistillConfig
 from .divergence import Comparison, Head, divergence
 from .teacher import Teacher, evaluating
 
-_PER_TOKEN = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
+logger = logging.getLogger(__name__)
+
+_PER_TOKEN = {
+    "input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100,
+}  # fmt: skip
 """What a batch holds of each token, and what stands for none."""
 _STUDENTS = ("labels", "fused_lm_head", "output_router_logits", QUESTION_MASK, DOCUMENT_IDS)
 """What the student's forward is given and the plain model's is not."""
@@ -66,9 +72,7 @@ def plain_prompts(
         return tokens
     mask = tokens.get("attention_mask")
     left = mask is not None and bool((mask[:, 0] == 0).any())
-    return remove_voco_tokens(
-        tokens, vocab, pad_token_id=0, padding_side="left" if left else "right"
-    )
+    return remove_voco_tokens(tokens, vocab, pad_token_id=0, padding_side="left" if left else "right")
 
 
 def before_answers(labels: torch.Tensor) -> torch.Tensor:
@@ -95,10 +99,9 @@ class Lesson:
         inputs = {k: v for k, v in kwargs.items() if k not in (*_STUDENTS, *_PER_TOKEN)}
         inputs |= {k: v for k, v in self.prompts.items() if k != "labels"}
         extra = {"output_hidden_states": True} if how.config.hidden_layers else {}
-        if not how.checked:
-            check_head(student, forward, how.vocab)
-            how.checked = True
-        taught, teacher = how.teacher.read({**inputs, **extra})
+        if how.head is None:
+            how.head = observe_head(student, forward, how.vocab)
+        taught, teacher = how.teacher.read({**inputs, **extra}, **how.head)
         seen: list[Any] = []
         handle = student.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
@@ -108,14 +111,16 @@ class Lesson:
         at, there = before_answers(self.labels), before_answers(self.prompts["labels"])
         if int(at.sum()) != int(there.sum()):
             raise ValueError(
-                f"the student answers {int(at.sum())} tokens of this batch and the teacher {int(there.sum())}: "
-                "a label on a row's first token, which nothing predicts; mask it with -100."
+                f"the student answers {int(at.sum())} tokens of this batch and the teacher "
+                f"{int(there.sum())}: a row's first token, which nothing predicts, has a label; mask it."
             )
         device = output.log_probs.device
         terms = dict.fromkeys(("divergence", "hidden"))
         if how.config.weight:
             own, its = (answers(o.last_hidden_state, m, device) for o, m in ((seen[0], at), (taught, there)))
-            terms["divergence"] = divergence(own, Head.of(student), its, teacher, how.comparison).sum()
+            terms["divergence"] = divergence(
+                own, Head.of(student, **how.head), its, teacher, how.comparison
+            ).sum()
         if how.config.hidden_weight:
             pairs = self._layers(seen[0], taught)
             errors = [hidden_error(answers(a, at, device), answers(b, there, device)) for a, b in pairs]
@@ -127,9 +132,12 @@ class Lesson:
         if layers is None:
             return [(own.last_hidden_state, its.last_hidden_state)]
         found = [getattr(output, "hidden_states", None) or () for output in (own, its)]
-        if max(layers) >= min(map(len, found)):
+        count = min(map(len, found))
+        if max(layers) >= count:
+            known = f"has hidden states 0 to {count - 1}" if count else "gives no hidden states"
             raise ValueError(
-                f"distill.hidden_layers={layers}: this model gives hidden states 0 to {min(map(len, found)) - 1}."
+                f"distill.hidden_layers={layers}: {type(own).__name__} {known}; choose among them, or leave "
+                "hidden_layers out for the last."
             )
         return [(found[0][n], found[1][n]) for n in layers]
 
@@ -146,30 +154,47 @@ def hidden_error(own: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
     return ((own - its).square().mean(-1) / its.square().mean(-1)).sum()
 
 
-def check_head(student: nn.Module, forward: Any, vocab: TokenVocabulary) -> None:
-    """Compare the logits read off the hidden states with the model's own, on a few tokens of text.
+def observe_head(student: nn.Module, forward: Any, vocab: TokenVocabulary) -> dict[str, bool]:
+    """Which of its config's logit scale and soft cap the model itself applies, seen on a few tokens of text.
+
+    A vision-language class does not always do what its text config says (transformers 5.23: Aya Vision and
+    Cohere2 Vision leave the scale out, LLaVA around Gemma 2 the soft cap).
+
+    Returns:
+        keyword arguments of :meth:`Head.of`.
 
     Raises:
         ValueError: the model gets its logits in a way that is not known here.
     """
     ids = [i for i in range(64) if i not in {*vocab.placeholders, *vocab.markers, vocab.voco_id}][:4]
-    ids = torch.tensor([ids], device=student.get_input_embeddings().weight.device)
+    given = torch.tensor([ids], device=student.get_input_embeddings().weight.device)
     seen: list[Any] = []
     handle = student.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad(), attachment(student).suspended(), evaluating(student):
         try:
-            own = forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+            own = forward(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False).logits[0]
         finally:
             handle.remove()
-        found = Head.of(student).logits(seen[0].last_hidden_state[0].to(own.device))
-    exact = own.dtype in (torch.float32, torch.float64)
-    difference, largest = float((own - found).abs().max()), float(own.abs().max())
-    if not difference <= (1e-3 if exact else 3e-2) * largest:
-        raise ValueError(
-            f"{type(student).__name__} does more between its hidden states and its logits than a head, a "
-            f"scale and a soft cap (logits differ by {difference:.3g}), so distill cannot read its "
-            "distribution; leave distill out."
-        )
+        hidden = seen[0].last_hidden_state[0].to(own.device)
+        exact = own.dtype in (torch.float32, torch.float64)
+        tolerance = (1e-3 if exact else 3e-2) * float(own.abs().max())
+        differences = []
+        for scaled, capped in itertools.product((True, False), repeat=2):
+            found = Head.of(student, scaled, capped).logits(hidden)
+            differences.append(float((own - found).abs().max()))
+            if differences[-1] <= tolerance:
+                if len(differences) > 1:
+                    logger.warning(
+                        "%s does not apply the logit scale or soft cap of its text config, and TRL's loss "
+                        "does: the divergence compares the model's own distributions.",
+                        type(student).__name__,
+                    )
+                return {"scaled": scaled, "capped": capped}
+    raise ValueError(
+        f"{type(student).__name__} does more between its hidden states and its logits than a head, a scale "
+        f"and a soft cap (logits differ by {min(differences):.3g}), so distill cannot read its distribution; "
+        "leave distill out."
+    )
 
 
 def open_for_lessons(student: nn.Module) -> None:
@@ -197,7 +222,7 @@ class Distiller:
             config.divergence, config.temperature, min(known, default=None), (vocab.voco_id,), config.top_k,
             config.chunk,
         )  # fmt: skip
-        self.checked = False
+        self.head: dict[str, bool] | None = None
 
     def lesson(self, batch: Mapping[str, Any]) -> Lesson:
         return Lesson(self, plain_prompts(batch, self.vocab, self.config.teacher_tokens), batch["labels"])

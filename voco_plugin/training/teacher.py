@@ -41,10 +41,10 @@ class Teacher:
         self.rows = original_rows(self.model)
 
     @torch.no_grad()
-    def read(self, inputs: dict[str, Any]) -> tuple[Any, Head]:
-        """The backbone's output for ``inputs``, and the head that goes with it."""
+    def read(self, inputs: dict[str, Any], **head: bool) -> tuple[Any, Head]:
+        """The backbone's output for ``inputs``, and the head that goes with it (``head``: of ``Head.of``)."""
         with self._plain(), evaluating(self.model):
-            return self._run(inputs), Head.of(self.model)
+            return self._run(inputs), Head.of(self.model, **head)
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         return self.model.base_model(**inputs)
