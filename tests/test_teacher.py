@@ -207,6 +207,8 @@ def test_a_head_that_does_more_is_refused():
 @pytest.fixture
 def student():
     model = get_peft_model(attached("llava_llama"), LORA).train()
+    for layer in unwrap(model).get_decoder().layers:
+        layer.self_attn.attention_dropout = 0.5
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:  # as after training: nothing is what it was

@@ -11,6 +11,7 @@ dropout and without a graph; what it changes on a shared model is put back.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import types
 from collections.abc import Iterator
@@ -241,7 +242,7 @@ def _check_tokenizers(
 
 def _settings(image_processor: Any) -> dict[str, Any]:
     """What an image processor does, without where it came from or which of its classes it is."""
-    values = image_processor.to_dict()
+    values = json.loads(json.dumps(image_processor.to_dict(), default=str))  # lists, whatever they are here
     return {k: v for k, v in values.items() if not k.startswith("_") and k not in _NAMES_OF_CLASSES}
 
 
