@@ -15,6 +15,7 @@ from test_training import bases, data  # noqa: F401
 from tiny import processors
 from voco_plugin.attention.context import active_rule
 from voco_plugin.injection import insert_voco_tokens, remove_voco_tokens
+from voco_plugin.modeling import unwrap
 from voco_plugin.training import teacher
 from voco_plugin.training.divergence import Head
 from voco_plugin.training.lesson import observe_head, plain_prompts

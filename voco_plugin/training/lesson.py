@@ -115,12 +115,12 @@ class Lesson:
                 f"{int(there.sum())}: a row's first token, which nothing predicts, has a label; mask it."
             )
         device = output.log_probs.device
-        terms = dict.fromkeys(("divergence", "hidden"))
+        terms: dict[str, torch.Tensor] = {}
         if how.config.weight:
-            own, its = (answers(o.last_hidden_state, m, device) for o, m in ((seen[0], at), (taught, there)))
-            terms["divergence"] = divergence(
-                own, Head.of(student, **how.head), its, teacher, how.comparison
-            ).sum()
+            own = answers(seen[0].last_hidden_state, at, device)
+            its = answers(taught.last_hidden_state, there, device)
+            head = Head.of(student, **how.head)
+            terms["divergence"] = divergence(own, head, its, teacher, how.comparison).sum()
         if how.config.hidden_weight:
             pairs = self._layers(seen[0], taught)
             errors = [hidden_error(answers(a, at, device), answers(b, there, device)) for a, b in pairs]
