@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -92,8 +95,6 @@ def test_the_rule_is_back_afterwards_also_after_an_error():
 
 
 def test_another_thread_keeps_the_rule():
-    import threading
-
     model, batch, seen = shared("llava_llama"), inputs("llava_llama"), []
     with torch.no_grad():
         expected = model(**batch).logits
@@ -346,15 +347,13 @@ def test_a_teacher_with_a_compressor_reads_no_voco_tokens(loaded, bases, tmp_pat
 
 
 def never(patch):
-    import contextlib
-
     patch.setattr(teacher, "adapters_off", lambda model: contextlib.nullcontext())
 
 
 BROKEN = {
     "the adapter stays on": (never, test_the_base_teacher_is_the_original_model),
     "dropout stays on": (
-        lambda patch: patch.setattr(torch.nn.Module, "eval", lambda self: self),
+        lambda patch: patch.setattr(teacher, "evaluating", lambda model: contextlib.nullcontext()),
         test_the_base_teacher_leaves_no_trace,
     ),
 }

@@ -108,9 +108,13 @@ def original_rows(model: nn.Module) -> int | None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module is in the mode it was in."""
+    """Evaluation mode inside the block; afterwards each module is in the mode it was in.
+
+    The flags alone: ``PreTrainedModel.eval`` would exchange kernels, and so back, at every step.
+    """
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
