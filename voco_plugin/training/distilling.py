@@ -84,23 +84,26 @@ class Distilling(_Base):
         inputs = {**inputs, "distill": self._distiller.lesson(inputs)}
         ordinary = super().compute_loss(seen, inputs, num_items_in_batch=num_items_in_batch)
         output = seen.output
-        share = self._share_of_token(output, num_items_in_batch)
+        count = self._counted(output, num_items_in_batch)
         terms = {"ce_loss": (config.ce_weight, ordinary)}
         if output.divergence is not None:
-            terms["distill_loss"] = (config.weight, output.divergence * config.temperature**2 * share)
+            terms["distill_loss"] = (config.weight, output.divergence * config.temperature**2 / count)
         if output.hidden is not None:
-            terms["hidden_loss"] = (config.hidden_weight, output.hidden * share)
+            terms["hidden_loss"] = (config.hidden_weight, output.hidden / count)
         self._add_up({name: term for name, (_, term) in terms.items()}, num_items_in_batch)
         # a weight of 0 keeps its graph: every process must reduce the same gradients
         return sum(weight * term.to(ordinary.device) for weight, term in terms.values())
 
-    def _share_of_token(self, output: DistilledOutput, num_items_in_batch: Any) -> torch.Tensor:
-        """What one answer token counts for in the loss, as in ``SFTTrainer.compute_loss``."""
+    def _counted(self, output: DistilledOutput, num_items_in_batch: Any) -> torch.Tensor:
+        """What a sum over answer tokens is divided by, as in ``SFTTrainer.compute_loss``: their number in the
+        whole batch, or in this process's part of this micro-batch where Trainer does not count them.
+        """
         count = output.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        share = 1 / torch.as_tensor(count, device=output.label_mask.device).clamp(min=1)
+        count = torch.as_tensor(count, device=output.label_mask.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            share = share * (self.accelerator.num_processes // self.get_tp_size())
-        return share
+            # DDP averages over the processes what is summed here
+            return count / (self.accelerator.num_processes // self.get_tp_size())
+        return count
 
     # -- the log
 
