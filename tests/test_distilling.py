@@ -25,7 +25,7 @@ from voco_plugin.cli import main
 from voco_plugin.isolation import Attachment
 from voco_plugin.modeling import unwrap
 from voco_plugin.training import lesson
-from voco_plugin.training.distilling import Distilling
+from voco_plugin.training.distilling import Distilling, copy_of_student
 
 recipe_data = recipes.data
 ROWS = (0, 1, 5, 2)  # answers of one, two, two and two words; the third has no image
@@ -419,6 +419,35 @@ def test_what_distillation_cannot_do_is_refused_in_one_line(bases, data, tmp_pat
     with pytest.raises(ValueError, match="trains in place beside it"):
         args = vp.VoCoSFTConfig(str(tmp_path), voco=vp.VoCoConfig(), distill={}, report_to=[])
         vp.VoCoSFTTrainer(bases("llava_qwen2"), args=args, train_dataset=data, peft_config=biased)
+
+
+def test_a_frozen_copy_of_split_weights_is_refused(bases):
+    """As ZeRO-3 leaves a parameter: it has a `ds_id`."""
+    model, _ = vp.load(bases("llava_llama"))
+    config = vp.DistillConfig(teacher="frozen")
+    copied = copy_of_student(config, model)
+    assert copied is not model and vp.is_attached(copied) and copy_of_student(None, model) is None
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match=f"loaded from: --distill.teacher {bases('llava_llama')}"):
+        copy_of_student(config, model)
+
+
+def test_bf16_autocast_trains(bases, data, tmp_path):
+    found = {}
+    for bf16 in (False, True):
+        made = trainer(
+            bases("llava_llama"),
+            tmp_path,
+            data,
+            peft=False,
+            distill=ALL,
+            bf16=bf16,
+            use_cpu=True,
+            max_steps=2,
+        )
+        made.train()
+        found[bf16] = [e["distill_loss"] for e in entries(made)]
+    assert found[True] == pytest.approx(found[False], rel=0.1) and found[True] != found[False]
 
 
 @pytest.mark.parametrize(

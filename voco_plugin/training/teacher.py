@@ -83,7 +83,8 @@ class OtherTeacher(Teacher):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.module = module.eval().requires_grad_(False)
+        self.module = module
+        self.model.eval().requires_grad_(False)  # an engine's own methods return nothing
         self.model.forward = types.MethodType(_headless, self.model)
 
     def _run(self, inputs: dict[str, Any]) -> Any:
