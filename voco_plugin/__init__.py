@@ -30,6 +30,7 @@ _NAMES = {
     "VoCoGenerationMixin": "generation",
     "VoCoSession": "session",
     "VoCoDataCollator": "collator",
+    "DistillConfig": "training",
     "VoCoSFTConfig": "training",
     "VoCoSFTTrainer": "training",
 }
@@ -68,4 +69,4 @@ if TYPE_CHECKING:
     from .layout import LayoutError, SequenceLayout, TokenVocabulary
     from .modeling import attach, attachment, compose, detach, is_attached, load, save_voco_config
     from .session import VoCoSession
-    from .training import VoCoSFTConfig, VoCoSFTTrainer
+    from .training import DistillConfig, VoCoSFTConfig, VoCoSFTTrainer

@@ -118,9 +118,10 @@ def gathered(parameters: Iterable[torch.Tensor], *, write: bool = False) -> Iter
     """Inside the block, ``parameters`` are whole in every process.
 
     Every process must enter it. With ``write`` what is written to them stays (rank 0's values are kept);
-    without it, DeepSpeed raises where they were changed. Tensors that ZeRO-3 has not split are left alone.
+    without it, DeepSpeed raises where they were changed. Tensors that ZeRO-3 has not split, and without
+    ``write`` those that it has gathered for a forward, are left alone.
     """
-    split = [p for p in parameters if is_partitioned(p)]
+    split = [p for p in parameters if is_partitioned(p) and (write or p.ds_status.name != "AVAILABLE")]
     if not split:
         yield
         return

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .layout import LayoutError, TokenVocabulary, vision_runs
+from .layout import LayoutError, SequenceLayout, TokenKind, TokenVocabulary, vision_runs
 
 _VOCO, _BOS, _PAD = -1, -2, -3  # codes in a plan, where a token has no old position
 
@@ -103,6 +103,37 @@ def insert_voco_tokens(
         first_image += images or 0
         plans.append(_insertion_plan(ids[row], mask[row], vocab, counts[row], images, same_size, names[row]))
     return _follow(batch, plans, vocab, pad_token_id, padding_side, pad_to_multiple_of)
+
+
+def remove_voco_tokens(
+    batch: Mapping[str, Any],
+    vocab: TokenVocabulary,
+    *,
+    pad_token_id: int,
+    padding_side: str,
+) -> dict[str, Any]:
+    """Undo :func:`insert_voco_tokens`: the prompts as the original model reads them (LM_o of Eq. 1).
+
+    VoCo tokens go, and with a ``bos_id`` in ``vocab`` each block's own copy of BOS; all else stays, in order.
+
+    Args:
+        batch: as :func:`insert_voco_tokens` returns it; not mutated.
+        padding_side: where the result is padded, ``left`` or ``right``.
+
+    Returns:
+        a new dict, padded to its longest row.
+
+    Raises:
+        LayoutError: the ids do not form blocks.
+    """
+    ids, mask = _ids_and_mask(batch)
+    layout = SequenceLayout.from_ids(batch["input_ids"], torch.from_numpy(mask), vocab, require_voco=False)
+    kept = mask & (layout.kind.numpy() != TokenKind.VOCO)
+    if vocab.bos_id is not None:
+        for span in layout:
+            kept[span.row, span.start] = False
+    plans = [np.flatnonzero(row) for row in kept]
+    return _follow(batch, plans, vocab, pad_token_id, padding_side, None)
 
 
 def truncate(

@@ -92,6 +92,18 @@ class Attachment:
         finally:
             self._local.policy = before
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside the block, forwards of this thread are those of the model before ``attach``, bit for bit: no
+        rule, no positions, no embeddings made for VoCo tokens. A distillation's teacher reads so (Eq. 1).
+        """
+        before = getattr(self._local, "suspended", False)
+        self._local.suspended = True
+        try:
+            yield
+        finally:
+            self._local.suspended = before
+
     # -- hooks
     # ---------------------------------------------------------------------------------------------------
 
@@ -125,6 +137,9 @@ class Attachment:
     @torch.compiler.disable
     def before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Read the layout, set the positions, put the rule in force."""
+        if getattr(self._local, "suspended", False):
+            self._stack().append(_Running())
+            return None
         named = kwargs
         if args:
             names = list(inspect.signature(module.forward).parameters)

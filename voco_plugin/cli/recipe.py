@@ -5,7 +5,8 @@ A recipe's keys are the fields of three configs that TRL users know, flat, and o
 
     trl.ModelConfig        model_name_or_path, dtype, use_peft, lora_r, lora_alpha, lora_target_modules, …
     vp.VoCoSFTConfig       learning_rate, max_steps, num_tokens_range, … (trl.SFTConfig and TrainingArguments)
-                           and the nested section  voco: {num_tokens, rule, …}  (VoCoConfig)
+                           and the nested sections  voco: {num_tokens, rule, …}  (VoCoConfig) and
+                           distill: {teacher, weight, …}  (DistillConfig)
                            or, in place of model_name_or_path, the nested section
                            model: {encoder, llm, projector, …}  (vp.compose)
     RecipeArguments        dataset_name, image_folder, accelerate_config, …
@@ -144,6 +145,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     _load_plugins(given, where)
     _check_model(given, where)
     known = schema()
+    _check_distill(given, where)
     checked: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
@@ -225,6 +227,30 @@ def _check_model(given: dict[str, Any], where: Mapping[str, str]) -> None:
         pass  # a folder may still be made; `train` refuses it before anything loads
     except (ValueError, OSError, ImportError) as error:
         raise RecipeError(f"{place}model: {error}") from None
+
+
+def _check_distill(given: dict[str, Any], where: Mapping[str, str]) -> None:
+    """The ``distill`` section: every key, its type, and what ``DistillConfig`` says of their values."""
+    if "distill" not in given:
+        return
+    from ..training.distillation import DistillConfig
+
+    place = where.get("distill", "")
+    section = recipe_values.plain(given["distill"])
+    given["distill"] = section
+    if section is None:
+        return
+    if not isinstance(section, dict):
+        raise RecipeError(f"{place}distill={section!r} must be a section of DistillConfig's fields, or null.")
+    hints = typing.get_type_hints(DistillConfig)
+    try:
+        DistillConfig.from_dict({key: None for key in section if key not in hints})
+        given["distill"] = {
+            key: recipe_values.coerce(key, value, hints[key], None, "") for key, value in section.items()
+        }
+        DistillConfig.from_dict(given["distill"])
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{place}distill: {error}") from None
 
 
 def schema() -> dict[str, tuple[Any, Any]]:

@@ -22,7 +22,7 @@ def save_voco_config(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
     return attachment(model).save(folder)
 
 
-def _file(source: str, name: str, **hub: Any) -> str | None:
+def find_file(source: str, name: str, **hub: Any) -> str | None:
     """A file of a local folder or a hub repository; ``None`` where it has none."""
     if os.path.isdir(source):
         path = Path(source) / name
@@ -93,11 +93,11 @@ def load(
     if isinstance(voco, dict):
         voco = VoCoConfig.from_dict(voco)
     saved, vocabulary, make_row = None, None, None
-    config_file = _file(source, CONFIG_NAME, **hub)
+    config_file = find_file(source, CONFIG_NAME, **hub)
     if config_file is not None:
         saved, extra = VoCoConfig.load(Path(config_file).parent)
         vocabulary = _vocabulary(extra["vocabulary"]) if "vocabulary" in extra else None
-    adapter_file = _file(source, "adapter_config.json", **hub)
+    adapter_file = find_file(source, "adapter_config.json", **hub)
     common = {"trust_remote_code": trust_remote_code, **hub}
     if dtype is not None:
         common["dtype"] = dtype
@@ -128,7 +128,7 @@ def load(
         config = dataclasses.replace(config, num_tokens=saved.num_tokens)
     with expected_by(loader, base, config.makes_embeddings, **remote):
         model = loader.from_pretrained(base, **common, **model_kwargs)
-    if adapter_file is not None and _file(base, CONFIG_NAME) is None:
+    if adapter_file is not None and find_file(base, CONFIG_NAME) is None:
         make_row = extra.get("row_made") if saved is not None else None
     if vocabulary is not None and config.block_sink != saved.block_sink:
         vocabulary = None
@@ -141,7 +141,7 @@ def load(
         )
     if hasattr(model, NAME) and same:
         own = {k: v for k, v in hub.items() if adapter_file is None}
-        found = read_compressor(lambda name: _file(base, name, **own))
+        found = read_compressor(lambda name: find_file(base, name, **own))
         if found or adapter_file is None:  # an adapter brings its own
             load_compressor(model, found, base)
     if adapter_file is not None:

@@ -118,6 +118,8 @@ def write_card(
     arguments["optimizer steps done"] = state.global_step
     if args.world_size > 1:
         arguments["processes"] = args.world_size
+    if getattr(args, "distill", None) is not None:
+        arguments["distillation"] = args.distill.summary()
     arguments["what trains"] = getattr(trainer, "trainable_report", None)
     data = trainer.train_dataset
     if isinstance(data, PackedDataset):

@@ -13,6 +13,7 @@ from trl import SFTConfig
 from ..collator import check_range
 from ..config import VoCoConfig
 from ..images import ON_BAD_SAMPLE, check_on_bad_sample
+from .distillation import as_distill_config
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -40,6 +41,9 @@ class VoCoSFTConfig(SFTConfig):
             each is named in a warning and counted in ``skipped_samples``.
         save_at_steps: optimizer steps after which a checkpoint is saved, besides those of ``save_strategy``:
             for a curve over training.
+        distill: what is added to the loss so that the model answers as the plain one does (paper, Eq. 1):
+            a :class:`~voco_plugin.training.DistillConfig`, a dict of its fields, or such a dict as JSON. The
+            log then has ``ce_loss`` and ``distill_loss`` beside ``loss``. ``None`` adds nothing.
         packing: whether conversations with images share rows of up to ``max_length`` tokens, whole, and
             isolated from each other (TRL refuses this): first-fit decreasing over the whole training set, by
             lengths that a first pass counts from image sizes and text. ``per_device_train_batch_size`` then
@@ -61,7 +65,7 @@ class VoCoSFTConfig(SFTConfig):
             range is given without ``voco``, or ``packing`` without ``max_length``.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "voco"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "voco", "distill"]
 
     max_length: int | None = field(
         default=None,
@@ -72,6 +76,10 @@ class VoCoSFTConfig(SFTConfig):
     voco: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "The VoCo rule as JSON, e.g. '{\"num_tokens\": 2}'; none trains the plain VLM."},
+    )
+    distill: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Distillation from the plain model as JSON, e.g. \'{"teacher": "base"}\'.'},
     )
     num_tokens_range: list[int] | None = field(
         default=None,
@@ -96,6 +104,7 @@ class VoCoSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self.voco = as_voco_config(self.voco)
+        self.distill = as_distill_config(self.distill)
         check_on_bad_sample(self.on_bad_sample)
         if self.num_tokens_range is not None:
             self.num_tokens_range = list(check_range(self.num_tokens_range))
@@ -120,10 +129,11 @@ class VoCoSFTConfig(SFTConfig):
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as plain values, ``voco`` as a dict."""
+        """Every field as plain values, ``voco`` and ``distill`` as dicts."""
         values = super().to_dict()
-        if isinstance(self.voco, VoCoConfig):
-            values["voco"] = self.voco.to_dict()
+        for name in ("voco", "distill"):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name).to_dict()
         return values
 
 

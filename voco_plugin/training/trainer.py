@@ -38,6 +38,7 @@ from .card import write_card
 from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .config import VoCoSFTConfig
 from .datasets import has_images, prepare_dataset
+from .distilling import Distilling, copy_of_student
 from .launch import check_launch, check_sharded_head
 from .models import (
     as_voco_args,
@@ -57,12 +58,13 @@ from .weights import load_whole_weights
 logger = logging.getLogger(__name__)
 
 
-class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
+class VoCoSFTTrainer(AtomicCheckpoints, Distilling, SFTTrainer):
     """Fine-tunes a vision-language model to compress each image into its VoCo tokens (paper, Sec. 3.2).
 
     Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing,
     resume, evaluation, logging. Besides, each log has ``compression_ratio`` (vision tokens per VoCo token),
-    ``voco_tokens_per_sample`` and ``isolation`` (1.0 where text is kept from vision tokens).
+    ``voco_tokens_per_sample`` and ``isolation`` (1.0 where text is kept from vision tokens). With
+    ``args.distill`` the loss also has the divergence from the plain model (Eq. 1).
 
     What trains is what ``args.train_language``, ``train_voco``, ``train_projector`` and
     ``train_vision_tower`` say: with ``peft_config``, adapters in the language model (and the tower), the VoCo
@@ -124,6 +126,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
         packs = args.packing and has_images(train_dataset)
         if packs:
             check_packing(args, model, self.voco, train_dataset, data_collator)
+        frozen = copy_of_student(args.distill, model)
         wrapped = hasattr(model, "peft_config")
         hold = None
         if peft_config is not None and not wrapped:
@@ -173,6 +176,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, SFTTrainer):
         if self.is_fsdp_enabled:
             check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
             name_present_layers(unwrap(self.model))
+        self._prepare_teacher(args.distill, frozen, packs)
         self._skips = SkipCounter()
         self.add_callback(self._skips)
         if getattr(args, "save_at_steps", None):
