@@ -213,7 +213,9 @@ DRIVER = """
 import sys; sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_study import planner, run
-run(Path({folder!r}), planner(Path({folder!r})), jobs=2)
+from voco_plugin.study.children import terminated_as_interrupted
+with terminated_as_interrupted():
+    run(Path({folder!r}), planner(Path({folder!r})), jobs=2)
 """
 
 
@@ -265,6 +267,24 @@ def test_a_restarted_study_waits_for_children_that_outlived_the_first(here: Path
     starts = [line.split()[1] for line in journal(here) if line.startswith("train")]
     assert len(starts) == len(set(starts)) == 6, "no training was started a second time"
     assert any("another process is at it; waiting" in line for line in told)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{process}/stat").read_text().split(")")[-1].split()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_ends_its_children(here: Path, number: int) -> None:
+    study = start(here, FAKE_HANG="1")
+    wait_for(lambda: len(hanging(here)) == 2)
+    study.send_signal(number)
+    assert study.wait(timeout=20) != 0
+    wait_for(lambda: not any(map(alive, hanging(here))))
+    assert not names(here), "and starts no other"
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_others(here: Path, monkeypatch: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +91,7 @@ def _by_name(source: str) -> str:
 
 
 def _run(args: argparse.Namespace, planner: Any, results: Path, path: Path) -> int:
-    from ..study.children import Children
+    from ..study.children import Children, terminated_as_interrupted
     from ..study.results import read_search, write_search
     from ..study.runner import Runner
 
@@ -106,7 +104,7 @@ def _run(args: argparse.Namespace, planner: Any, results: Path, path: Path) -> i
         planner, results, Children(args.threads), jobs=jobs, gpus=gpus, tell=output.note, only=args.only,
         found=lambda tried: write_search(results, planner.rows, tried),
     )  # fmt: skip
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         runs = runner.run()
     status = _finish(args, planner, results, path, runs, read_search(results)[1], failures=runner.failures)
     for failure in runner.failures:
@@ -172,23 +170,6 @@ def check_inputs(planner: Any) -> None:
     for name, source in sets.items():
         if source and source.endswith((".json", ".jsonl")) and not Path(source).expanduser().is_file():
             raise FileNotFoundError(f"{name} {source} does not exist; write it, or give --set {name}=FILE.")
-
-
-class _terminated_as_interrupted:
-    """SIGTERM ends the children too, as Ctrl-C does."""
-
-    def __enter__(self) -> None:
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.before = signal.signal(signal.SIGTERM, self._stop)
-
-    def __exit__(self, *problem: object) -> None:
-        if self.main:
-            signal.signal(signal.SIGTERM, self.before)
-
-    @staticmethod
-    def _stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
 
 
 def _list(planner: Any, args: argparse.Namespace) -> int:
