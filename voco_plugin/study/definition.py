@@ -3,88 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import nearest
+from .checks import choice, flatten, from_mapping, text, whole, wholes
 
 BOUNDS = ("upper", "lower", "blind", "base")
 MODES = ("voco", "single", "base", "lower", "blind")
 RESAMPLED = ("questions", "images")
-
-
-def from_mapping(cls: Any, values: Any, where: str) -> Any:
-    """``cls(**values)``, an unknown key refused with the nearest known one.
-
-    Raises:
-        ValueError: ``values`` is no mapping, a key is unknown or missing, or a value is wrong.
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}={values!r} must be a section, `key: value` lines.")
-    fields = [f for f in dataclasses.fields(cls) if f.init]
-    known = [f.name for f in fields]
-    for key in values:
-        if key not in known:
-            raise ValueError(
-                f"{where} has no key {key!r}{nearest(str(key), known)}; it has {', '.join(known)}."
-            )
-    for field in fields:
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and values.get(field.name) is None:
-            raise ValueError(f"{where} has no {field.name}: add it.")
-    try:
-        return cls(**values)
-    except ValueError as problem:
-        raise ValueError(f"{where}: {problem}") from None
-
-
-def flatten(values: Any, where: str, prefix: str = "") -> dict[str, Any]:
-    """Overrides with sections (``voco: {rule: star}``) as dotted keys (``voco.rule``)."""
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}={values!r} must be a section of the recipe's keys.")
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if not isinstance(key, str):
-            raise ValueError(f"{where}: the key {key!r} must be a name.")
-        if isinstance(value, Mapping) and value:
-            found |= flatten(value, f"{where}.{key}", f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def _text(name: str, value: Any) -> None:
-    if value is not None and not (isinstance(value, str) and value):
-        raise ValueError(f"{name}={value!r} must be a text.")
-
-
-def _whole(name: str, value: Any, low: int = 1) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
-
-
-def _wholes(name: str, value: Any, low: int = 1) -> list[int] | None:
-    if value is None:
-        return None
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise ValueError(f"{name} is empty; give at least one number, as in [1, 4].")
-    for one in values:
-        _whole(name, one, low)
-        if one is None:
-            raise ValueError(f"{name}={value!r} must be whole numbers.")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{name}={value!r} names a number twice.")
-    return values
-
-
-def _choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    if value is not None and value not in allowed:
-        raise ValueError(
-            f"{name}={value!r} is not known{nearest(str(value), allowed)}; use one of {', '.join(allowed)}."
-        )
 
 
 @dataclasses.dataclass
@@ -103,7 +30,7 @@ class EvalSet:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _text(field.name, getattr(self, field.name))
+            text(field.name, getattr(self, field.name))
 
 
 @dataclasses.dataclass
@@ -135,13 +62,13 @@ class Method:
     label: str | None = None
 
     def __post_init__(self) -> None:
-        _choice("bound", self.bound, BOUNDS)
-        _choice("mode", self.mode, MODES)
-        _text("label", self.label)
-        _text("tuned_as", self.tuned_as)
-        self.num_tokens = _wholes("num_tokens", self.num_tokens)
-        self.eval_num_tokens = _wholes("eval_num_tokens", self.eval_num_tokens)
-        self.seeds = _wholes("seeds", self.seeds, 0)
+        choice("bound", self.bound, BOUNDS)
+        choice("mode", self.mode, MODES)
+        text("label", self.label)
+        text("tuned_as", self.tuned_as)
+        self.num_tokens = wholes("num_tokens", self.num_tokens)
+        self.eval_num_tokens = wholes("eval_num_tokens", self.eval_num_tokens)
+        self.seeds = wholes("seeds", self.seeds, 0)
         if self.bound in ("lower", "base", "blind") and self.overrides:
             raise ValueError(
                 f"bound={self.bound!r} trains nothing, so it takes no override; leave out "
@@ -214,11 +141,11 @@ class Search:
         for key, values in self.over.items():
             if not isinstance(values, list) or len(values) < 2:
                 raise ValueError(f"over.{key}={values!r} must be a list of at least two values.")
-        _whole("last", self.last)
-        _whole("seed", self.seed, 0)
-        _whole("num_tokens", self.num_tokens)
-        _text("data", self.data)
-        _text("image_folder", self.image_folder)
+        whole("last", self.last)
+        whole("seed", self.seed, 0)
+        whole("num_tokens", self.num_tokens)
+        text("data", self.data)
+        text("image_folder", self.image_folder)
         if (self.last is None) == (self.data is None):
             raise ValueError(
                 "give one of last (rows at the end of the training set) and data (a set of its own): values "
@@ -271,22 +198,22 @@ class Study:
 
     def __post_init__(self) -> None:
         for name in ("recipe", "model", "data", "image_folder"):
-            _text(name, getattr(self, name))
+            text(name, getattr(self, name))
         self.overrides = flatten(self.overrides, "overrides")
-        self.seeds = _wholes("seeds", self.seeds, 0) or [0]
-        self.num_tokens = _wholes("num_tokens", self.num_tokens) or [1]
-        self.eval_num_tokens = _wholes("eval_num_tokens", self.eval_num_tokens)
-        self.curve = _wholes("curve", self.curve)
+        self.seeds = wholes("seeds", self.seeds, 0) or [0]
+        self.num_tokens = wholes("num_tokens", self.num_tokens) or [1]
+        self.eval_num_tokens = wholes("eval_num_tokens", self.eval_num_tokens)
+        self.curve = wholes("curve", self.curve)
         self.curve = sorted(self.curve) if self.curve else None
-        _whole("curve_images", self.curve_images)
-        _whole("max_new_tokens", self.max_new_tokens)
-        _whole("batch_size", self.batch_size)
-        _choice("resample", self.resample, RESAMPLED)
+        whole("curve_images", self.curve_images)
+        whole("max_new_tokens", self.max_new_tokens)
+        whole("batch_size", self.batch_size)
+        choice("resample", self.resample, RESAMPLED)
         if self.search is not None and not isinstance(self.search, Search):
             self.search = from_mapping(Search, self.search, "search")
         self.eval_data = self._eval_sets(self.eval_data)
         self.methods = self._methods(self.methods)
-        _choice("reference", self.reference, self.methods)
+        choice("reference", self.reference, self.methods)
 
     def _eval_sets(self, given: Any) -> dict[str, EvalSet]:
         named = {"test": {"data": given}} if isinstance(given, str) else given
