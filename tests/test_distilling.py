@@ -353,6 +353,26 @@ def test_compressors_are_taught_by_the_plain_model(bases, data, tmp_path, kind):
     assert all(e["distill_loss"] > 0 for e in entries(made))
 
 
+@pytest.mark.parametrize("name", ["llava_llama", "llava_qwen2", "llava_tied", "qwen2_5_vl"])
+def test_the_base_teachers_logits_are_those_of_the_untouched_model(bases, data, tmp_path, name):
+    """Difference 0.0, in every row of the vocabulary but the VoCo token's, added or made of a spare one."""
+    made = trainer(bases(name), tmp_path, data, distill={}, **ANSWERS)
+    shaken(made)
+    rows = [data[i] for i in ROWS]
+    batch = made.data_collator(rows)
+    vision = {k: v for k, v in batch.items() if k.startswith(("pixel", "image"))}
+    found = made._distiller.lesson(batch)
+    inputs = {k: v for k, v in found.prompts.items() if k != "labels"}
+    output, head = made._distiller.teacher.read({**inputs, **vision})
+    mask = lesson.before_answers(found.prompts["labels"])
+    logits = head.logits(output.last_hidden_state[:, :-1][mask])
+    expected, _, _ = teacher_logits(name, rows, torch.float32, made)
+    voco = vp.attachment(made.model).vocab.voco_id
+    columns = [i for i in range(expected.shape[1]) if i != voco]
+    assert torch.equal(logits[:, columns], expected[:, columns])
+    assert made._distiller.comparison.rows in (None, expected.shape[1])
+
+
 def test_a_row_that_trains_alone_needs_no_adapter(bases, data, tmp_path):
     options = {"peft": False, "train_language": False}
     made = trainer(bases("llava_llama"), tmp_path, data, distill={}, **options)
