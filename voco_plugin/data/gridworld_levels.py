@@ -17,8 +17,6 @@ QUESTION_SETS: dict[str, dict[str, QuestionType]] = {
     "phrases": QUESTION_TYPES,
     "words": WORD_TYPES,
     "terse": TERSE_TYPES,
-    # what takes two looks at the image, which a tiny LLM learns last: to train a base on, not to test with
-    "words_hard": {name: WORD_TYPES[name] for name in ("exists", "count_in", "relation")},
 }
 
 

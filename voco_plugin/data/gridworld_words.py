@@ -1,11 +1,12 @@
 """Short questions with answers of one word, for studies: the question sets `words` and `terse`.
 
-Eight types, from easy to hard:
+Nine types, from easy to hard:
 
     type      words                                  terse                       answer
     only      Colour of the only circle?             Colour of circle            red
     object    Object at b2?                          Object at b2                circle | 4
     colour    Colour at b2?                          Colour at b2                red
+    cell      Cell of the red circle?                Cell of red circle          b2
     exists    Any red circle?                        Any red circle              yes | no
     count     How many circles?                      Count circles               3
     count_in  How many red shapes in row 2?          Count red in row 2          1
@@ -36,14 +37,15 @@ class Wording:
     """How the types are put into words; `str.format` fills in the braces."""
 
     only: str
+    cell: str
     colored: str
     count: str
     relation: str
     mark: str
 
 
-_WORDS = Wording("of the only {}", "{} shapes", "How many {}", "Is the {} {} the {}", "?")
-_TERSE = Wording("of {}", "{}", "Count {}", "Is {} {} {}", "")
+_WORDS = Wording("of the only {}", "of the {}", "{} shapes", "How many {}", "Is the {} {} the {}", "?")
+_TERSE = Wording("of {}", "of {}", "{}", "Count {}", "Is {} {} {}", "")
 
 
 def _word(thing: Thing) -> str:
@@ -68,6 +70,14 @@ def _object(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[
 def _colour(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
     index = pick(rng, [i for i, thing in enumerate(scene.things) if not thing.is_digit])
     return f"Colour at {scene.cell_name(index)}{say.mark}", str(scene.things[index].color)
+
+
+def _cell(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
+    unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
+    if not unique:
+        return None
+    index = pick(rng, unique)
+    return f"Cell {say.cell.format(scene.names[index])}{say.mark}", scene.cell_name(index)
 
 
 def _exists(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
@@ -131,6 +141,7 @@ _TYPES: dict[str, Callable[[Wording, Scene, np.random.Generator, tuple[str, ...]
     "only": _only,
     "object": _object,
     "colour": _colour,
+    "cell": _cell,
     "exists": _exists,
     "count": _count,
     "count_in": _count_in,
