@@ -30,7 +30,7 @@ def box_text(box: Box, width: float, height: float) -> str:
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"box {box} is empty or not inside an image of {width} x {height} pixels.")
     shares = (x0 / width, y0 / height, x1 / width, y1 / height)
-    return "[" + ",".join(f"{round(SCALE * share):02d}" for share in shares) + "]"
+    return "[" + ",".join(f"{int(SCALE * share + 0.5):02d}" for share in shares) + "]"
 
 
 def parse_box(text: str) -> Box | None:
