@@ -57,7 +57,7 @@ def resolve(recipe: str, words: Any) -> dict[str, Any]:
 
 def planner(folder: Path, values: dict[str, Any] | None = None, **changes: Any) -> Planner:
     study = Study.from_dict({**(values or SMALL), **changes})
-    return Planner(study, folder / "work", resolve, fingerprint, lambda data: 100)
+    return Planner(study, folder / "work", resolve, fingerprint, lambda data, split: 100)
 
 
 def run(folder: Path, plan: Planner, **options: Any) -> Runner:

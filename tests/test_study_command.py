@@ -208,7 +208,6 @@ def test_a_shipped_study_plans_and_its_changes_are_accepted(
     """Every run's overrides are keys that the recipe has, of the right types; no model or data is needed."""
     import re
 
-    from voco_plugin.cli.recipe import schema, shipped
     from voco_plugin.cli.study_file import load_study, resolve
     from voco_plugin.study.plan import Planner, units
 
@@ -218,13 +217,7 @@ def test_a_shipped_study_plans_and_its_changes_are_accepted(
     changes = re.findall(r"--set (\S+)", lines[3])
     for given in ((), changes):
         _, study = load_study(path.stem, given)
-        if study.recipe not in shipped():  # pragma: no cover - until the study's world is shipped
-            study.recipe = "gridworld_voco"
-        if "distill" not in schema():  # pragma: no cover - until distillation is a key of recipes
-            for method in study.methods.values():
-                for key in [key for key in method.overrides if key.startswith("distill.")]:
-                    del method.overrides[key]
-        planner = Planner(study, tmp_path, resolve, fingerprint, lambda data: 16000)
+        planner = Planner(study, tmp_path, resolve, fingerprint, lambda data, split: 16000)
         guess = {one.method.name: dict(one.tried) for one in planner.candidates()}
         runs = planner.runs(guess)
         assert len({run.name for run in runs}) == len(runs)
@@ -247,7 +240,6 @@ def test_a_shipped_study_plans_and_its_changes_are_accepted(
 def test_shipped_studies_share_what_they_have_in_common(
     first: str, second: str, shared: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from voco_plugin.cli.recipe import schema, shipped
     from voco_plugin.cli.study_file import load_study, resolve
     from voco_plugin.study.plan import Planner
 
@@ -255,12 +247,7 @@ def test_shipped_studies_share_what_they_have_in_common(
     keys = []
     for name in (first, second):
         _, study = load_study(name)
-        study.recipe = study.recipe if study.recipe in shipped() else "gridworld_voco"
-        study.methods = {
-            n: m for n, m in study.methods.items()
-            if "distill" in schema() or not any(k.startswith("distill.") for k in m.overrides)
-        }  # fmt: skip
-        planner = Planner(study, tmp_path, resolve, fingerprint, lambda data: 16000)
+        planner = Planner(study, tmp_path, resolve, fingerprint, lambda data, split: 16000)
         guess = {one.method.name: {"learning_rate": 1e-3} for one in planner.candidates()}
         keys.append({(r.method.name, r.training.key) for r in planner.runs(guess) if r.training})
     assert shared <= {name for name, _ in keys[0] & keys[1]}

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tables_only:
         rows, tried = read_search(results)
         chosen = {one["method"]: one["tried"] for one in tried if one["chosen"]}
-        count = count_rows if rows is None else (lambda data: rows)
+        count = count_rows if rows is None else (lambda data, split: rows)
         planner = Planner(study, Path(args.work), resolve, _by_name, count)
         return _finish(args, planner, results, path, planner.runs(chosen), tried, by="values_key")
     planner = Planner(study, Path(args.work), resolve, fingerprint, count_rows)

@@ -80,18 +80,20 @@ def resolve(recipe: str, words: Sequence[str]) -> dict[str, Any]:
     return load(recipe, words).values
 
 
-def count_rows(data: str) -> int:
-    """How many rows a LLaVA file has.
+def count_rows(data: str, split: str | None = None) -> int:
+    """How many rows a training set has: a LLaVA file, or what ``datasets`` reads.
 
     Raises:
-        RecipeError: it is no such file.
+        RecipeError: it is not there.
     """
-    from ..data.loaders import read_records
+    from ..data.loaders import load_vision_dataset, read_records
 
     path = Path(data).expanduser()
-    if not path.is_file() or path.suffix.lower() not in (".json", ".jsonl"):
+    if not path.exists():
         raise RecipeError(
-            f"search.last counts rows of a LLaVA file, and {data} is none that is there; give search.data, a "
-            "validation set of its own."
+            f"search.last counts the rows of the training set, and {data} is not there; write it, or give "
+            "search.data, a validation set of its own."
         )
-    return len(read_records(path))
+    if path.is_file() and path.suffix.lower() in (".json", ".jsonl"):
+        return len(read_records(path))
+    return len(load_vision_dataset(data, split))

@@ -110,7 +110,7 @@ class Planner:
         work: the folder of trainings and readings, shared between studies.
         resolve: the recipe's values under override words; raises for what is wrong.
         fingerprint: see :func:`voco_plugin.study.keys.fingerprint`.
-        count_rows: the number of rows of a LLaVA file, for ``search.last``.
+        count_rows: the number of rows of a training set and split, for ``search.last``.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Planner:
         work: Path,
         resolve: Resolve,
         fingerprint: Fingerprint,
-        count_rows: Callable[[str], int],
+        count_rows: Callable[[str, str | None], int],
     ) -> None:
         self.study, self.work, self.fingerprint = study, Path(work), fingerprint
         resolved = functools.lru_cache(maxsize=None)(resolve)  # checking a recipe takes a moment
@@ -135,11 +135,12 @@ class Planner:
         values = self.resolve(study.recipe, as_words(common | study.overrides))
         self.model = values.get("model_name_or_path")
         self.data = values.get("dataset_name")
+        self.split = values.get("dataset_train_split")
         self.image_folder = values.get("image_folder")
         self.held_out = study.search.last if study.search else None
         self.rows: int | None = None
         if self.held_out:
-            rows = self.rows = count_rows(str(self.data))
+            rows = self.rows = count_rows(str(self.data), self.split)
             if rows <= self.held_out:
                 raise ValueError(
                     f"search.last={self.held_out} of {rows} rows of {self.data} leaves none to train on."
@@ -258,7 +259,7 @@ class Planner:
         if search.data is not None:
             data = EvalSet(search.data, search.image_folder or self.image_folder)
             return self._reading(training, method, VALIDATION, data)
-        data = EvalSet(str(self.data), self.image_folder)
+        data = EvalSet(str(self.data), self.image_folder, self.split)
         return self._reading(training, method, VALIDATION, data, rows=f"-{search.last}:")
 
     def _reading(
