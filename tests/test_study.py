@@ -210,7 +210,8 @@ def wait_for(condition: Any, seconds: float = 20.0) -> Any:
 
 
 DRIVER = """
-import sys; sys.path.insert(0, {tests!r})
+import signal, sys; sys.path.insert(0, {tests!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is told to ignore it
 from pathlib import Path
 from test_study import planner, run
 from voco_plugin.study.children import terminated_as_interrupted
