@@ -417,3 +417,21 @@ def test_flex_keeps_block_masks_of_a_layout():
     assert next(iter(flex._masks)) in kept and torch.equal(first, again)
     with pytest.raises(ValueError, match="'flex' has no backward on a CPU"):
         model(**batch)
+
+
+def test_flex_keeps_a_block_mask_for_each_rule():
+    """A mask that is kept for a layout is that of its rule alone: where two rules differ, so do the keys."""
+    name = "llava_llama"
+    batch = inputs(name)
+    keys, masks = {}, {}
+    for rule in RULES:
+        if rule == "bos-sink":
+            continue  # another layout
+        config = vp.attachment(shared(name, rule=rule)).config
+        table = TokenTable.from_layout(layout_of(shared(name), batch))
+        keys[rule] = flex._layout_key(ActiveRule(config, table), batch["attention_mask"])
+        n = table.length
+        b, q, k = torch.arange(4)[:, None, None], torch.arange(n)[None, :, None], torch.arange(n)[None, None]
+        masks[rule] = isolation_predicate(config, table)(b, 0, q, k)
+    for one, other in itertools.combinations(keys, 2):
+        assert torch.equal(masks[one], masks[other]) or keys[one] != keys[other], (one, other)

@@ -61,7 +61,8 @@ def _layout_key(active: ActiveRule, attention_mask: torch.Tensor | None) -> tupl
         tensors.append(attention_mask.to(torch.int64))
     facts = tuple(t.cpu().contiguous().numpy().tobytes() for t in tensors)
     packed = table.document is not None
-    return (config.rule, config.block_context, config.hide_prefix, packed, facts)
+    rule = (config.rule, config.block_context, config.hide_prefix, config.reads_vision)
+    return (*rule, packed, facts)
 
 
 def flex_forward(

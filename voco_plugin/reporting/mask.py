@@ -89,6 +89,7 @@ def draw_mask_png(
 def caption(config: VoCoConfig) -> str:
     """The rule in one line."""
     extra = ", hide_prefix" if config.hide_prefix else ""
+    extra += "" if config.reads_vision else f", compressor={config.compressor}"
     return f"rule={config.rule}, block_context={config.block_context}, positions={config.positions}{extra}"
 
 
