@@ -371,6 +371,15 @@ def test_a_method_may_take_the_values_of_another_search(here: Path) -> None:
     assert star.tried == chosen["voco"]
 
 
+def test_a_part_of_a_study_keeps_what_the_search_chose_for_the_others(here: Path) -> None:
+    plan = planner(here, SEARCHED)
+    whole = run(here, plan).run()
+    found: list[Any] = []
+    part = run(here, plan, only="voco-k1-s0", found=found.extend)
+    assert {one["method"] for one in found} == {"upper", "voco"} and all(one["accuracy"] for one in found)
+    assert [r.key for r in part.run()] == [r.key for r in whole]
+
+
 def test_a_search_that_failed_is_named_with_the_runs_that_wait_for_it(here: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("FAKE_FAIL", "causal")
     made = run(here, planner(here, SEARCHED))
@@ -394,6 +403,8 @@ def test_a_curve_saves_its_steps_and_reads_them_in_one_go(here: Path) -> None:
     )
     with pytest.raises(ValueError, match="step 9 is beyond max_steps=4 of method upper"):
         planner(here, curve=[2, 9]).runs({})
+    with pytest.raises(ValueError, match="save_total_limit=1 deletes some"):
+        planner(here, curve=[2], overrides={"max_steps": 4, "save_total_limit": 1}).runs({})
 
 
 def test_one_training_is_read_at_several_k(here: Path) -> None:

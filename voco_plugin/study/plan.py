@@ -230,6 +230,11 @@ class Planner:
                 f"curve: step {steps_read[-1]} is beyond max_steps={steps} of method {method.name}; "
                 "leave it out."
             )
+        if steps_read and values.get("save_total_limit"):
+            raise ValueError(
+                f"curve reads every checkpoint, and save_total_limit={values['save_total_limit']} deletes "
+                "some; set it to null in overrides."
+            )
         return Training(
             key,
             ("train", study.recipe, *words, "--output_dir", str(folder)),

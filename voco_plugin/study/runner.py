@@ -129,8 +129,8 @@ class Runner:
         guess = {run.method.name: dict(run.tried) for run in candidates}
         self.progress = self._progress([*candidates, *self.wanted(self.planner.runs(guess))])
         self._execute(candidates)
-        chosen, tried = choose(candidates)
-        if candidates:
+        chosen, tried = choose(self.planner.candidates())  # those of other methods too, where they are done
+        if tried:
             self.found(tried)
         runs = self.wanted(self.planner.runs(chosen))
         lost = {run.method.name for run in candidates} - set(chosen)
