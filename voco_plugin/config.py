@@ -205,3 +205,28 @@ class VoCoConfig:
             )
         extra = {k: v for k, v in record.items() if k not in ("format_version", "voco")}
         return cls.from_dict(voco), extra
+
+
+def read_section(value: Any, kind: Any, name: str, example: str) -> Any:
+    """The section ``name`` of a recipe or of arguments as a ``kind``, a dataclass with ``from_dict``.
+
+    Args:
+        value: such an object, a dict of its fields, such a dict as JSON, or nothing: ``None``, ``"none"``,
+            ``"null"`` and ``""`` are ``None``.
+        example: JSON that an error shows.
+
+    Raises:
+        ValueError: it is none of these, or its fields are wrong.
+    """
+    if isinstance(value, str):
+        if value.strip().lower() in ("", "none", "null"):
+            return None
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}={value!r} is not JSON ({error}); write '{example}'.") from None
+    if value is None or isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a {kind.__name__}, a dict of its fields, or None.")
+    return kind.from_dict(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers.utils import is_torch_cuda_available, is_torch_npu_available, 
 from trl import SFTConfig
 
 from ..collator import check_range
-from ..config import VoCoConfig
+from ..config import VoCoConfig, read_section
 from ..images import ON_BAD_SAMPLE, check_on_bad_sample
 from .distillation import as_distill_config
 
@@ -138,21 +137,8 @@ class VoCoSFTConfig(SFTConfig):
 
 
 def as_voco_config(value: VoCoConfig | dict[str, Any] | str | None) -> VoCoConfig | None:
-    """``value`` as a :class:`~voco_plugin.VoCoConfig`; ``None``, ``"none"`` and ``"null"`` are ``None``."""
-    if isinstance(value, str):
-        if value.strip().lower() in ("", "none", "null"):
-            return None
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"voco={value!r} is not JSON ({error}); write '{{\"num_tokens\": 2}}'."
-            ) from None
-    if value is None or isinstance(value, VoCoConfig):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"voco={value!r} must be a VoCoConfig, a dict of its fields, or None.")
-    return VoCoConfig.from_dict(value)
+    """``value`` as a :class:`~voco_plugin.VoCoConfig`; see :func:`~voco_plugin.config.read_section`."""
+    return read_section(value, VoCoConfig, "voco", '{"num_tokens": 2}')
 
 
 def _template_file(name: str) -> str:

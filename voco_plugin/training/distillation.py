@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..config import nearest
+from ..config import nearest, read_section
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 TEACHERS = ("base", "frozen")
@@ -141,18 +140,5 @@ class DistillConfig:
 
 
 def as_distill_config(value: DistillConfig | dict[str, Any] | str | None) -> DistillConfig | None:
-    """``value`` as a :class:`DistillConfig`; ``None``, ``"none"`` and ``"null"`` are ``None``."""
-    if isinstance(value, str):
-        if value.strip().lower() in ("", "none", "null"):
-            return None
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f'distill={value!r} is not JSON ({error}); write \'{{"teacher": "base"}}\'.'
-            ) from None
-    if value is None or isinstance(value, DistillConfig):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"distill={value!r} must be a DistillConfig, a dict of its fields, or None.")
-    return DistillConfig.from_dict(value)
+    """``value`` as a :class:`DistillConfig`; see :func:`~voco_plugin.config.read_section`."""
+    return read_section(value, DistillConfig, "distill", '{"teacher": "base"}')
