@@ -151,6 +151,7 @@ def test_tables_only_makes_them_again_from_what_is_there(here: Path, capsys: Any
         (["small.yaml", "--set", "overrides.max_step=3"], "unknown key 'max_step' (did you mean "),
         (["small.yaml", "--set", "methods.star.voco.rule=str"], "rule='str' is not known (did you mean "),
         (["small.yaml", "--set", "model=./gone"], "model ./gone does not exist"),
+        (["small.yaml", "--set", "model=runs/gone"], "model runs/gone does not exist"),
         (["small.yaml", "--set", "eval_data=gone.json"], "eval_data.test gone.json does not exist"),
         (["small.yaml", "--set", "search={over: {lora_r: [1, 2]}, last: 9}"], "search.last=9 of 0 rows"),
         (["small.yaml", "--jobs", "0"], "'0' is not a whole number of at least 1"),

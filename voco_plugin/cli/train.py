@@ -258,7 +258,8 @@ def _compose(section: dict[str, Any], model_config: Any, config: Any) -> tuple[A
 
 def check_model_path(source: str) -> None:
     """Refuse a path that looks local and is not there, before transformers takes it for a hub id."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(os.sep)
+    here = (".", "/", "~", "runs/")  # the shipped recipes write below runs/
+    looks_local = source.startswith(here) or source.count("/") > 1 or source.endswith(os.sep)
     if looks_local and not Path(source).expanduser().is_dir():
         raise FileNotFoundError(
             f"model {source} does not exist: give a folder that holds a config.json (or "
