@@ -30,18 +30,18 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--level",
         default="quickstart",
-        choices=("quickstart", "study"),
-        help="how hard: quickstart (2 x 2 cells, answers in phrases) or study (3 x 3 cells, answers of one "
-        "word); the options below change it (default: %(default)s)",
+        choices=("quickstart", "study", "large"),
+        help="how hard: quickstart (2 x 2 cells, answers in phrases), study (2 x 2 cells, six colours, answers "
+        "of one word) or large (3 x 3 cells of these); the options below change it (default: %(default)s)",
     )
-    parser.add_argument("--grid", type=int, help="cells a side, 2…9 (default: 2; study: 3)")
-    parser.add_argument("--colors", type=int, help="colours in use, 2…6 (default: 4; study: 6)")
-    parser.add_argument("--questions", type=int, help="questions an image (default: 8; study: 12)")
-    parser.add_argument("--cell-pixels", type=int, help="pixels a cell's side (default: 32; study: 16)")
+    parser.add_argument("--grid", type=int, help="cells a side, 2…9 (default: 2; large: 3)")
+    parser.add_argument("--colors", type=int, help="colours in use, 2…6 (default: 4; study and large: 6)")
+    parser.add_argument("--questions", type=int, help="questions an image (default: 8; study: 6; large: 12)")
+    parser.add_argument("--cell-pixels", type=int, help="pixels a cell's side (default: 32; study and large: 16)")
     parser.add_argument(
         "--question-set",
         choices=("phrases", "words", "terse"),
-        help="phrases, or answers of one word: words, terse (default: phrases; study: words)",
+        help="phrases, or answers of one word: words, terse (default: phrases; study and large: terse)",
     )
     parser.add_argument(
         "--caption",
@@ -55,7 +55,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier gridworld in OUT")
     parser.add_argument(
-        "--base", metavar="FOLDER", help="also copy the shipped base VLM, tuned on this set, to FOLDER"
+        "--base", metavar="FOLDER", help="also copy the shipped base VLM of the level (quickstart, study), tuned on it, to FOLDER"
     )
     parser.add_argument(
         "--model", metavar="FOLDER", help="also write the tiny VLM, tower pre-trained, projector aligned"
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data.gridworld import write_gridworld
 
     if args.base:
-        check_target(args.base, args.overwrite)
+        check_target(args.base, args.overwrite, args.level)
     meta = write_gridworld(
         args.out,
         num_train=args.num_train,
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {"out": args.out, **meta}
     if args.base:
         result["base"] = args.base
-        copy_base(args.base)
+        copy_base(args.base, args.level)
     if args.model:
         result["model"] = args.model
         result["pre-trained"] = _write_model(args, meta["settings"])
@@ -119,33 +119,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def shipped_base() -> Path:
-    """The folder of the base VLM that comes with the package (made by ``recipes/gridworld_base.yaml``).
+SHIPPED = {"quickstart": "gridworld_base", "study": "gridworld_study_base"}
+"""The base VLMs that come with the package, by level: each is named as the recipe that made it."""
+
+
+def shipped_base(level: str = "quickstart") -> Path:
+    """The folder of a level's base VLM.
 
     Raises:
-        FileNotFoundError: this installation has none.
+        ValueError: there is none for that level.
+        FileNotFoundError: this installation has it not.
     """
-    folder = Path(__file__).resolve().parents[1] / "data" / "assets" / "gridworld_base"
+    if level not in SHIPPED:
+        raise ValueError(f"no base VLM is shipped for level {level!r}: train one, --model FOLDER starts it.")
+    folder = Path(__file__).resolve().parents[1] / "data" / "assets" / SHIPPED[level]
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"the shipped base VLM is not at {folder}; train one: voco gridworld runs/gridworld --model "
-            "runs/gridworld_init, then voco train gridworld_base."
+            f"the shipped base VLM is not at {folder}; train one: voco gridworld DATA --level {level} --model "
+            f"INIT, then voco train {SHIPPED[level]}."
         )
     return folder
 
 
-def check_target(folder: str, overwrite: bool) -> None:
+def check_target(folder: str, overwrite: bool, level: str = "quickstart") -> None:
     """Refuse to write the base over something else."""
     target = Path(folder)
     if target.exists() and any(target.iterdir()) and not (overwrite and (target / "config.json").is_file()):
         raise ValueError(f"--base {folder} is not empty; give another folder (or --overwrite, over a model).")
-    shipped_base()
+    shipped_base(level)
 
 
-def copy_base(folder: str) -> None:
-    """Copy the shipped base VLM to ``folder``."""
+def copy_base(folder: str, level: str = "quickstart") -> None:
+    """Copy a level's base VLM to ``folder``."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for file in shipped_base().iterdir():
+    for file in shipped_base(level).iterdir():
         if file.is_file():
             shutil.copyfile(file, Path(folder) / file.name)
 

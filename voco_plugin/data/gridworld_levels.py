@@ -1,7 +1,8 @@
 """How hard a gridworld is: named levels, and the question sets they ask from.
 
 quickstart  2 x 2 cells, 4 colours, answers in phrases: small enough to train in minutes
-study       3 x 3 cells, 6 colours, answers of one word: enough in an image that few tokens must lose some
+study       2 x 2 cells, 6 colours, answers of one word, few tokens a question: a training in minutes on one core
+large       3 x 3 cells, 6 colours, answers of one word
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Level:
 
 LEVELS: dict[str, Level] = {
     "quickstart": Level(2, 4, 32, 8, "phrases", True, 16),
-    "study": Level(3, 6, 16, 12, "words", True, 8),
+    "study": Level(2, 6, 16, 6, "terse", True, 8),
+    "large": Level(3, 6, 16, 12, "terse", True, 8),
 }
 
 

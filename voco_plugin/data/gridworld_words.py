@@ -3,15 +3,18 @@
 Nine types, from easy to hard:
 
     type      words                                  terse                       answer
-    only      Colour of the only circle?             Colour of circle            red
+    only      Colour of the circle?                  Colour of circle            red
     object    Object at b2?                          Object at b2                circle | 4
     colour    Colour at b2?                          Colour at b2                red
-    cell      Cell of the red circle?                Cell of red circle          b2
-    exists    Any red circle?                        Any red circle              yes | no
+    cell      Cell of the 4?                         Cell of 4                   b2
+    exists    Any red?                               Any red                     yes | no
     count     How many circles?                      Count circles               3
     count_in  How many red shapes in row 2?          Count red in row 2          1
-    relation  Is the red circle above the digit 4?   Is red circle above digit 4 yes | no
+    relation  Is the circle above the 4?             Is circle above 4           yes | no
     sum       Sum of b1 and c3?                      Sum of b1 and c3            6
+
+Things are named by one word, their shape or their digit, where no other thing of the scene has it: a tiny base
+learns to find a thing by one word at once, by two only long after (docs/decisions.md, 2026-11-25).
 
 `terse` takes a third fewer tokens and ends with what the answer turns on. Both ask the same of the same
 images: one seed gives the same questions. Answers are balanced as in `gridworld_questions`.
@@ -25,8 +28,8 @@ from functools import partial
 
 import numpy as np
 
-from voco_plugin.data.gridworld_questions import QuestionType, absent_of_kind, pick
-from voco_plugin.data.gridworld_scenes import SHAPES, Scene, Thing
+from voco_plugin.data.gridworld_questions import QuestionType, pick
+from voco_plugin.data.gridworld_scenes import DIGITS, SHAPES, Scene, Thing
 
 Asked = tuple[str, str] | None
 """A question and its answer; None where the scene allows none."""
@@ -36,16 +39,15 @@ Asked = tuple[str, str] | None
 class Wording:
     """How the types are put into words; `str.format` fills in the braces."""
 
-    only: str
-    cell: str
+    of: str
     colored: str
     count: str
     relation: str
     mark: str
 
 
-_WORDS = Wording("of the only {}", "of the {}", "{} shapes", "How many {}", "Is the {} {} the {}", "?")
-_TERSE = Wording("of {}", "of {}", "{}", "Count {}", "Is {} {} {}", "")
+_WORDS = Wording("of the {}", "{} shapes", "How many {}", "Is the {} {} the {}", "?")
+_TERSE = Wording("of {}", "{}", "Count {}", "Is {} {} {}", "")
 
 
 def _word(thing: Thing) -> str:
@@ -59,7 +61,7 @@ def _only(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[st
     if not single:
         return None
     thing = pick(rng, single)
-    return f"Colour {say.only.format(thing.shape)}{say.mark}", str(thing.color)
+    return f"Colour {say.of.format(thing.shape)}{say.mark}", str(thing.color)
 
 
 def _object(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
@@ -72,20 +74,28 @@ def _colour(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[
     return f"Colour at {scene.cell_name(index)}{say.mark}", str(scene.things[index].color)
 
 
+def _named(scene: Scene) -> list[int]:
+    """The things that one word names, no other thing being called so."""
+    words = [_word(thing) for thing in scene.things]
+    return [index for index, word in enumerate(words) if words.count(word) == 1]
+
+
 def _cell(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
-    unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
-    if not unique:
+    named = _named(scene)
+    if not named:
         return None
-    index = pick(rng, unique)
-    return f"Cell {say.cell.format(scene.names[index])}{say.mark}", scene.cell_name(index)
+    index = pick(rng, named)
+    return f"Cell {say.of.format(_word(scene.things[index]))}{say.mark}", scene.cell_name(index)
 
 
 def _exists(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
-    example = pick(rng, scene.things)
-    if rng.random() < 0.5:
-        return f"Any {example.name}{say.mark}", "yes"
-    absent = absent_of_kind(scene, example, colors)
-    return (f"Any {pick(rng, absent)}{say.mark}", "no") if absent else None
+    words = pick(rng, [colors, SHAPES, tuple(str(digit) for digit in DIGITS)])
+    held = {_word(thing) for thing in scene.things} | {str(thing.color) for thing in scene.things}
+    there, absent = [w for w in words if w in held], [w for w in words if w not in held]
+    if not there or not absent:
+        return None  # one answer only: a guesser would know it
+    word, answer = pick(rng, [(there, "yes"), (absent, "no")])
+    return f"Any {pick(rng, word)}{say.mark}", answer
 
 
 def _subjects(say: Wording, things: Iterable[Thing], colors: tuple[str, ...]) -> list[tuple[str, int]]:
@@ -116,16 +126,17 @@ def _count_in(say: Wording, scene: Scene, rng: np.random.Generator, colors: tupl
 
 
 def _relation(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
-    unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
+    named = _named(scene)
     word, place = pick(rng, [("left of", scene.column), ("above", scene.row)])
-    pairs = [(i, j) for i in unique for j in unique if place(i) < place(j)]
+    pairs = [(i, j) for i in named for j in named if place(i) < place(j)]
     if not pairs:
         return None
     first, second = pick(rng, pairs)
     answer = "yes"
     if rng.random() < 0.5:
         first, second, answer = second, first, "no"
-    return f"{say.relation.format(scene.names[first], word, scene.names[second])}{say.mark}", answer
+    left, right = _word(scene.things[first]), _word(scene.things[second])
+    return f"{say.relation.format(left, word, right)}{say.mark}", answer
 
 
 def _sum(say: Wording, scene: Scene, rng: np.random.Generator, colors: tuple[str, ...]) -> Asked:
