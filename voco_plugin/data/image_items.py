@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from ..images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+
 URL = re.compile(r"^[a-z0-9+.-]+://", re.IGNORECASE)
 
 
