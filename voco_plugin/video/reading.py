@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
+from .decoding import VideoFile
 from .frames import Frame
 from .packets import PacketTable, packet_table
 from .sampling import Sampling, at_times, within
@@ -89,6 +90,7 @@ def _file(source: VideoSource, sampling: Sampling) -> Iterator[Shot]:
     sparse = sampling.fps is not None and sampling.fps <= _SPARSE
     duration: Fraction | None = None
     last: Fraction | None = None
+    table: PacketTable | None = None
     if sampling.count is not None or sparse or (sampling.start or 0) >= _LATE:
         with source.opened() as video:
             table = packet_table(video)
@@ -105,6 +107,8 @@ def _file(source: VideoSource, sampling: Sampling) -> Iterator[Shot]:
         for shot in sampling.pick(video.shots(), duration):
             if last is None or shot.time > last:
                 yield shot
+        if sampling.count is not None and table is not None:  # the last part's middle is not the end
+            _check_end(video, table, sampling)
 
 
 def _seeking(source: VideoSource, table: PacketTable, sampling: Sampling) -> Iterator[Shot]:
@@ -119,5 +123,11 @@ def _seeking(source: VideoSource, table: PacketTable, sampling: Sampling) -> Ite
         if sampling.scene is not None:
             shots = scene_changes(shots, sampling.scene)
         yield from Sampling(max_frames=sampling.max_frames).pick(shots)
-        if sampling.max_frames is None and (sampling.stop is None or sampling.stop > table.duration):
-            video.check_end(table.duration, table.gap)  # what decoding to the end would have found
+        _check_end(video, table, sampling)
+
+
+def _check_end(video: VideoFile, table: PacketTable, sampling: Sampling) -> None:
+    """What decoding to the end would have found: that it is cut off."""
+    if sampling.max_frames is None and (sampling.stop is None or sampling.stop > table.duration):
+        video.reached = float(table.duration)
+        video.check_end(table.duration, table.gap)

@@ -7,7 +7,8 @@
 
 On screen at t is the last frame whose time is at most t. A frame is taken once, however long it
 is on screen. Frames keep their own times: with `fps` these are at or just before the grid's. `start` and
-`end` are seconds; `end` itself is outside. `max_frames` ends the reading; to thin a video evenly, use `count`.
+`end` are seconds; `end` itself is outside. `max_frames` ends the reading; to thin a video evenly, use
+`count`.
 """
 
 from __future__ import annotations
