@@ -81,9 +81,9 @@ class VideoFrames(ImageSource):
             for shot in read_shots(source, self.options.sampling):
                 time = float(shot.time)
                 name = frame_name(video, time)
-                name = frame_name(video, time, digits=6) if name == before else name
+                unique = frame_name(video, time, digits=6) if name == before else name
                 before = name
-                yield ImageItem(name, shot.picture, stamp, video, time)
+                yield ImageItem(unique, shot.picture, stamp, video, time)
         except BadVideoError as problem:
             yield ImageItem(video, _raising(problem), None, video)
 
