@@ -123,11 +123,13 @@ class VideoFile:
             return Fraction(self.container.duration, 1_000_000)
         return None
 
-    def frames(self, after: float | None = None) -> Iterator[Any]:
+    def frames(self, after: float | None = None, *, joined: bool = False) -> Iterator[Any]:
         """The frames that PyAV decodes, in the order of their times.
 
         Args:
             after: seconds of the last good frame before, for errors.
+            joined: decoding begins in the middle: what refers to frames before is not whole, and is passed
+                over until the first frame that is. So it is with a live source.
 
         Raises:
             BadVideoError: a packet or frame is damaged, or the data cannot be read on. A damaged picture is
@@ -135,16 +137,16 @@ class VideoFile:
         """
         av = pyav()
         self.reached = after
-        good, damage = False, ""
+        damage, good = "", not (joined or self.live)
         try:
             for packet in self.container.demux(self.stream):
-                if packet.is_corrupt and not (self.live and not good):
+                if packet.is_corrupt and good:
                     damage = "a packet of it is damaged or cut off"
                     break
                 for frame in packet.decode():
                     if frame.is_corrupt:
-                        if self.live and not good:
-                            continue  # joined in the middle: what refers to frames before is not whole
+                        if not good:
+                            continue
                         raise self.broken("a frame of it is damaged")
                     good = True
                     yield frame

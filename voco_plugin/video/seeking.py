@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,10 @@ from .shots import Shot
 
 _WORTH_A_SEEK = 8
 """Frames that must be saved: a seek empties the decoder."""
+
+
+_FARTHER_BACK = (0, 1, 10)
+"""Seconds before a key frame at which a container is asked for it."""
 
 
 class UnsoundError(Exception):
@@ -47,16 +52,20 @@ def shots_at(video: VideoFile, table: PacketTable, indices: Iterable[int]) -> It
 
 
 def _from(video: VideoFile, table: PacketTable, key: int) -> tuple[Iterator[Any], int]:
-    """The decoder's frames from a key frame on. What it shows before that (open groups) is dropped."""
-    reached = float((int(table.pts[key]) - int(table.pts[0])) * table.tick)
-    video.container.seek(int(table.pts[key]), stream=video.stream, backward=True)
-    found = video.frames(reached)
+    """The decoder's frames from a key frame on. What comes before it is dropped.
 
-    def onward() -> Iterator[Any]:
-        begun = False
-        for frame in found:
-            begun = begun or (frame.pts is not None and frame.pts >= table.pts[key])
-            if begun:
-                yield frame
-
-    return onward(), key
+    Raises:
+        UnsoundError: the container does not lead there.
+    """
+    wanted = int(table.pts[key])
+    reached = float((wanted - int(table.pts[0])) * table.tick)
+    for seconds in _FARTHER_BACK:
+        target = wanted - int(seconds / table.tick)
+        video.container.seek(target, stream=video.stream, backward=True)
+        frames = video.frames(reached, joined=True)
+        for frame in frames:
+            if frame.pts is None or frame.pts > wanted:
+                break  # too late: MPEG-TS looks for decoding times, which are earlier
+            if frame.pts == wanted:
+                return itertools.chain([frame], frames), key
+    raise UnsoundError
