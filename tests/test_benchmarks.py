@@ -35,3 +35,16 @@ def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert found["bytes_an_image"]["VoCo"] == found["store"][0]["values_bytes"]
     assert all(rate > 0 for stored in found["store"] for rate in stored["a_second"].values())
     assert [point["images"] for point in found["memory"]] == [2, 4]
+
+
+@pytest.mark.slow
+def test_video_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    pytest.importorskip("av", reason="PyAV is not installed: pip install 'voco_plugin[video]'")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    found = importlib.import_module("video_file").main(["--quick", "--fps", "2"])
+    assert [(p["codec"], p["frames"]) for p in found["points"]] == [
+        ("h264", 10), ("h264", 30), ("vp9", 10), ("vp9", 30),
+    ]  # fmt: skip
+    for short, long in zip(found["points"][::2], found["points"][1::2], strict=True):
+        # three times the video; what Python and torch take is the same to a few per cent
+        assert long["compress"]["peak_bytes"] < 1.05 * short["compress"]["peak_bytes"]

@@ -60,6 +60,7 @@ PUBLIC_MODULES = (
     "training",
     "benchmark",
     "bulk",
+    "video",
 )
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 

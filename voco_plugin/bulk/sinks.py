@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ..cache import VoCoCache
 from ..cache.shards import ShardFolder, ShardWriter, check_same_maker, shard_names
 from ..cache.store_names import NameEntry, StoreNames
+from ..cache.store_series import Series, write_series
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Sink(Protocol):
 
     def name(self, entries: Sequence[NameEntry]) -> None:
         """More names of caches that are there."""
+
+    def keep_series(self, series: Series) -> None:
+        """Which of the images make a video."""
 
     def close(self) -> None:
         """Write what waits."""
@@ -72,6 +76,9 @@ class StoreSink:
 
     def name(self, entries: Sequence[NameEntry]) -> None:
         self.names.put_many(entries)
+
+    def keep_series(self, series: Series) -> None:
+        write_series(self.store.path, series)
 
     def close(self) -> None:
         self.names.close()
@@ -115,6 +122,9 @@ class ShardSink:
             if self.entries.get((entry.name, entry.num_tokens)) != entry:
                 self.writer.add(entry, None)
                 self._know(entry)
+
+    def keep_series(self, series: Series) -> None:
+        """Nothing: names and times are in the names of the frames, which a reader of shards sees all."""
 
     def close(self) -> None:
         self.writer.flush()

@@ -26,6 +26,7 @@ from ..data.image_items import ImageItem
 from ..data.image_sources import image_source
 from ..images import BadImageError, check_on_bad_sample
 from .ahead import map_ahead
+from .series import SeriesSeen
 from .sinks import Finished, ShardSink, Sink, StoreSink
 
 _NAMES_AT_ONCE = 256
@@ -136,6 +137,9 @@ def compress_dataset(
             progress=progress, refused=refused,
         )  # fmt: skip
         job.run(images.share(rank, world), threads)
+        for series in job.series.found(tokens, images.sampling, job.left_out):
+            for sink in sinks:
+                sink.keep_series(series)
         evicted = sum(key not in store for key in job.written) if store is not None else 0
     seconds = time.perf_counter() - start
     return {
@@ -162,6 +166,7 @@ class _Job:
     written: list[str] = field(default_factory=list)
     batch: dict[str, _Waiting] = field(default_factory=dict)
     new_names: list[NameEntry] = field(default_factory=list)
+    series: SeriesSeen = field(default_factory=SeriesSeen)
 
     def run(self, items: Iterator[ImageItem], threads: int) -> None:
         try:
@@ -178,6 +183,7 @@ class _Job:
     def _unknown(self, items: Iterator[ImageItem]) -> Iterator[ImageItem]:
         """The items that are not finished under their name and stamp."""
         for item in items:
+            self.series.see(item)
             if item.stamp is not None and all(self._known(sink, item) for sink in self.sinks):
                 self.counts.by_name += 1
                 self._hit()

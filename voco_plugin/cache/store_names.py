@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import nearest
 from .files import VoCoCacheError
 from .store_env import Environment, acquire
+from .store_series import all_series, read_series
 
 if TYPE_CHECKING:
     from .cache import VoCoCache
@@ -141,7 +142,8 @@ class StoreNames:
 def caches_by_name(
     store: VoCoCacheStore, names: Sequence[str], num_tokens: int | None = None
 ) -> list[VoCoCache]:
-    """The caches of images by the names they were compressed under; no image is opened.
+    """The caches of images by the names they were compressed under; no image is opened. The name of a video
+    stands for all of its blocks, in order, in one cache.
 
     Args:
         num_tokens: K; the store's fingerprint's where left out.
@@ -155,8 +157,17 @@ def caches_by_name(
     with StoreNames(store.path, readonly=True) as known:
         for name in names:
             entry = known.get(name, tokens)
+            video = read_series(store.path, name, tokens) if entry is None else None
+            if video is not None:
+                from .cache import VoCoCache
+
+                found.append(VoCoCache.cat(caches_by_name(store, video.frames, tokens)))
+                continue
             if entry is None:
-                near = nearest(name, {e.name for e in known}) if len(known) <= _SUGGEST_AMONG else ""
+                near = ""
+                if len(known) <= _SUGGEST_AMONG:
+                    videos = (series.name for series in all_series(store.path))
+                    near = nearest(name, {e.name for e in known}.union(videos))
                 raise ValueError(f"store {store.path} has no image {name!r} with K={tokens}{near}.")
             if entry.key not in store:
                 raise ValueError(

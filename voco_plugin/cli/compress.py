@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import output
 from .compress_options import add_bulk_options, check_no_bulk_options
-from .inputs import add_bad_sample_option, add_model_options, find_images, load_model, open_image, positive
+from .inputs import add_bad_sample_option, add_model_options, find_images, load_model, positive
+from .video_options import add_video_options, check_no_video, video_options
+
+if TYPE_CHECKING:
+    from ..data.image_items import ImageItem, ImageSource
 
 
 def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -21,14 +25,15 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         description="Compress each image alone (stage 1) and keep the keys and values of its VoCo tokens.\n"
         "--store: a database by content; a run that was stopped goes on where it was, nothing is computed "
         "twice.\n--shards: Parquet files under any fsspec URL. --out: cache files; a name ending in "
-        ".safetensors holds\nall images in order, else it is a folder with one file per image.",
+        ".safetensors holds\nall images in order, else it is a folder with one file per image (or video).",
         epilog="examples:\n  voco compress runs/gridworld_voco photos/ --store caches/\n"
         "  voco compress MODEL 'train-{0000..0031}.tar' --store caches/ --workers 4\n"
         "  voco compress MODEL llava_665k.json --image-folder coco/ --store caches/ --on-bad-sample skip\n"
         "  voco compress MODEL org/dataset --split train --streaming --shards s3://bucket/caches\n"
         "  torchrun --nproc_per_node 8 -m voco_plugin compress MODEL data.parquet --store caches/\n"
         "  voco compress MODEL photos/ --store caches/ --engine ray --workers 8\n"
-        "  voco compress runs/gridworld_voco a.png b.png --out both.safetensors\n",
+        "  voco compress runs/gridworld_voco a.png b.png --out both.safetensors\n"
+        "  voco compress MODEL talk.mp4 --fps 1 --store caches/\n",
     )
     add_model_options(parser)
     parser.add_argument(
@@ -39,6 +44,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "image files and folders)",
     )
     parser.add_argument("--out", metavar="OUT", help="cache files: a .safetensors file, or a folder")
+    add_video_options(parser)
     add_bulk_options(parser)
     parser.add_argument(
         "--num-tokens", type=positive, metavar="K", help="VoCo tokens an image (default: the model's)"
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _to_files(args: argparse.Namespace) -> int:
     skip = args.on_bad_sample == "skip"
-    paths = find_images(args.images, missing=skip)
+    source, files = _named_source(args, skip)
     out = Path(args.out).expanduser()
     single = out.suffix == ".safetensors"
     if single and out.is_dir():
@@ -70,18 +76,19 @@ def _to_files(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--out {out} is a file that is no .safetensors file; give a folder, or NAME.safetensors."
         )
-    targets = dict.fromkeys(paths, out) if single else _targets(out, paths)
+    targets = {str(out): out} if single else _targets(out, files)
     model, processor = load_model(args)
 
     from ..answering import compress_images
     from ..cache import VoCoCache
 
-    opener = Opener(paths, skip)
-    done: list[Path] = []
-    caches: list[VoCoCache] = []
+    opener = Opener(source, skip)
+    done: list[str] = []
+    caches: dict[str, list[VoCoCache]] = {}
+    written: dict[str, None] = {}
     cached = full = 0
     start = time.perf_counter()
-    with output.progress(total=len(paths), unit="image", quiet=args.json) as bar:
+    with output.progress(total=source.about(0, 1), unit="image", quiet=args.json) as bar:
         made = compress_images(
             model,
             processor,
@@ -92,19 +99,21 @@ def _to_files(args: argparse.Namespace) -> int:
             refused=opener.refuse,
         )
         for cache in made:
-            path = opener.next_good(done)
-            if single:
-                caches.append(cache)
-            else:
-                cache.save(targets[path])
+            name, file = opener.next_good()
+            file = str(out) if single else file
+            done.append(name)
+            if file not in caches:
+                _save(caches, targets)  # what came before is whole
+            caches.setdefault(file, []).append(cache)
+            written[str(targets[file])] = None
             cached, full = (a + b for a, b in zip((cached, full), cache_sizes(cache), strict=True))
     seconds = time.perf_counter() - start
     if not done:
-        raise ValueError(f"none of the {len(paths)} images can be used: {opener.skipped[0]['reason']}")
-    if single:
-        VoCoCache.cat(caches).save(out)
+        why = opener.skipped[0]["reason"] if opener.skipped else "that part of the videos holds no frame."
+        raise ValueError(f"none of the {len(files)} images or videos can be used: {why}")
+    _save(caches, targets)
     result = {
-        "images": [str(p) for p in done], "files": list(dict.fromkeys(str(targets[p]) for p in done)),
+        "images": done, "files": list(written),
         "skipped_samples": len(opener.skipped), "skipped": opener.skipped, "seconds": seconds,
         "images_per_second": len(done) / seconds, "cache_bytes": cached, "full_kv_bytes": full,
         "compression": full / cached,
@@ -113,7 +122,7 @@ def _to_files(args: argparse.Namespace) -> int:
         output.emit_json(result)
         return 0
     if opener.skipped:
-        output.emit(f"{len(opener.skipped)} of {len(paths)} images skipped (--on-bad-sample skip)")
+        output.emit(f"{len(opener.skipped)} of {opener.seen} images skipped (--on-bad-sample skip)")
     output.emit(
         f"{len(done)} image(s) in {seconds:.1f} s ({result['images_per_second']:.1f} images/s) → {out}"
     )
@@ -128,12 +137,13 @@ class Opener:
     """Opens images in order; a bad one raises, or is named on stderr and left out.
 
     Attributes:
+        seen: how many have come.
         skipped: what was left out, as ``{"image", "reason"}``.
     """
 
-    def __init__(self, paths: list[Path], skip: bool) -> None:
-        self.paths, self.skip = paths, skip
-        self.opened: list[Path] = []
+    def __init__(self, items: Iterable[ImageItem], skip: bool) -> None:
+        self.items, self.skip, self.seen = items, skip, 0
+        self.opened: list[tuple[str, str]] = []
         self.skipped: list[dict[str, str]] = []
         self._refused: set[int] = set()
         self._next = 0
@@ -141,39 +151,64 @@ class Opener:
     def __iter__(self) -> Iterator[Any]:
         from ..images import BadImageError
 
-        for path in self.paths:
+        for item in self.items:
+            self.seen += 1
             try:
-                image = open_image(path)
+                image = item.open()
             except BadImageError as problem:
                 if not self.skip:
                     raise
-                self._leave_out(path, str(problem))
+                self._leave_out(item.name, str(problem))
                 continue
-            self.opened.append(path)
+            self.opened.append((item.name, item.series or item.name))
             yield image
 
     def refuse(self, number: int, reason: str) -> None:
         """Leave out the ``number``-th image opened: the processor does not take it."""
         from ..images import BadImageError
 
-        path = self.opened[number]
-        problem = f"image {path} cannot be used: {reason}."
+        name = self.opened[number][0]
+        problem = f"image {name} cannot be used: {reason}."
         if not self.skip:
             raise BadImageError(problem)
         self._refused.add(number)
-        self._leave_out(path, problem)
+        self._leave_out(name, problem)
 
-    def next_good(self, done: list[Path]) -> Path:
-        """The path of the next image that was not left out; it is added to ``done``."""
+    def next_good(self) -> tuple[str, str]:
+        """The name of the next image that was not left out, and of the video it is of, or its own again."""
         while self._next in self._refused:
             self._next += 1
         self._next += 1
-        done.append(self.opened[self._next - 1])
-        return done[-1]
+        return self.opened[self._next - 1]
 
-    def _leave_out(self, path: Path, reason: str) -> None:
-        self.skipped.append({"image": str(path), "reason": reason})
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.skipped.append({"image": name, "reason": reason})
         output.note(f"skipped: {reason}")
+
+
+def _named_source(args: argparse.Namespace, skip: bool) -> tuple[ImageSource, list[str]]:
+    """The images or frames of videos that are named, and the files they are of; what is not there is found
+    before a model loads."""
+    from ..data.image_items import FileImages
+    from ..data.video_sources import video_source
+
+    videos = video_options(args)
+    if videos is not None:
+        frames = video_source(args.images, videos, missing=skip)
+        return frames, frames.videos
+    check_no_video(args.images)
+    images = FileImages([])
+    images.paths = [str(path) for path in find_images(args.images, missing=skip)]  # one named twice is two
+    return images, images.paths
+
+
+def _save(caches: dict[str, list[Any]], targets: Mapping[str, Path]) -> None:
+    """Write what has been gathered, a file each, and let go of it."""
+    from ..cache import VoCoCache
+
+    for name, parts in caches.items():
+        VoCoCache.cat(parts).save(targets[name])
+    caches.clear()
 
 
 def cache_sizes(cache: Any) -> tuple[int, int]:
@@ -182,12 +217,12 @@ def cache_sizes(cache: Any) -> tuple[int, int]:
     return cache.nbytes, full
 
 
-def _targets(folder: Path, paths: list[Path]) -> dict[Path, Path]:
+def _targets(folder: Path, files: Sequence[str]) -> dict[str, Path]:
     """One file per image; images of one name in different folders would overwrite each other, which
     raises."""
-    targets = [folder / f"{path.stem}.safetensors" for path in paths]
-    seen: dict[Path, Path] = {}
-    for path, target in zip(paths, targets, strict=True):
+    targets = [folder / f"{Path(path).stem}.safetensors" for path in files]
+    seen: dict[Path, str] = {}
+    for path, target in zip(files, targets, strict=True):
         if target in seen:
             raise ValueError(
                 f"{seen[target]} and {path} would both become {target.name}; compress them into different "
@@ -195,4 +230,4 @@ def _targets(folder: Path, paths: list[Path]) -> dict[Path, Path]:
                 "or all into one file (--out NAME.safetensors)."
             )
         seen[target] = path
-    return dict(zip(paths, targets, strict=True))
+    return dict(zip(files, targets, strict=True))

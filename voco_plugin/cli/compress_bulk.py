@@ -14,7 +14,9 @@ from typing import Any
 from . import output
 from .compress_options import check_bulk_options
 from .train import check_model_path
+from .video_options import check_no_video, video_options
 
+OF_DATASETS = ("split", "image_column", "image_folder", "streaming")
 COUNTED = (
     "images", "computed", "hits", "by_name", "skipped", "bytes_written", "vision_bytes", "evicted",
 )  # fmt: skip
@@ -51,10 +53,19 @@ def run(args: argparse.Namespace, load_model: Callable[[argparse.Namespace], tup
 def open_source(args: argparse.Namespace) -> Any:
     """The images of the command line; what is not there is found before a model loads."""
     from ..data.image_sources import image_source
+    from ..data.video_sources import video_source
 
+    missing = args.on_bad_sample == "skip"
+    videos = video_options(args)
+    if videos is not None:
+        for name in OF_DATASETS:
+            if getattr(args, name):
+                raise ValueError(f"--{name.replace('_', '-')} is not of videos: leave it out.")
+        return video_source(args.images, videos, missing=missing)
+    check_no_video(args.images)
     source = image_source(
         args.images, split=args.split, image_column=args.image_column, image_folder=args.image_folder,
-        streaming=args.streaming, missing=args.on_bad_sample == "skip",
+        streaming=args.streaming, missing=missing,
     )  # fmt: skip
     if source.random_access and not len(source):
         raise ValueError(f"{' '.join(args.images)} holds no image.")
@@ -84,7 +95,7 @@ def _run_share(args: argparse.Namespace, source: Any, here: Any, load_model: Any
 
     store = open_store(args, model)
     try:
-        with Bar(source.share_length(here.rank, here.world), quiet=args.json or not here.first) as bar:
+        with Bar(source.about(here.rank, here.world), quiet=args.json or not here.first) as bar:
             return compress_dataset(
                 model, processor, source, store, shards=args.shards, num_tokens=args.num_tokens,
                 batch_size=args.batch_size, max_memory=args.max_memory, on_bad_sample=args.on_bad_sample,
@@ -100,7 +111,7 @@ def _run_ray(args: argparse.Namespace, source: Any) -> dict[str, Any]:
     from .launch import load_integration
 
     bridge = load_integration("ray")
-    with Bar(source.share_length(0, 1), quiet=args.json) as bar:
+    with Bar(source.about(0, 1), quiet=args.json) as bar:
         return bridge.compress_with_ray(
             args.model, source, args.store, shards=args.shards, workers=args.workers or 1,
             num_tokens=args.num_tokens, batch_size=args.batch_size, max_memory=args.max_memory,

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from ..images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+
 URL = re.compile(r"^[a-z0-9+.-]+://", re.IGNORECASE)
 
 
@@ -23,11 +24,15 @@ class ImageItem:
         read: gives what :func:`voco_plugin.images.open_image` takes: a path, bytes, a record, a PIL image.
         stamp: changes when the image behind the name may have changed (size and time of a file, fingerprint
             of a dataset); ``None`` where nothing cheap can tell.
+        series: the name of what it is a part of, in order: the video of a frame.
+        time: seconds within that.
     """
 
     name: str
     read: Callable[[], Any]
     stamp: str | None = None
+    series: str | None = None
+    time: float | None = None
 
     def open(self) -> Any:
         """The image as 8-bit RGB.
@@ -39,6 +44,8 @@ class ImageItem:
 
         try:
             found = self.read()
+        except BadImageError:
+            raise
         except (OSError, ValueError) as problem:
             raise BadImageError(f"{self.name}: image cannot be read: {problem}.") from None
         return open_image(found, None if isinstance(found, (str, os.PathLike)) else self.name)
@@ -48,6 +55,8 @@ class ImageSource:
     """Images in order. ``len`` and ``[i]`` work where ``random_access`` says so; iteration always does."""
 
     random_access = True
+    sampling = ""
+    """How the frames of its videos were chosen, in words."""
 
     def __iter__(self) -> Iterator[ImageItem]:
         return (self[i] for i in range(len(self)))
@@ -67,6 +76,10 @@ class ImageSource:
     def share_length(self, rank: int, world: int) -> int | None:
         """How many images :meth:`share` gives; ``None`` where only reading would tell."""
         return len(range(rank, len(self), world)) if self.random_access else None
+
+    def about(self, rank: int, world: int) -> int | None:
+        """About how many :meth:`share` gives, for a progress bar; ``None`` where nothing tells."""
+        return self.share_length(rank, world)
 
 
 class FileImages(ImageSource):

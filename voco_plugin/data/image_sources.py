@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..video.decoding import VIDEO_SUFFIXES
 from .image_items import IMAGE_SUFFIXES, URL, FileImages, ImageSource, JoinedImages
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -147,6 +148,8 @@ def _one(name: str, options: Mapping[str, Any]) -> ImageSource:
         if not path.is_file():
             raise FileNotFoundError(f"{name} does not exist.")
         return FileImages(_json_names(path, options["image_column"], options["image_folder"]))
+    if lower.endswith(VIDEO_SUFFIXES):
+        raise ValueError(f"{name} is a video: say which of its frames (voco compress --fps 1; video_source).")
     if path.is_file() and not lower.endswith(TABLE_SUFFIXES):
         return FileImages([str(path)])  # whatever its name: opening it says whether it is an image
     if lower.endswith(IMAGE_SUFFIXES):
