@@ -33,8 +33,8 @@ SYSTEM = (
 )
 PROMPT = (
     "Question: {question}\nReference answer: {truth}\nAnswer to grade: {answer}\n\n"
-    "Does the answer agree with the reference? Give a whole number from 0 (unrelated) to 5 (the same meaning) "
-    'as well. Reply with one JSON object and nothing else, like {{"correct": "no", "score": 2}}.'
+    "Does the answer agree with the reference? Give also a whole number from 0 (unrelated) to 5 (the same "
+    'meaning). Reply with one JSON object and nothing else, like {{"correct": "no", "score": 2}}.'
 )
 KEY_VARIABLE = "VOCO_JUDGE_API_KEY"
 
@@ -72,7 +72,7 @@ class Judge:
         model: what the endpoint calls its model.
         cache: file of the verdicts so far; ``None`` keeps none.
         key: sent as bearer token.
-        timeout: seconds a reply may take, all in all.
+        timeout: seconds the endpoint may be silent, and its reply may take.
         retries: how often a request, or an unreadable reply, is tried again.
         wait: seconds before the first repetition; doubled each time.
         workers: requests at a time.

@@ -1,4 +1,4 @@
-"""The two ratios by which a compression is judged, and their means; :mod:`.metrics` says when to use which."""
+"""The two ratios by which a compression is judged, and their means; :mod:`.metrics` says when to use each."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """The annotation files of MSVD-QA, MSRVTT-QA and ActivityNet-QA, as published → one row per video.
 
-    msvd         train_qa.json, val_qa.json, test_qa.json   [{"id": 0, "video_id": 1, "question": "what is …?",
-                 youtube_mapping.txt (optional)               "answer": "dog"}, …]   -4wsuPCjDBc_5_15 vid1
-    msrvtt       the same three names                       and "category_id"; video 7010 is video7010.mp4
-    activitynet  test_q.json                                [{"video_name": "1QIUV7WYKXg", "question": "…",
-                                                              "question_id": "v_1QIUV7WYKXg_3"}, …]
-                 test_a.json                                [{"question_id": …, "answer": "yes", "type": 3}, …]
+    msvd         test_qa.json          [{"id": 0, "video_id": 1, "question": "what …?", "answer": "dog"}, …]
+                 youtube_mapping.txt   -4wsuPCjDBc_5_15 vid1           (optional; train_qa, val_qa likewise)
+    msrvtt       test_qa.json          as msvd's, and "category_id"; video 7010 is video7010.mp4
+    activitynet  test_q.json           [{"video_name": "1QIUV7WYKXg", "question_id": "v_1QIUV7WYKXg_3",
+                                         "question": "is …"}, …]
+                 test_a.json           [{"question_id": …, "answer": "yes", "type": 3}, …]
 
 Types are ActivityNet-QA's own nine; of the other two sets the question word, as their papers report it.
 The video of MSVD number 1 is ``vid1.*``, or what the mapping calls it; of ActivityNet ``v_NAME.*`` or
