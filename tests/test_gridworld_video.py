@@ -307,9 +307,7 @@ def test_what_cannot_be_written_is_an_error_and_nothing_else_is_removed(tmp_path
     small = VideoWorld(num_train=2, num_test=1)
     needle = VideoWorld(num_train=1, num_test=1, plot="needle", num_questions=4)
     with pytest.raises(ValueError, match="ask fewer"):
-        write_gridworld_video(
-            tmp_path / "a", VideoWorld(num_train=1, num_test=1, plot="needle", num_questions=4)
-        )
+        write_gridworld_video(tmp_path / "a", needle)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds no gridworld of videos"):

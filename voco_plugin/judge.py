@@ -39,6 +39,7 @@ PROMPT = (
 KEY_VARIABLE = "VOCO_JUDGE_API_KEY"
 
 _MAX_REPLY = 1 << 20
+_BEGIN = b'{"key": "'
 _RETRIED = (408, 409, 425, 429)
 _CORRECT = re.compile(r"""["']?(?:correct|pred)["']?\s*:\s*["']?(yes|no|true|false)\b""", re.IGNORECASE)
 _SCORE = re.compile(r"""["']?score["']?\s*:\s*["']?(\d+(?:\.\d+)?)""", re.IGNORECASE)
@@ -236,16 +237,19 @@ def _read_cache(path: Path) -> dict[str, Verdict]:
         return {}
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    cut_off = data[len(whole) :]
     known = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
         try:
             entry = json.loads(line)
             known[entry["key"]] = Verdict(bool(entry["correct"]), float(entry["score"]))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}, is no verdict of a judge: give another file") from None
+    if cut_off:
+        if cut_off[: len(_BEGIN)] != _BEGIN[: len(cut_off)]:
+            raise ValueError(f"{path} ends in what is no verdict of a judge: give another file")
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
     return known
 
 
