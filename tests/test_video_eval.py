@@ -1,4 +1,4 @@
-"""`voco eval` of videos: frames all, single, shuffled; each picture compressed once; published sets; judge."""
+"""`voco eval` of videos: frames all, single, shuffled; pictures compressed once; published sets; judge."""
 
 from __future__ import annotations
 
@@ -157,9 +157,7 @@ def test_a_batch_opens_no_more_videos_than_it_asks_about(loaded, monkeypatch):
     monkeypatch.setattr(answering, "answer", lambda model, processor, texts, **_: ["b1"] * len(texts))
     questions = questions_of(data.remove_columns("images"))
     evaluate(model, loaded[1], data, questions, mode="images", batch_size=2)
-    assert opened == [row["id"] for row in data.remove_columns("images")], (
-        "each once, though batches cut rows"
-    )
+    assert opened == [row["id"] for row in data.remove_columns("images")], "once, though batches cut rows"
     with pytest.raises(ValueError, match="frames='half' is not known"):
         evaluate(model, loaded[1], data, questions, frames="half")
 
@@ -229,7 +227,9 @@ def published(here, monkeypatch):
 
 def test_eval_reads_a_published_set_and_asks_the_judge(published, here, capsys, monkeypatch):
     server = Server()
-    server.script = lambda number, text: json.dumps({"correct": "yes" if "who" in text else "no", "score": 3})
+    server.script = lambda number, text: json.dumps(
+        {"correct": "yes" if "who is" in text else "no", "score": 3}
+    )
     monkeypatch.setenv("VOCO_JUDGE_API_KEY", "secret")
     try:
         judge = ["--judge", server.url, "--judge-model", "tiny", "--judge-cache", "kept.jsonl"]
