@@ -162,6 +162,21 @@ def test_a_batch_opens_no_more_videos_than_it_asks_about(loaded, monkeypatch):
         evaluate(model, loaded[1], data, questions, frames="half")
 
 
+def test_a_template_that_writes_images_first_takes_no_times(loaded):
+    _, processor, _ = loaded
+    answering.check_times(processor)
+
+    class ImagesFirst:
+        chat_template = "as LLaVA-1.5's"
+
+        def apply_chat_template(self, batch, **_):
+            parts = [sorted(talk[0]["content"], key=lambda part: part["type"]) for talk in batch]
+            return ["".join(part.get("text", "<image>\n") for part in row) for row in parts]
+
+    with pytest.raises(ValueError, match="writes all images before all text"):
+        answering.check_times(ImagesFirst())
+
+
 DATA = ["--data", "set/test.json", "--image-folder", "set/images", "--max-new-tokens", "2"]
 
 

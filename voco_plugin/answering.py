@@ -249,8 +249,8 @@ def answer(
         generate: passed to ``model.generate``.
 
     Raises:
-        ValueError: images and caches are both given, their number is not that of the questions, or a plain
-            model is to answer from a cache.
+        ValueError: images and caches are both given, their number is not that of the questions, a plain
+            model is to answer from a cache, or the chat template does not keep times before their images.
     """
     if images is not None and caches is not None:
         raise ValueError("give images or caches, not both.")
@@ -263,6 +263,8 @@ def answer(
         raise ValueError(
             "a model without VoCo attached cannot answer from a cache; load it with voco_plugin.load."
         )
+    if times is not None and any(when is not None for row in times for when in row):
+        check_times(processor)
     generate.setdefault("do_sample", False)
     out: list[str] = []
     with evaluating(model):
@@ -297,6 +299,21 @@ def prompt(
     batch = _asked(questions, images, times)
     inputs = encode(processor, batch, images)
     return _on(model, model.insert_voco_tokens(inputs) if is_attached(model) else inputs)
+
+
+def check_times(processor: Any) -> None:
+    """Refuse time texts under a chat template that does not write them before their frames.
+
+    Raises:
+        ValueError: it writes all images first, then all text.
+    """
+    first, second = "<1.0s>", "<2.0s>"
+    (text,) = render(processor, [ask("?", 2, [first, second])])
+    if not text.partition(first)[2].partition(second)[0].strip():
+        raise ValueError(
+            "this processor's chat template writes all images before all text, so no time text stands before "
+            "its frame; leave time texts out, or give a template that writes parts in order."
+        )
 
 
 def _asked(questions: Sequence[str], shown: Sequence[Any], times: Any) -> list[Messages]:

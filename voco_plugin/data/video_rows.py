@@ -24,6 +24,8 @@ def read_frames(path: Path, count: int | None, fps: float | None) -> list[Any]:
         raise BadImageError(f"video {path} does not exist.")
     try:
         frames = list(reading.read_video(str(path), count=count, fps=fps))
+    except BadImageError:
+        raise
     except (OSError, ValueError) as problem:
         raise BadImageError(f"video {path} cannot be read: {problem}") from None
     if not frames:
