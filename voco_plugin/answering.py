@@ -27,9 +27,22 @@ Tick = Callable[[int], Any]
 _BLANK = (56, 56)
 
 
-def ask(question: str, num_images: int = 1) -> Messages:
-    """One user turn: the images, then the question."""
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
+def ask(question: str, num_images: int = 1, times: Sequence[str | None] | None = None) -> Messages:
+    """One user turn: the images, then the question.
+
+    Args:
+        times: per image the time text before it, or ``None``.
+
+    Raises:
+        ValueError: not as many times as images.
+    """
+    if times is not None and len(times) != num_images:
+        raise ValueError(f"{len(times)} times for {num_images} images; give one for each, or None.")
+    content: list[dict[str, Any]] = []
+    for number in range(num_images):
+        if times is not None and times[number] is not None:
+            content.append({"type": "text", "text": times[number]})
+        content.append({"type": "image"})
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
@@ -219,6 +232,7 @@ def answer(
     *,
     images: Sequence[Sequence[Any]] | None = None,
     caches: Sequence[VoCoCache] | None = None,
+    times: Sequence[Sequence[str | None]] | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
     tick: Tick | None = None,
@@ -231,15 +245,16 @@ def answer(
         images: per question its images. An attached model compresses them, a plain one reads every vision
             token.
         caches: instead of images: per question the cache of its images, which are not opened again.
+        times: per question the time text before each image (frames of a video), or ``None``.
         generate: passed to ``model.generate``.
 
     Raises:
-        ValueError: images and caches are both given, their number is not that of the questions, or a plain
-            model is to answer from a cache.
+        ValueError: images and caches are both given, their number is not that of the questions, a plain
+            model is to answer from a cache, or the chat template does not keep times before their images.
     """
     if images is not None and caches is not None:
         raise ValueError("give images or caches, not both.")
-    for name, given in (("images", images), ("caches", caches)):
+    for name, given in (("images", images), ("caches", caches), ("times", times)):
         if given is not None and len(given) != len(questions):
             raise ValueError(
                 f"{len(given)} {name} for {len(questions)} questions; give one entry per question."
@@ -248,12 +263,15 @@ def answer(
         raise ValueError(
             "a model without VoCo attached cannot answer from a cache; load it with voco_plugin.load."
         )
+    if times is not None and any(when is not None for row in times for when in row):
+        check_times(processor)
     generate.setdefault("do_sample", False)
     out: list[str] = []
     with evaluating(model):
         for start in range(0, len(questions), batch_size):
             part = slice(start, start + batch_size)
-            inputs = prompt(model, processor, questions[part], _part(images, part), _part(caches, part))
+            shown = (_part(images, part), _part(caches, part), _part(times, part))
+            inputs = prompt(model, processor, questions[part], *shown)
             ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)
             fresh = ids[:, inputs["input_ids"].shape[1] :]
             out += [text.strip() for text in processor.batch_decode(fresh, skip_special_tokens=True)]
@@ -268,18 +286,40 @@ def prompt(
     questions: Sequence[str],
     images: Sequence[Sequence[Any]] | None = None,
     caches: Sequence[VoCoCache] | None = None,
+    times: Sequence[Sequence[str | None]] | None = None,
 ) -> dict[str, Any]:
     """The arguments of ``model(...)`` or ``model.generate(...)`` for a batch of questions; see
     :func:`answer`."""
     if caches is not None:
         stacked = VoCoCache.stack(caches)
-        batch = [ask(q, len(c)) for q, c in zip(questions, caches, strict=True)]
+        batch = _asked(questions, caches, times)
         return _on(model, {**stream_of(model, processor, batch, stacked), "voco_cache": stacked})
     if images is None:
         return _on(model, encode(processor, [ask(q, 0) for q in questions], None))
-    batch = [ask(q, len(row)) for q, row in zip(questions, images, strict=True)]
+    batch = _asked(questions, images, times)
     inputs = encode(processor, batch, images)
     return _on(model, model.insert_voco_tokens(inputs) if is_attached(model) else inputs)
+
+
+def check_times(processor: Any) -> None:
+    """Refuse time texts under a chat template that does not write them before their frames.
+
+    Raises:
+        ValueError: it writes all images first, then all text.
+    """
+    first, second = "<1.0s>", "<2.0s>"
+    (text,) = render(processor, [ask("?", 2, [first, second])])
+    if not text.partition(first)[2].partition(second)[0].strip():
+        raise ValueError(
+            "this processor's chat template writes all images before all text, so no time text stands before "
+            "its frame; leave time texts out, or give a template that writes parts in order."
+        )
+
+
+def _asked(questions: Sequence[str], shown: Sequence[Any], times: Any) -> list[Messages]:
+    """Each question after its images (or cached ones)."""
+    told = [None] * len(questions) if times is None else times
+    return [ask(q, len(row), when) for q, row, when in zip(questions, shown, told, strict=True)]
 
 
 def _part(items: Any, part: slice) -> Any:

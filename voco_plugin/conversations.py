@@ -12,13 +12,46 @@ becomes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PLACEHOLDER = "<image>"
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
+
+TIME_TEXT = re.compile(r"<\d+(\.\d+)?s>")
+"""The text that may stand before a frame of a video and says when it is: ``<1.0s>``."""
+
+
+def time_text(seconds: float) -> str:
+    """``12`` → ``<12.0s>``: a frame's time from the start of its video, to a tenth of a second."""
+    return f"<{seconds:.1f}s>"
+
+
+def is_time_text(content: Sequence[Mapping[str, Any]], place: int) -> bool:
+    """Whether part ``place`` of a message is the time text of the image right after it."""
+    part = content[place]
+    return (
+        part["type"] == "text"
+        and place + 1 < len(content)
+        and content[place + 1]["type"] == "image"
+        and TIME_TEXT.fullmatch((part.get("text") or "").strip()) is not None
+    )
+
+
+def image_times(messages: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Per image of a conversation, in order, the time text before it; ``None`` where there is none."""
+    found: list[str | None] = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, (list, tuple)):
+            continue
+        for place, part in enumerate(content):
+            if part["type"] == "image":
+                timed = place > 0 and is_time_text(content, place - 1)
+                found.append(content[place - 1]["text"].strip() if timed else None)
+    return found
 
 
 def split_placeholders(text: str) -> list[dict[str, Any]]:

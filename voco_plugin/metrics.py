@@ -15,68 +15,24 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import frame_order
 from .agreement import Agreement as Agreement
 from .agreement import agreement as agreement
 from .boxes import located
+from .conversations import is_time_text
 from .images import open_image
 from .intervals import Resampler as Resampler
 from .intervals import bootstrap as bootstrap
 from .intervals import bootstrap_difference as bootstrap_difference
 from .intervals import interval as interval
-
-
-def raw_ratio(score: float, upper: float) -> float:
-    """``score / upper``.
-
-    Raises:
-        ValueError: ``upper`` is not positive.
-    """
-    if upper <= 0:
-        raise ValueError(f"raw ratio needs a positive upper bound, not {upper}.")
-    return score / upper
-
-
-def retention(score: float, lower: float, upper: float) -> float:
-    """``(score - lower) / (upper - lower)`` (paper, Table 1); below 0 or above 1 where the score lies
-    outside.
-
-    Raises:
-        ValueError: ``upper`` is not above ``lower``: the bounds leave nothing to retain.
-    """
-    if upper <= lower:
-        raise ValueError(f"retention needs upper > lower, not upper={upper}, lower={lower}.")
-    return (score - lower) / (upper - lower)
-
-
-def average_raw_ratio(scores: Sequence[float], uppers: Sequence[float]) -> float:
-    """The mean of :func:`raw_ratio` over benchmarks, given in the same order.
-
-    Raises:
-        ValueError: as :func:`raw_ratio`, or the numbers of benchmarks differ.
-    """
-    _check_columns(scores, uppers)
-    return sum(map(raw_ratio, scores, uppers)) / len(scores)
-
-
-def average_retention(scores: Sequence[float], lowers: Sequence[float], uppers: Sequence[float]) -> float:
-    """The mean of :func:`retention` over benchmarks, given in the same order (the paper's Avg.).
-
-    Raises:
-        ValueError: as :func:`retention`, or the numbers of benchmarks differ.
-    """
-    _check_columns(scores, lowers, uppers)
-    return sum(map(retention, scores, lowers, uppers)) / len(scores)
-
-
-def _check_columns(*columns: Sequence[float]) -> None:
-    if len({len(column) for column in columns}) != 1 or not columns[0]:
-        raise ValueError(
-            f"{', '.join(str(len(c)) for c in columns)} scores: give one for each benchmark, at least one."
-        )
+from .ratios import average_raw_ratio as average_raw_ratio
+from .ratios import average_retention as average_retention
+from .ratios import raw_ratio as raw_ratio
+from .ratios import retention as retention
 
 
 @dataclass(frozen=True)
@@ -94,6 +50,7 @@ def questions_of(
     dataset: Iterable[Mapping[str, Any]], skip_types: Iterable[str] = ("describe",)
 ) -> list[Question]:
     """Each user turn that an assistant turn answers, as a question of its own (see ``data/gridworld.py``).
+    Time texts of frames are no part of it.
 
     Args:
         dataset: rows in TRL's vision format (``messages``; the labels in ``types``, where it has them).
@@ -120,7 +77,12 @@ def questions_of(
 def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "".join(part.get("text") or "" for part in content if part["type"] == "text").strip()
+    said = [
+        part.get("text") or ""
+        for place, part in enumerate(content)
+        if part["type"] == "text" and not is_time_text(content, place)
+    ]
+    return "".join(said).strip()
 
 
 def normalise(text: str) -> str:
@@ -179,8 +141,16 @@ class Score:
         }
 
 
-def score(questions: Sequence[Question], answers: Sequence[str], seconds: float = 0.0) -> Score:
+def score(
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    seconds: float = 0.0,
+    match: Callable[[str, str], bool] | None = None,
+) -> Score:
     """The :class:`Score` of ``answers``, one per question.
+
+    Args:
+        match: judges an answer against the truth; ``None``: :func:`is_right`.
 
     Raises:
         ValueError: there is no question, or not one answer for each; a ``rec`` question has no box for an
@@ -190,7 +160,8 @@ def score(questions: Sequence[Question], answers: Sequence[str], seconds: float 
         raise ValueError(
             f"{len(answers)} answers for {len(questions)} questions; give one per question, and at least one."
         )
-    correct = [is_right(q.type, a, q.answer) for q, a in zip(questions, answers, strict=True)]
+    pairs = list(zip(questions, answers, strict=True))
+    correct = [is_right(q.type, a, q.answer) if match is None else match(a, q.answer) for q, a in pairs]
     right: dict[str, list[bool]] = defaultdict(list)
     for question, hit in zip(questions, correct, strict=True):
         right[question.type].append(hit)
@@ -226,6 +197,9 @@ def evaluate(
     batch_size: int = 32,
     tick: Callable[[int], Any] | None = None,
     caches: Mapping[int, Any] | None = None,
+    frames: str = "all",
+    seed: int = 0,
+    match: Callable[[str, str], bool] | None = None,
 ) -> Score:
     """Ask ``questions`` about the images of ``dataset``'s rows.
 
@@ -237,6 +211,10 @@ def evaluate(
         tick: called with the number of questions just answered.
         caches: for ``cache``: per row the cache of its images, where they are compressed already
             (:func:`compress_rows`).
+        frames: which of a row's images are shown, and in which order (:mod:`.frame_order`). Of caches the
+            blocks are put in that order: nothing is compressed again.
+        seed: of ``shuffled``.
+        match: as for :func:`score`.
 
     Raises:
         ValueError: the mode is unknown, or the model cannot do it.
@@ -245,21 +223,31 @@ def evaluate(
 
     if mode not in ("images", "cache", "blind"):
         raise ValueError(f"mode={mode!r} is not known; use images, cache or blind.")
+    frame_order.check_frames(frames)
     start = time.perf_counter()
-    more: dict[str, Any] = {}
-    size = None
+    size, joined, last = None, caches, (-1, [], [])
     if mode == "cache":
         joined = caches or compress_rows(model, processor, dataset, questions, batch_size=batch_size)
         size = cache_size(joined.values())
-        more["caches"] = [joined[q.row] for q in questions]
-    elif mode == "images":
-        pictures = {row: images_of(dataset[row]) for row in sorted({q.row for q in questions})}
-        more["images"] = [pictures[q.row] for q in questions]
-    texts = [q.text for q in questions]
-    answers = answer(
-        model, processor, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, tick=tick, **more
-    )  # fmt: skip
-    found = score(questions, answers, time.perf_counter() - start)
+    answers: list[str] = []
+    for begin in range(0, len(questions), batch_size):  # no more rows are open than a batch needs
+        asked = questions[begin : begin + batch_size]
+        more: dict[str, Any] = {} if mode == "blind" else {"times": []}
+        for question in asked if more else ():
+            if question.row != last[0]:
+                row = dataset[question.row] if mode == "images" else light(dataset, question.row)
+                shown = images_of(row) if mode == "images" else (joined or {})[question.row]
+                order = frame_order.frame_order(len(shown), frames, seed, question.row)
+                times = frame_order.shown_times(frame_order.row_times(row, len(shown)), frames)
+                shown = [shown[i] for i in order] if mode == "images" else shown[order]
+                last = (question.row, shown, times)
+            more.setdefault("images" if mode == "images" else "caches", []).append(last[1])
+            more["times"].append(last[2])
+        answers += answer(
+            model, processor, [q.text for q in asked], max_new_tokens=max_new_tokens, batch_size=batch_size,
+            tick=tick, **more,
+        )  # fmt: skip
+    found = score(questions, answers, time.perf_counter() - start, match)
     found.cache = size
     return found
 
@@ -275,21 +263,36 @@ def compress_rows(
 ) -> dict[int, Any]:
     """The cache of each row that is asked about: its images, each compressed alone, in order.
 
+    A picture that comes more than once (a frame of several videos) is compressed once.
+
     Args:
         num_tokens: K; ``None`` takes the model's.
     """
     from .answering import compress_images
     from .cache import VoCoCache
 
-    rows = sorted({q.row for q in questions})
-    flat = [(row, image) for row in rows for image in images_of(dataset[row])]
-    blocks = compress_images(
-        model, processor, (image for _, image in flat), num_tokens=num_tokens, batch_size=batch_size
-    )
-    parts: dict[int, list[VoCoCache]] = defaultdict(list)
-    for (row, _), block in zip(flat, blocks, strict=True):
-        parts[row].append(block)
-    return {row: VoCoCache.cat(parts[row]) for row in rows}
+    number: dict[str, int] = {}
+    keys: dict[int, list[str]] = {}
+
+    def fresh() -> Iterator[Any]:
+        for row in sorted({q.row for q in questions}):
+            sample = dataset[row]
+            keys[row] = []
+            for source in _sources(sample):
+                key = frame_order.picture_key(source)
+                keys[row].append(key)
+                if key not in number:
+                    number[key] = len(number)
+                    yield open_image(source, _name(sample))
+
+    blocks = list(compress_images(model, processor, fresh(), num_tokens=num_tokens, batch_size=batch_size))
+    return {row: VoCoCache.cat(blocks[number[key]] for key in found) for row, found in keys.items()}
+
+
+def light(dataset: Any, row: int) -> Mapping[str, Any]:
+    """A row of ``dataset`` without its images, which are not opened (where it can be had without)."""
+    column = "images" if "images" in getattr(dataset, "column_names", ()) else None
+    return dataset.remove_columns(column)[row] if column else dataset[row]
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
@@ -298,7 +301,14 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     Raises:
         BadImageError: one cannot be read; the message names it.
     """
+    return [open_image(image, _name(row)) for image in _sources(row)]
+
+
+def _sources(row: Mapping[str, Any]) -> list[Any]:
+    """The images of one row, in order, as they are kept."""
     images = row.get("images", row.get("image"))
-    images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
-    where = f"sample {row['id']!r}" if row.get("id") is not None else None
-    return [open_image(image, where) for image in images]
+    return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _name(row: Mapping[str, Any]) -> str | None:
+    return f"sample {row['id']!r}" if row.get("id") is not None else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
+from ..conversations import image_times
 from . import output
+from .eval_video import judged
 
 K_MODES = ("voco", "lower", "single")
 """Modes that read VoCo tokens, and so take a K."""
@@ -70,17 +73,32 @@ def voco_of(source: str, num_tokens: list[int] | None, modes: list[str]) -> Any:
 
 
 def evaluate_modes(
-    model: Any, processor: Any, dataset: Any, modes: list[str], args: argparse.Namespace, *, quiet: bool
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    modes: list[str],
+    args: argparse.Namespace,
+    *,
+    quiet: bool,
+    judge: Any = None,
 ) -> dict[str, Any]:
-    """The scores of each mode, those that need VoCo attached first: ``base`` and ``blind`` take it off."""
+    """The scores of each mode, those that need VoCo attached first: ``base`` and ``blind`` take it off.
+
+    Args:
+        judge: a :class:`~voco_plugin.judge.Judge` of the answers, beside the match.
+    """
     from ..metrics import evaluate, questions_of
     from ..modeling import detach, is_attached
 
-    questions = questions_of(
-        dataset.remove_columns("images") if "images" in dataset.column_names else dataset
-    )
+    opened = [name for name in ("images", "times") if name in dataset.column_names]
+    questions = questions_of(dataset.remove_columns(opened) if opened else dataset)
     if not questions:
         raise ValueError(f"{args.data} holds no question with an answer.")
+    is_video = getattr(dataset, "is_video", False)  # then only reading a video tells how many frames it gives
+    lengths = [] if is_video else frame_counts(dataset)
+    has_videos = is_video or max(lengths, default=0) > 1
+    if args.frames != ["all"] and not has_videos:
+        raise ValueError(f"--frames {','.join(args.frames)}: no row of {args.data} has more than one image.")
     ways = {"voco": "cache", "lower": "cache", "single": "images", "base": "images", "blind": "blind"}
     if "voco" in modes and is_attached(model) and reads_question(model):
         ways["voco"] = "images"  # such tokens are made anew for each question
@@ -91,29 +109,55 @@ def evaluate_modes(
         takes_k = mode in K_MODES
         listed = (args.first or args.num_tokens) if takes_k else None
         caches = CutCaches(model, processor, dataset, questions, args)
-        for k in listed or [None]:
+        orders = ["all"] if mode == "blind" else args.frames
+        for k, frames in itertools.product(listed or [None], orders):
             name = mode if k is None or len(listed or []) == 1 and args.first is None else f"{mode} K={k}"
+            reuse = name != mode or len(orders) > 1
+            name = name if frames == "all" else f"{name} frames={frames}"
             with output.progress(total=len(questions), unit="question", quiet=quiet) as bar:
                 bar.set_description(name)
                 if ways[mode] == "images" and k is not None:
                     set_num_tokens(model, k)
                 found = evaluate(
                     model, processor, dataset, questions, mode=ways[mode],
-                    caches=caches.of(k) if ways[mode] == "cache" and name != mode else None,
+                    caches=caches.of(k) if ways[mode] == "cache" and reuse else None,
                     max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, tick=bar.update,
+                    frames=frames, seed=args.shuffle_seed, match=getattr(dataset, "match", None),
                 )  # fmt: skip
             shown = k or (own_num_tokens(model) if takes_k else None)
             made = (caches.compressed_with or shown) if ways[mode] == "cache" else shown
             scores[name] = {
                 "mode": mode, "num_tokens": shown, "compressed_with": made, **found.to_dict(),
+                **({"frames": frames} if has_videos else {}),
                 "answers": found.answers, "correct": "".join(str(int(hit)) for hit in found.correct),
             }  # fmt: skip
+            if judge is not None:
+                scores[name]["judge"] = judged(judge, questions, found.answers, name, quiet)
+    if len(set(lengths)) > 1:
+        for entry in scores.values():
+            entry["by_frames"] = by_frames(entry["correct"], [lengths[q.row] for q in questions])
     order = sorted(scores, key=lambda name: modes.index(scores[name]["mode"]))
     return {
         "model": args.model, "data": args.data, "images": len(dataset), "questions": len(questions),
         "types": [question.type for question in questions], "rows": [question.row for question in questions],
         "scores": {name: scores[name] for name in order},
     }  # fmt: skip
+
+
+def frame_counts(dataset: Any) -> list[int]:
+    """Per row its number of images, as its messages have them; nothing is opened."""
+    rows = dataset.select_columns("messages") if hasattr(dataset, "select_columns") else dataset
+    if "messages" not in (getattr(rows, "column_names", None) or ["messages"]):
+        return []
+    return [len(image_times(row["messages"])) for row in rows]
+
+
+def by_frames(correct: str, lengths: list[int]) -> dict[int, float]:
+    """Number of frames → accuracy over the questions about videos of that many."""
+    hits: dict[int, list[int]] = {}
+    for hit, length in zip(correct, lengths, strict=True):
+        hits.setdefault(length, []).append(int(hit))
+    return {length: sum(found) / len(found) for length, found in sorted(hits.items())}
 
 
 class CutCaches:
@@ -129,8 +173,8 @@ class CutCaches:
         self.compressed_with: int | None = None
         self._made: dict[int, Any] = {}
 
-    def of(self, k: int) -> dict[int, Any]:
-        """Per row the cache with ``k`` VoCo tokens an image.
+    def of(self, k: int | None) -> dict[int, Any]:
+        """Per row the cache with ``k`` VoCo tokens an image; ``None``: the model's K.
 
         ``--first`` cuts a compression into more. ``--num-tokens`` asks for one into ``k``, which is the same
         under causal attention (a VoCo token sees none after it); a backbone that reads its prompt both ways
@@ -139,11 +183,14 @@ class CutCaches:
         from ..metrics import compress_rows
 
         largest = max(self.args.num_tokens) if self.args.num_tokens else own_num_tokens(self.parts[0])
+        k = largest if k is None else k
         if self.args.first is not None and k > largest:
             raise ValueError(f"--first {k}: this model compresses into {largest}; give --num-tokens {k}.")
         if not self._made:
             self._made = self._compressed(compress_rows, largest)
         again = any(not is_nested(c.fingerprint) for c in self._made.values())
+        if self.args.first is None and k == self.compressed_with:
+            return self._made
         if again and self.args.first is None:
             if k != self.compressed_with:
                 self._made = self._compressed(compress_rows, k)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import output
+from . import eval_video, output
 from .eval_modes import MODES, check_lower, evaluate_modes, voco_of
 from .inputs import add_bad_sample_option, add_model_options, load_model, positive
 
@@ -23,6 +23,10 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "  voco eval runs/gridworld_k4 --data runs/gridworld/test.json --num-tokens 1,2,4\n"
         "  voco eval runs/gridworld_k4 --data runs/gridworld/test.json --num-tokens 4 --first 1,2,4\n"
         "  voco eval runs/gridworld_voco --data runs/gridworld/test.json --steps 100,200,500 --limit 100\n"
+        "  voco eval runs/video --data runs/videos/test.json --image-folder runs/videos/images "
+        "--frames all,single,shuffled\n"
+        "  voco eval runs/video --data MSVD-QA/test_qa.json --video-qa msvd --videos MSVD-QA/videos "
+        "--judge http://localhost:8000/v1 --judge-model judge\n"
         "  voco eval runs/upper --data runs/gridworld/train.json --rows=-500: --mode single\n",
     )
     add_model_options(parser)
@@ -66,6 +70,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     add_bad_sample_option(parser, "its questions are not asked")
     parser.add_argument("--out", metavar="FILE", help="also write the JSON here, with every answer")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    eval_video.add_options(parser)
 
 
 def counts(text: str) -> list[int]:
@@ -129,8 +134,11 @@ def load_rows(args: argparse.Namespace) -> Any:
     from ..data.undecoded import undecoded
 
     skip = args.on_bad_sample == "skip"
-    dataset = load_vision_dataset(args.data, args.split, args.image_folder, missing_images=skip)
-    dataset = undecoded(dataset)
+    if args.video_qa is not None:
+        dataset = eval_video.load_videos(args, skip)
+    else:
+        dataset = load_vision_dataset(args.data, args.split, args.image_folder, missing_images=skip)
+        dataset = undecoded(dataset)
     if args.rows is not None:
         chosen = range(*args.rows.indices(len(dataset)))
         if not len(chosen):
@@ -144,6 +152,8 @@ def load_rows(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> int:
     modes = list(dict.fromkeys(args.mode or ["voco"]))
     check_counts(args, modes)
+    eval_video.check(args)
+    judge = eval_video.judge_of(args)
     folders = checkpoints(args)
     for folder in folders.values():
         check_lower(folder, modes)
@@ -155,12 +165,14 @@ def run(args: argparse.Namespace) -> int:
         if args.on_bad_sample == "skip" and not result:
             skipped = bad_rows(dataset, processor)
             dataset = without(dataset, skipped, args.data)
-        found = evaluate_modes(model, processor, dataset, modes, args, quiet=args.json)
+        found = evaluate_modes(model, processor, dataset, modes, args, quiet=args.json, judge=judge)
         if step is not None:
             found["scores"] = {f"{k} at {step}": {**v, "step": step} for k, v in found["scores"].items()}
         result = {**found, "scores": {**result.get("scores", {}), **found["scores"]}}
     result["skipped_samples"] = len(skipped)
     result["skipped"] = list(skipped.values())
+    if hasattr(dataset, "match_rule"):
+        result["match"] = dataset.match_rule
     if args.out:
         import json
 
@@ -173,9 +185,13 @@ def run(args: argparse.Namespace) -> int:
         for entry in (result, *result["scores"].values()):
             for key in ("types", "rows", "answers", "correct"):
                 entry.pop(key, None)
+            entry.get("judge", {}).pop("verdicts", None)
         output.emit_json(result)
         return 0
     output.emit(_table(result, args))
+    for more in (eval_video.by_frames_table(result["scores"]), eval_video.judge_table(result["scores"])):
+        if more:
+            output.emit(f"\n{more}")
     if skipped:
         output.emit(f"{len(skipped)} rows skipped (--on-bad-sample skip): their questions are not counted")
     return 0
@@ -190,12 +206,14 @@ def _table(result: dict[str, Any], args: argparse.Namespace) -> str:
             entry["mode"],
             *([entry["step"]] if args.steps else []),
             *([entry["num_tokens"] or "-"] if several else []),
+            *([entry["frames"] if entry["mode"] != "blind" else "-"] if args.frames != ["all"] else []),
             100 * entry["accuracy"],
             *(100 * entry["by_type"][kind] for kind in kinds),
         ]
         for entry in result["scores"].values()
     ]
-    header = ("mode", *(["step"] if args.steps else []), *(["K"] if several else []), "all", *kinds)
+    header = ("mode", *(["step"] if args.steps else []), *(["K"] if several else []))
+    header += (*(["frames"] if args.frames != ["all"] else []), "all", *kinds)
     return output.table(lines, header)
 
 
@@ -218,9 +236,9 @@ def bad_rows(dataset: Any, processor: Any) -> dict[int, str]:
     from ..metrics import images_of
 
     found: dict[int, str] = {}
-    for number, row in enumerate(dataset):
+    for number in range(len(dataset)):
         try:
-            images = images_of(row)
+            images = images_of(dataset[number])
         except BadImageError as problem:
             found[number] = f"row {number}: {problem}"
             continue

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import output
+from . import gridworld_video, output
+
+NUM_TRAIN, NUM_TEST = 8000, 500
 
 
 def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -18,14 +20,16 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         description="Write gridworld: scenes of coloured shapes and real handwritten digits, with exact "
         "answers, as\n"
         "LLaVA JSON and as a datasets folder; with --base, also a tiny VLM trained on it; with --model, "
-        "one with a pre-trained tower, to train.",
+        "one with a pre-trained tower, to train.\nWith --video, videos in the place of images.",
         epilog="examples:\n  voco gridworld runs/gridworld --base runs/gridworld_base\n"
         "  voco gridworld runs/gridworld --num-train 2000 --model runs/gridworld_init\n"
-        "  voco gridworld runs/study --level study --num-train 16000 --model runs/study_init\n",
+        "  voco gridworld runs/study --level study --num-train 16000 --model runs/study_init\n"
+        "  voco gridworld runs/videos --video --frames 8,16 --num-train 2000\n"
+        "  voco gridworld runs/needle --video --plot needle --frames 64,1024 --num-train 16 --no-hf\n",
     )
     parser.add_argument("out", metavar="OUT", help="folder to make")
-    parser.add_argument("--num-train", type=int, default=8000, help="training images (default: %(default)s)")
-    parser.add_argument("--num-test", type=int, default=500, help="held-out images (default: %(default)s)")
+    parser.add_argument("--num-train", type=int, help="training images (default: 8000; videos: 2000)")
+    parser.add_argument("--num-test", type=int, help="held-out images (default: 500; videos: 200)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
     parser.add_argument(
         "--level",
@@ -67,11 +71,17 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--tower-steps", type=int, help="steps of the tower's pre-training")
     parser.add_argument("--align-steps", type=int, help="steps of the projector's alignment")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    gridworld_video.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    gridworld_video.check(args)
+    if args.video:
+        return gridworld_video.run(args)
     from ..data.gridworld import write_gridworld
 
+    args.num_train = NUM_TRAIN if args.num_train is None else args.num_train
+    args.num_test = NUM_TEST if args.num_test is None else args.num_test
     if args.base:
         check_target(args.base, args.overwrite, args.level)
     meta = write_gridworld(

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from voco_plugin.boxes import SCALE
+from voco_plugin.conversations import time_text
 from voco_plugin.data.gridworld_levels import question_types
 from voco_plugin.data.gridworld_questions import ask, describe
 from voco_plugin.data.gridworld_scenes import COLORS, SPLITS, place, sample_placement, sample_scene
+from voco_plugin.data.gridworld_video_questions import ask_video
+from voco_plugin.data.gridworld_video_scenes import sample_story
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
@@ -59,11 +62,19 @@ TEMPLATES = {"phrases": CHAT_TEMPLATE, "words": CHAT_TEMPLATE, "terse": TERSE_TE
 """The chat template that goes with each question set."""
 
 
+_MARKS = {True: r"[\n?,.]| ?\[|\]", False: r"[\n?,.]"}
+_TIMES = r" ?<(?=[\d.]+s>)|\d(?=\d*\.\d+s>)|\.\d+s>|"
+
+
 def build_processor(
-    image_size: int = 64, patch_size: int = 16, question_set: str = "phrases", boxes: bool = False
+    image_size: int = 64,
+    patch_size: int = 16,
+    question_set: str = "phrases",
+    boxes: bool = False,
+    video: bool = False,
 ) -> LlavaProcessor:
     """The processor of the tiny VLM: images of `image_size` pixels a side, in patches of `patch_size`; a
-    tokenizer that has the words of `question_set` (and of boxes)."""
+    tokenizer that has the words of `question_set` (and of boxes, of videos)."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
@@ -71,7 +82,7 @@ def build_processor(
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(question_set, boxes),
+        tokenizer=build_tokenizer(question_set, boxes, video),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -79,16 +90,22 @@ def build_processor(
     )
 
 
-def build_tokenizer(question_set: str = "phrases", boxes: bool = False) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    question_set: str = "phrases", boxes: bool = False, video: bool = False
+) -> PreTrainedTokenizerFast:
     """A BPE tokenizer trained on gridworld text, the same for a question set: its words (and with
-    `boxes` coordinates) are single tokens."""
+    `boxes` coordinates) are single tokens.
+
+    With `video` so are the words of questions about videos; a time text is `<`, each figure of its seconds,
+    and the rest from the point on, so that a long video has no token that a short one lacks.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"[\n?,.]| ?\[|\]" if boxes else r"[\n?,.]"), "isolated"),
+            pre_tokenizers.Split(Regex((_TIMES if video else "") + _MARKS[boxes]), "isolated"),
             pre_tokenizers.Metaspace(prepend_scheme="never"),
         ]
     )
@@ -100,7 +117,8 @@ def build_tokenizer(question_set: str = "phrases", boxes: bool = False) -> PreTr
         initial_alphabet=[chr(code) for code in range(33, 127)] + ["\n"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(question_set, boxes), trainer)
+    corpus = _corpus(question_set, boxes) + (_video_corpus() if video else [])
+    tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -126,6 +144,20 @@ def _corpus(question_set: str, boxes: bool, num_scenes: int = 400) -> list[str]:
             scene = place(scene, sample_placement(scene, rng, 16), 16)
         turns = [*ask(scene, rng, 12, len(COLORS), types), describe(scene)]
         for turn in turns:
+            lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
+            lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
+    return lines
+
+
+def _video_corpus(num_videos: int = 400) -> list[str]:
+    """Questions about gridworld videos, and time texts."""
+    rng = np.random.default_rng(0)
+    lines = [f"{time_text(tenths / 10)}\n {time_text(tenths / 10)}?" for tenths in range(1000)]
+    lines += [f" {word}?" for word in ("start", "end", "after", "before") for _ in range(100)]
+    lines += [" Which digit?", " Cell of the digit at the end?", " Is the digit before"] * 100
+    for index in range(num_videos):
+        video = sample_story(rng, 16, len(COLORS), SPLITS[index % 2], 1.0)
+        for turn in ask_video(video, rng, 12, len(COLORS), "story"):
             lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
             lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
     return lines

@@ -50,6 +50,7 @@ def build_tiny_vlm(
     text_inner: int | None = None,
     question_set: str = "phrases",
     boxes: bool = False,
+    video: bool = False,
     seed: int = 0,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Builds the model, with random weights in fp32, and its processor.
@@ -59,7 +60,7 @@ def build_tiny_vlm(
         vision_width, vision_layers: of the CLIP tower; its last layer is not used, as in LLaVA.
         text_width, text_layers, text_heads: of the Llama LLM.
         text_inner: width inside its feed-forward blocks; None: four times `text_width`.
-        question_set, boxes: whose words the tokenizer has.
+        question_set, boxes, video: whose words the tokenizer has.
         seed: of the weights.
 
     Raises:
@@ -75,7 +76,7 @@ def build_tiny_vlm(
         raise ValueError(
             f"text_width={text_width} is no multiple of text_heads={text_heads}: change one of them"
         )
-    processor = build_processor(image_size, patch_size, question_set, boxes)
+    processor = build_processor(image_size, patch_size, question_set, boxes, video)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=vision_width,
