@@ -53,12 +53,13 @@ from .packing import check_packing, pack_dataset, without_trls
 from .parts import count_trainable, describe_trainable
 from .quantization import check_quantization
 from .skipping import SkipCounter
+from .stages import Staged
 from .weights import load_whole_weights
 
 logger = logging.getLogger(__name__)
 
 
-class VoCoSFTTrainer(AtomicCheckpoints, Distilling, SFTTrainer):
+class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     """Fine-tunes a vision-language model to compress each image into its VoCo tokens (paper, Sec. 3.2).
 
     Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing,
@@ -177,6 +178,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, SFTTrainer):
             check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
             name_present_layers(unwrap(self.model))
         self._prepare_teacher(args.distill, frozen, packs)
+        self._prepare_stages()
         self._skips = SkipCounter()
         self.add_callback(self._skips)
         if getattr(args, "save_at_steps", None):
