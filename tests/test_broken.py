@@ -4,12 +4,14 @@ notice.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointError
 from transformers.masking_utils import causal_mask_function
 
 import test_attach
@@ -23,11 +25,12 @@ import test_placing
 import test_rope
 import test_segments
 import test_session
+import test_streamed
 from harness import inputs, shared
 from voco_plugin import block_embeddings, isolation, layout, session
 from voco_plugin.attention import backends, dense, segments
 from voco_plugin.block_embeddings import BlockEmbeddings
-from voco_plugin.cache import files, relocation, stage_one, stage_two
+from voco_plugin.cache import files, relocation, stage_one, stage_two, streamed
 from voco_plugin.cache_state import CacheState
 from voco_plugin.families.base import Family
 from voco_plugin.layout import TokenKind
@@ -323,6 +326,33 @@ def blocks_of_all_rows_in_one(patch):
     patch.setattr(segments, "_find", broken)
 
 
+def keys_detached(patch):
+    """The blocks' keys are constants to the text that reads them."""
+    real = stage_one.VoCoBlock
+
+    def broken(keys, values, **facts):
+        return real(keys=tuple(k.detach() for k in keys), values=tuple(values), **facts)
+
+    patch.setattr(stage_one, "VoCoBlock", broken)
+
+
+def past_written_while_recomputed(patch):
+    """transformers' own cache under the stream: a recomputed layer finds its tokens there twice."""
+    patch.setattr(streamed, "held", lambda past: past)
+
+
+def cache_taken_by_checkpointing(patch):
+    """Layers checkpointed by transformers, which takes their cache away."""
+    patch.setattr(streamed, "recomputing", lambda text: contextlib.nullcontext())
+
+
+def last_layer_cut_where_it_is_read(patch):
+    real = streamed.run_alone
+    patch.setattr(
+        streamed, "run_alone", lambda *args, read_on=False: (real(*args)[0], real(*args, read_on=True)[1] * 0)
+    )
+
+
 def families_under_segments(name, rule="isolated"):
     return run(test_segments.test_families_equal_dense, name, rule, "sdpa")
 
@@ -344,7 +374,7 @@ def with_patch(test, *args):
     return lambda patch: test(*args, patch)
 
 
-NOTICED = (AssertionError, pytest.fail.Exception)
+NOTICED: tuple = (AssertionError, pytest.fail.Exception, CheckpointError)
 if sys.version_info >= (3, 11):
     import builtins
 
@@ -358,6 +388,19 @@ CASES = {
     ),
     "images read one way: segments": (windows_taken_for_causal, families_under_segments("gemma3")),
     "blocks in one: segments": (blocks_of_all_rows_in_one, families_under_segments("llava_llama")),
+    "keys detached: streamed": (keys_detached, run(test_streamed.check, "llava_llama")),
+    "past written twice: streamed": (
+        past_written_while_recomputed,
+        run(test_streamed.check, "llava_llama", "isolated", torch.float64, "left", 2, True),
+    ),
+    "cache taken away: streamed": (
+        cache_taken_by_checkpointing,
+        run(test_streamed.check, "llava_llama", "isolated", torch.float64, "left", 2, True),
+    ),
+    "a VoCo token predicts nothing: streamed": (
+        last_layer_cut_where_it_is_read,
+        run(test_streamed.check, "llava_llama"),
+    ),
     "prefix counted from zero": (
         prefix_counted_from_zero,
         run(test_placing.test_a_prefix_read_once_equals_one_pass, "llava_llama"),

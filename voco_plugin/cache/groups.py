@@ -28,7 +28,7 @@ class Limits:
     Args:
         max_memory: bytes of working memory, on top of the weights, as estimated (see ``memory.py``).
         max_batch_tokens: vision and VoCo tokens.
-        max_blocks: blocks.
+        max_blocks: blocks (``stage1_chunk`` of a training).
 
     Raises:
         ValueError: a limit is not an integer of at least 1.
@@ -81,8 +81,8 @@ class Limits:
         if self.max_blocks is not None:
             if rows > self.max_blocks:
                 raise ValueError(
-                    f"{self.max_blocks} blocks a forward are too few: {rows} images run together{apart}; "
-                    f"allow {rows} or more, or give fewer images at once."
+                    f"stage1_chunk={self.max_blocks} is too little: {rows} images run together{apart}; "
+                    f"set it to {rows} or more, or give fewer images at once."
                 )
             fits.append(self.max_blocks // rows)
         return min(fits) if fits else None

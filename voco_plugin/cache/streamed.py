@@ -23,7 +23,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from .._compat import as_cache
-from ..layout import SequenceLayout
+from ..layout import SequenceLayout, TokenKind
 from .cache import VoCoCache
 from .groups import Limits, chunks_of
 from .held import held
@@ -124,8 +124,8 @@ def stream_of(
         blocks_per_chunk: blocks that share a forward.
 
     Raises:
-        ValueError: a row's first token has a label and padding before it, which one pass would predict from
-            padding; or the images of a batch cannot be told apart into such chunks.
+        ValueError: image tokens have labels, or a row's first token has one and padding before it, which one
+            pass would predict from padding; or the images of a batch cannot be told apart into such chunks.
     """
     ids = inputs["input_ids"]
     layout = SequenceLayout.from_ids(ids, inputs.get("attention_mask"), state.vocab)
@@ -149,6 +149,12 @@ def _predicting(batch: Batch, labels: torch.Tensor | None) -> dict[int, tuple[in
             f"sample {int(orphan.any(dim=1).nonzero()[0])}: its first token has a label and padding before "
             "it, so nothing predicts it; mask that label (-100), or pad on the right."
         )
+    vision = (batch.layout.kind == TokenKind.VISION).to(labels.device)
+    if bool(((labels != -100) & vision).any()):
+        raise ValueError(
+            "image tokens have labels (TRL labels every token of a conversation), and in two stages nothing "
+            "predicts them; set assistant_only_loss=True, or give prompt and completion."
+        )
     column = batch.layout.in_stream.to(mask.device).long().cumsum(dim=1) - 1
     found = {}
     for number, span in enumerate(batch.layout.spans):
@@ -168,10 +174,11 @@ def _placed(
     keep = batch.layout.in_stream.to(batch.positions.device)
     ids = compacted(inputs["input_ids"], keep, 0)
     mask = compacted(keep.long(), keep, 0)
-    types = inputs.get("token_type_ids")
-    types = None if types is None else compacted(types, keep, 0)
+    types = None
     if batch.state.family.prefix_lm:
         cache.fingerprint["attention"] = attention_of(inputs)
+        types = inputs.get("token_type_ids")
+        types = None if types is None else compacted(types, keep, 0)
     placed = place(batch.model, batch.state, ids, mask, cache, types, trusted=True)
     given = {
         "input_ids": placed.input_ids, "attention_mask": placed.attention_mask, **as_cache(held(placed.past)),
