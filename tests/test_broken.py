@@ -4,7 +4,6 @@ notice.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 
