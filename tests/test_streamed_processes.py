@@ -1,4 +1,4 @@
-"""Two processes whose batches hold other numbers of frames take the steps of one, in two stages as in one pass.
+"""Two processes whose batches hold other numbers of frames take in two stages the steps of one in one pass.
 
 Real processes (gloo, CPU), slow: ``pytest -m slow tests/test_streamed_processes.py``.
 """

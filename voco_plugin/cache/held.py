@@ -24,11 +24,11 @@ class HeldLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(B, H, T, D)`` each → ``(B, H, P + T, D)``, in the dtype given (autocast's)."""
+        """``(B, H, T, D)`` each → ``(B, H, P + T, D)``, in the dtype (autocast's) and place given."""
         assert self.keys is not None and self.values is not None
         return (
-            torch.cat([self.keys.to(key_states.dtype), key_states], dim=-2),
-            torch.cat([self.values.to(value_states.dtype), value_states], dim=-2),
+            torch.cat([self.keys.to(key_states), key_states], dim=-2),
+            torch.cat([self.values.to(value_states), value_states], dim=-2),
         )
 
 

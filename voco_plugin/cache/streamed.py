@@ -155,10 +155,10 @@ def _predicting(batch: Batch, labels: torch.Tensor | None) -> dict[int, tuple[in
             "image tokens have labels (TRL labels every token of a conversation), and in two stages nothing "
             "predicts them; set assistant_only_loss=True, or give prompt and completion."
         )
-    column = batch.layout.in_stream.to(mask.device).long().cumsum(dim=1) - 1
+    column, labelled = batch.layout.in_stream.long().cumsum(dim=1) - 1, (labels != -100).cpu()
     found = {}
     for number, span in enumerate(batch.layout.spans):
-        if span.stop < labels.shape[1] and int(labels[span.row, span.stop]) != -100:
+        if span.stop < labels.shape[1] and bool(labelled[span.row, span.stop]):
             found[number] = (span.row, int(column[span.row, span.stop - 1]))
     return found
 

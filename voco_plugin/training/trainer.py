@@ -65,7 +65,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing,
     resume, evaluation, logging. Besides, each log has ``compression_ratio`` (vision tokens per VoCo token),
     ``voco_tokens_per_sample`` and ``isolation`` (1.0 where text is kept from vision tokens). With
-    ``args.distill`` the loss also has the divergence from the plain model (Eq. 1).
+    ``args.distill`` the loss also has the divergence from the plain model (Eq. 1). With
+    ``args.stage1="streamed"`` a step of many images runs in two stages (Sec. 3.4), and is the same step.
 
     What trains is what ``args.train_language``, ``train_voco``, ``train_projector`` and
     ``train_vision_tower`` say: with ``peft_config``, adapters in the language model (and the tower), the VoCo
