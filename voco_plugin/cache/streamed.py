@@ -141,7 +141,6 @@ def _predicting(batch: Batch, labels: torch.Tensor | None) -> dict[int, tuple[in
     """The blocks whose last VoCo token predicts a label: number → row, column in the stream."""
     if labels is None:
         return {}
-    mask = batch.tokens["attention_mask"].bool()
     first = batch.first_real[:, None]
     orphan = (labels.gather(1, first) != -100) & (first > 0)
     if bool(orphan.any()):
