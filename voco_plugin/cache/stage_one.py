@@ -210,9 +210,7 @@ def run_alone(
         cut = slim and not read_on
         with last_rows(text, kept, length, not batch.replayed) if cut else contextlib.nullcontext():
             own_mask = plain and config.reads_vision
-            policy = "alone" if own_mask else "trust"
-            # where layers are checkpointed, transformers warns that it does not make a cache, and takes ours
-            hidden = _forward(state, model, run, cache, policy, use_cache=not batch.replayed)
+            hidden = _forward(state, model, run, cache, "alone" if own_mask else "trust")
     found = []
     for row, span in enumerate(spans):
         start = 0 if slim else span.num_vision
@@ -252,17 +250,14 @@ def _run_prefix(batch: Batch) -> list[VoCoBlock]:
 
 
 def _forward(
-    state: Any,
-    model: torch.nn.Module,
-    run: dict[str, Any],
-    cache: DynamicCache,
-    policy: str,
-    use_cache: bool = True,
+    state: Any, model: torch.nn.Module, run: dict[str, Any], cache: DynamicCache, policy: str
 ) -> torch.Tensor:
     backbone = state.family.backbone(model)
     run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
+    # asked for a cache where layers are checkpointed, transformers warns that it makes none; it takes ours
+    own = not getattr(cache, "replayed", False)
     with state.positions(policy):
-        return backbone(**run, **as_cache(cache), use_cache=use_cache).last_hidden_state
+        return backbone(**run, **as_cache(cache), use_cache=own).last_hidden_state
 
 
 def _block(batch: Batch, span: BlockSpan, cache: DynamicCache, row: int, start: int) -> VoCoBlock:
