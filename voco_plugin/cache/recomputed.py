@@ -2,8 +2,8 @@
 
 transformers takes the cache away from a layer that it checkpoints, because most caches are written to when
 the layer is recomputed. Stage 1 and stage 2 need it: the keys of the VoCo tokens are what the one leaves to
-the other. Their caches bear a second run (``slots.py``, ``held.py``), so the layers are checkpointed here
-instead, where the model has checkpointing on.
+the other. So stage 2's layers, whose cache is read only (``held.py``), are checkpointed here, where the model
+has checkpointing on, and those of stage 1 are recomputed a chunk at a time.
 """
 
 from __future__ import annotations
@@ -40,6 +40,25 @@ def recomputing(text_model: torch.nn.Module) -> Iterator[None]:
                 vars(layer).pop("forward", None)
             else:
                 layer.forward = own
+
+
+@contextlib.contextmanager
+def kept(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, no layer of ``model`` is checkpointed: what runs is recomputed as a whole, and a
+    checkpoint inside a checkpoint keeps its keyword arguments, of every token, for all chunks.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
 
 
 class _Recomputed:

@@ -27,7 +27,7 @@ from ..layout import SequenceLayout, TokenKind
 from .cache import VoCoCache
 from .groups import Limits, chunks_of
 from .held import held
-from .recomputed import recomputing
+from .recomputed import kept
 from .stage_one import Batch, attention_of, read_batch, run_alone
 from .stage_two import Placed, place
 
@@ -100,7 +100,7 @@ def blocks_in_chunks(
 def _chunk(
     batch: Batch, chunk: list[tuple[int, int]], numbers: list[int], wanted: set[int]
 ) -> tuple[list[Any], dict[int, torch.Tensor]]:
-    with recomputing(batch.state.family.text_model(batch.model)):
+    with kept(batch.model):
         blocks, hidden = run_alone(batch, chunk, numbers, read_on=bool(wanted))
     if hidden is None:
         return blocks, {}
