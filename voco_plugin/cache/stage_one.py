@@ -251,13 +251,14 @@ def _run_prefix(batch: Batch) -> list[VoCoBlock]:
 
 def _forward(
     state: Any, model: torch.nn.Module, run: dict[str, Any], cache: DynamicCache, policy: str
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     backbone = state.family.backbone(model)
     run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
     # asked for a cache where layers are checkpointed, transformers warns that it makes none; it takes ours
     own = not getattr(cache, "replayed", False)
     with state.positions(policy):
-        return backbone(**run, **as_cache(cache), use_cache=own).last_hidden_state
+        output = backbone(**run, **as_cache(cache), use_cache=own)
+    return getattr(output, "last_hidden_state", None)  # Llama 4 is its own backbone, and gives logits
 
 
 def _block(batch: Batch, span: BlockSpan, cache: DynamicCache, row: int, start: int) -> VoCoBlock:
