@@ -23,11 +23,12 @@ import test_placing
 import test_rope
 import test_segments
 import test_session
+import test_streamed
 from harness import inputs, shared
 from voco_plugin import block_embeddings, isolation, layout, session
 from voco_plugin.attention import backends, dense, segments
 from voco_plugin.block_embeddings import BlockEmbeddings
-from voco_plugin.cache import files, relocation, stage_one, stage_two
+from voco_plugin.cache import files, relocation, stage_one, stage_two, streamed
 from voco_plugin.cache_state import CacheState
 from voco_plugin.families.base import Family
 from voco_plugin.layout import TokenKind
@@ -323,6 +324,31 @@ def blocks_of_all_rows_in_one(patch):
     patch.setattr(segments, "_find", broken)
 
 
+def keys_detached(patch):
+    """The blocks' keys are constants to the text that reads them."""
+    real = stage_one.VoCoBlock
+
+    def broken(keys, values, **facts):
+        return real(keys=tuple(k.detach() for k in keys), values=tuple(values), **facts)
+
+    patch.setattr(stage_one, "VoCoBlock", broken)
+
+
+def blocks_of_another_row(patch):
+    """Chunks give back their blocks in the order of their lengths, not of the prompts."""
+    real = streamed.run_alone
+    patch.setattr(
+        streamed, "run_alone", lambda *args, **more: (real(*args, **more)[0][::-1], real(*args, **more)[1])
+    )
+
+
+def last_layer_cut_where_it_is_read(patch):
+    real = streamed.run_alone
+    patch.setattr(
+        streamed, "run_alone", lambda *args, read_on=False: (real(*args)[0], real(*args, read_on=True)[1] * 0)
+    )
+
+
 def families_under_segments(name, rule="isolated"):
     return run(test_segments.test_families_equal_dense, name, rule, "sdpa")
 
@@ -358,6 +384,12 @@ CASES = {
     ),
     "images read one way: segments": (windows_taken_for_causal, families_under_segments("gemma3")),
     "blocks in one: segments": (blocks_of_all_rows_in_one, families_under_segments("llava_llama")),
+    "keys detached: streamed": (keys_detached, run(test_streamed.check, "llava_llama")),
+    "blocks of another row: streamed": (blocks_of_another_row, run(test_streamed.check, "llava_llama")),
+    "a VoCo token predicts nothing: streamed": (
+        last_layer_cut_where_it_is_read,
+        run(test_streamed.check, "llava_llama"),
+    ),
     "prefix counted from zero": (
         prefix_counted_from_zero,
         run(test_placing.test_a_prefix_read_once_equals_one_pass, "llava_llama"),

@@ -70,7 +70,7 @@ def test_the_override_commands_of_a_shipped_recipe_are_accepted(name: str, tmp_p
 def test_recipes_in_folders_are_found_by_their_bare_name() -> None:
     paper = {name for name, path in recipes.shipped().items() if path.parent.name == "paper"}
     tuned = {f"vicuna7b_voco_k{k}" for k in (1, 2, 8, 128)}
-    assert paper == {"vicuna7b_align", "vicuna7b_upper_bound", *tuned}
+    assert paper == {"vicuna7b_align", "vicuna7b_upper_bound", "video_continue", *tuned}
     for name in tuned:
         values = load(name).values
         assert values["voco"]["num_tokens"] == int(name.removeprefix("vicuna7b_voco_k"))

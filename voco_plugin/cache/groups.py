@@ -28,6 +28,7 @@ class Limits:
     Args:
         max_memory: bytes of working memory, on top of the weights, as estimated (see ``memory.py``).
         max_batch_tokens: vision and VoCo tokens.
+        max_blocks: blocks (``stage1_chunk`` of a training).
 
     Raises:
         ValueError: a limit is not an integer of at least 1.
@@ -35,9 +36,10 @@ class Limits:
 
     max_memory: int | None = None
     max_batch_tokens: int | None = None
+    max_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_memory", "max_batch_tokens"):
+        for name in ("max_memory", "max_batch_tokens", "max_blocks"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None for no limit.")
@@ -76,6 +78,13 @@ class Limits:
                     f"{apart} have {rows * tokens}; {fix} max_batch_tokens."
                 )
             fits.append(self.max_batch_tokens // (rows * tokens))
+        if self.max_blocks is not None:
+            if rows > self.max_blocks:
+                raise ValueError(
+                    f"stage1_chunk={self.max_blocks} is too little: {rows} images run together{apart}; "
+                    f"set it to {rows} or more, or give fewer images at once."
+                )
+            fits.append(self.max_blocks // rows)
         return min(fits) if fits else None
 
     def check_whole(self, model: torch.nn.Module, layout: SequenceLayout, vision: VisionInputs) -> None:
@@ -109,7 +118,8 @@ def chunks_of(
         tokens, kept = max(s.stop - s.start for s in inside), max(s.num_voco for s in inside)
         shared = bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
         whole = shared or len({(s.num_vision, s.num_voco) for s in inside}) > 1
-        pixels = max(_pixels(vision, [b]) for b in bundles) // len(inside) + 1 if limits != Limits() else 0
+        counts = limits.max_memory is not None
+        pixels = max(_pixels(vision, [b]) for b in bundles) // len(inside) + 1 if counts else 0
         size = limits.bundles(model, tokens, kept, pixels, len(inside), whole, vision.reason)
         size = size or len(bundles)
         chunks += [bundles[i : i + size] for i in range(0, len(bundles), size)]

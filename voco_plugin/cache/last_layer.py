@@ -63,8 +63,11 @@ _USERS: dict[int, list] = {}  # id of a hooked module → [compressions that run
 
 
 @contextlib.contextmanager
-def last_rows(text_model: torch.nn.Module, keep: int, length: int) -> Iterator[LastRows | None]:
-    """Inside the block, this thread's forwards of ``text_model`` cut its last layer to ``keep`` rows.
+def last_rows(
+    text_model: torch.nn.Module, keep: int, length: int, feed_forward: bool = True
+) -> Iterator[LastRows | None]:
+    """Inside the block, this thread's forwards of ``text_model`` cut its last layer to ``keep`` rows, and
+    with ``feed_forward`` the feed-forward block of the layer before.
 
     Gives the plan, which says afterwards whether it was cut; ``None`` where there is no layer to cut.
     """
@@ -77,7 +80,7 @@ def last_rows(text_model: torch.nn.Module, keep: int, length: int) -> Iterator[L
         _log.debug("last layer not cut: layers share keys and values")
         yield None
         return
-    before = getattr(layers[-2], "mlp", None) if len(layers) > 1 else None
+    before = getattr(layers[-2], "mlp", None) if len(layers) > 1 and feed_forward else None
     plan = LastRows(layers[-1], before if isinstance(before, torch.nn.Module) else None, keep, length)
     modules = [m for m in (plan.layer, plan.feed_forward) if m is not None]
     token = _PLAN.set(plan)

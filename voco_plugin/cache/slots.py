@@ -16,15 +16,22 @@ from transformers.cache_utils import DynamicLayer
 
 
 class LastSlots(DynamicLayer):
-    """One layer: ``update`` gives back what it is given, ``(B, H, N, D)``, and stores ``(B, H, K, D)``."""
+    """One layer: ``update`` gives back what it is given, ``(B, H, N, D)``, and stores ``(B, H, K, D)``.
 
-    def __init__(self, keep: int) -> None:
+    Args:
+        replayed: whether the layer may run again, to be recomputed in a backward pass; what it stored first
+            stays.
+    """
+
+    def __init__(self, keep: int, replayed: bool = False) -> None:
         super().__init__()
-        self.keep = keep
+        self.keep, self.replayed = keep, replayed
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_initialized and self.replayed:
+            return key_states, value_states
         if self.is_initialized:
             raise RuntimeError("stage 1 runs a block in one forward; this layer was given keys twice.")
         self.lazy_initialization(key_states, value_states)
@@ -36,13 +43,13 @@ class LastSlots(DynamicLayer):
 class LastSlotsCache(DynamicCache):
     """Layers of :class:`LastSlots`, made as the model asks for them."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, replayed: bool = False) -> None:
         super().__init__()
-        self.keep = keep
+        self.keep, self.replayed = keep, replayed
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         while len(self.layers) <= layer_idx:
-            self.layers.append(LastSlots(self.keep))
+            self.layers.append(LastSlots(self.keep, self.replayed))
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)

@@ -45,8 +45,11 @@ _DROPPED = (
 
 
 @dataclass
-class _Batch:
-    """What a batch's blocks are cut from. ``tokens``: the per-token inputs by name, ``(R, N)``."""
+class Batch:
+    """What a batch's blocks are cut from. ``tokens``: the per-token inputs by name, ``(R, N)``.
+
+    ``replayed``: whether layers may run a second time, in a backward pass that recomputes them.
+    """
 
     model: torch.nn.Module
     state: Any
@@ -55,6 +58,7 @@ class _Batch:
     layout: SequenceLayout
     positions: torch.Tensor
     first_real: torch.Tensor
+    replayed: bool = False
 
 
 def _pad_id(model: torch.nn.Module, vocab: Any) -> int:
@@ -111,37 +115,19 @@ def compress(
     if num_tokens is not None:
         inputs = recut(inputs, layout, num_tokens, _pad_id(model, state.vocab))
         layout = SequenceLayout.from_ids(inputs["input_ids"], inputs.get("attention_mask"), state.vocab)
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
     made_by = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
     if state.family.prefix_lm:
-        made_by["attention"] = "causal" if inputs.get("token_type_ids") is None else "prefix"
+        made_by["attention"] = attention_of(inputs)
     if not layout.spans:
-        return VoCoCache([], [], ids.shape[0], made_by)
+        return VoCoCache([], [], inputs["input_ids"].shape[0], made_by)
     whole = state.config.block_context == "prefix"
     if whole and made_by.get("attention") == "prefix":
         raise ValueError(
             "block_context='prefix' cannot be cached for a backbone that reads its prompt both ways: what a "
             "block sees before it has read the text after it; use block_context='self'."
         )
-    backbone = state.family.backbone(model)
-    sequential = state.family.sequential(backbone, ids, mask, inputs).to(ids.device)
-    compact = state.config.positions == "compact"
-    positions = compact_positions(layout, sequential) if compact else sequential
-    shape = (ids.shape[0], ids.shape[1])
-    given = {k: v for k, v in inputs.items() if k not in _DROPPED and v is not None}
-    tokens = {k: v for k, v in given.items() if is_per_token(k, v, shape)}
-    others = {k: v for k, v in given.items() if k not in tokens}
-    if whole:
-        vision = VisionInputs(
-            others, {}, [0, len(layout.spans)], "block_context='prefix' computes whole rows"
-        )
-    else:
-        vision = vision_inputs({**others, "input_ids": ids}, layout.spans, state.vocab, model.config,
-                               by_row=state.family.images_by_row)  # fmt: skip
-    first_real = mask.long().argmax(dim=1)  # left padding is no part of the sequence
-    batch = _Batch(model, state, {**tokens, "attention_mask": mask}, vision, layout, positions, first_real)
+    batch = read_batch(model, state, inputs, layout)
+    vision = batch.vision
     limits = limits or Limits()
     blocks: list[VoCoBlock | None] = [None] * len(layout.spans)
     if whole:
@@ -151,14 +137,54 @@ def compress(
     else:
         for chunk in chunks_of(model, layout.spans, vision, limits):
             numbers = [n for first, stop in chunk for n in range(first, stop)]
-            for number, block in zip(numbers, _run_alone(batch, chunk, numbers), strict=True):
+            for number, block in zip(numbers, run_alone(batch, chunk, numbers)[0], strict=True):
                 blocks[number] = block
     made = [block for block in blocks if block is not None]
-    return VoCoCache(made, [s.row for s in layout.spans], ids.shape[0], made_by)
+    return VoCoCache(made, [s.row for s in layout.spans], inputs["input_ids"].shape[0], made_by)
 
 
-def _run_alone(batch: _Batch, chunk: list[tuple[int, int]], numbers: list[int]) -> list[VoCoBlock]:
-    """One forward over the blocks of ``chunk``, each a row of its own."""
+def attention_of(inputs: dict[str, Any]) -> str:
+    """How a prefix-LM reads these inputs: ``prefix`` (both ways), or ``causal`` without token types."""
+    return "causal" if inputs.get("token_type_ids") is None else "prefix"
+
+
+def read_batch(model: torch.nn.Module, state: Any, inputs: dict[str, Any], layout: SequenceLayout) -> Batch:
+    """The inputs of a forward, ready to be cut into blocks: positions in this prompt, and whose pixels are
+    whose.
+    """
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    backbone = state.family.backbone(model)
+    sequential = state.family.sequential(backbone, ids, mask, inputs).to(ids.device)
+    compact = state.config.positions == "compact"
+    positions = compact_positions(layout, sequential) if compact else sequential
+    shape = (ids.shape[0], ids.shape[1])
+    given = {k: v for k, v in inputs.items() if k not in _DROPPED and v is not None}
+    tokens = {k: v for k, v in given.items() if is_per_token(k, v, shape)}
+    others = {k: v for k, v in given.items() if k not in tokens}
+    if state.config.block_context == "prefix":
+        vision = VisionInputs(
+            others, {}, [0, len(layout.spans)], "block_context='prefix' computes whole rows"
+        )
+    else:
+        vision = vision_inputs({**others, "input_ids": ids}, layout.spans, state.vocab, model.config,
+                               by_row=state.family.images_by_row)  # fmt: skip
+    first_real = mask.long().argmax(dim=1)  # left padding is no part of the sequence
+    return Batch(model, state, {**tokens, "attention_mask": mask}, vision, layout, positions, first_real)
+
+
+def run_alone(
+    batch: Batch, chunk: list[tuple[int, int]], numbers: list[int], read_on: bool = False
+) -> tuple[list[VoCoBlock], torch.Tensor | None]:
+    """One forward over the blocks of ``chunk``, each a row of its own.
+
+    Args:
+        read_on: whether the backbone's output is read too, and the last layer runs whole.
+
+    Returns:
+        the blocks; with ``read_on`` the last hidden states ``(b, M, d)``, else ``None``.
+    """
     state, model = batch.state, batch.model
     spans = [batch.layout.spans[n] for n in numbers]
     run: dict[str, Any] = _blocks_as_rows(batch.tokens, spans, batch.positions, _pad_id(model, state.vocab))
@@ -166,7 +192,11 @@ def _run_alone(batch: _Batch, chunk: list[tuple[int, int]], numbers: list[int]) 
     length, kept = spans[0].stop - spans[0].start, spans[0].num_voco
     even = all((s.stop - s.start, s.num_voco) == (length, kept) for s in spans)
     slim = even and not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
-    cache = LastSlotsCache(kept) if slim else DynamicCache()  # a config-built one would crop windowed layers
+    longest = max(s.stop - s.start for s in spans)
+    if slim or batch.replayed:
+        cache: DynamicCache = LastSlotsCache(kept if slim else longest, batch.replayed)
+    else:
+        cache = DynamicCache()  # a config-built one would crop windowed layers
     chunked = state.family.chunk_size(model) is not None
     if chunked:  # chunks are cut where the block stands in its prompt
         orders = [s.start - int(batch.first_real[s.row]) for s in spans]
@@ -174,19 +204,21 @@ def _run_alone(batch: _Batch, chunk: list[tuple[int, int]], numbers: list[int]) 
     # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
     text, config = state.family.text_model(model), state.config
     plain = even and not chunked and config.rule == "isolated" and _is_causal(text)
+    hidden = None
     if not (plain and slim and not config.reads_vision and _ran_short(batch, run, cache, kept, length)):
-        cutting = last_rows(text, kept, length) if slim else contextlib.nullcontext()
-        with cutting:
+        # a hook inside a layer would not be there when that layer is recomputed
+        cut = slim and not read_on
+        with last_rows(text, kept, length, not batch.replayed) if cut else contextlib.nullcontext():
             own_mask = plain and config.reads_vision
-            _forward(state, model, run, cache, "alone" if own_mask else "trust")
+            hidden = _forward(state, model, run, cache, "alone" if own_mask else "trust")
     found = []
     for row, span in enumerate(spans):
         start = 0 if slim else span.num_vision
         found.append(_block(batch, span, cache, row, start))
-    return found
+    return found, hidden if read_on else None
 
 
-def _ran_short(batch: _Batch, run: dict[str, Any], cache: LastSlotsCache, kept: int, length: int) -> bool:
+def _ran_short(batch: Batch, run: dict[str, Any], cache: LastSlotsCache, kept: int, length: int) -> bool:
     """Run a rival's tokens alone, the vision tokens left out of the LLM; whether that could be done."""
     text = batch.state.family.text_model(batch.model)
     try:
@@ -206,7 +238,7 @@ def _is_causal(text_model: torch.nn.Module) -> bool:
     return all(getattr(module, "is_causal", True) for module in layers.modules())
 
 
-def _run_prefix(batch: _Batch) -> list[VoCoBlock]:
+def _run_prefix(batch: Batch) -> list[VoCoBlock]:
     """One forward over the rows of the batch as they are, up to the last block."""
     stop = max(s.stop for s in batch.layout)
     run: dict[str, Any] = {k: v[:, :stop] for k, v in batch.tokens.items()}
@@ -219,14 +251,17 @@ def _run_prefix(batch: _Batch) -> list[VoCoBlock]:
 
 def _forward(
     state: Any, model: torch.nn.Module, run: dict[str, Any], cache: DynamicCache, policy: str
-) -> None:
+) -> torch.Tensor | None:
     backbone = state.family.backbone(model)
     run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
+    # asked for a cache where layers are checkpointed, transformers warns that it makes none; it takes ours
+    own = not getattr(cache, "replayed", False)
     with state.positions(policy):
-        backbone(**run, **as_cache(cache), use_cache=True)
+        output = backbone(**run, **as_cache(cache), use_cache=own)
+    return getattr(output, "last_hidden_state", None)  # Llama 4 is its own backbone, and gives logits
 
 
-def _block(batch: _Batch, span: BlockSpan, cache: DynamicCache, row: int, start: int) -> VoCoBlock:
+def _block(batch: Batch, span: BlockSpan, cache: DynamicCache, row: int, start: int) -> VoCoBlock:
     """The block whose VoCo tokens stand at the slots from ``start`` on of ``row``."""
     flat = batch.positions if batch.positions.dim() == 2 else batch.positions[0]
     first = int(flat[span.row, span.voco])

@@ -100,6 +100,7 @@ def place(
     cache: VoCoCache,
     token_types: torch.Tensor | None = None,
     before: Cache | None = None,
+    trusted: bool = False,
 ) -> Placed:
     """Put ``cache`` under the stream ``input_ids`` ``(B, S)``.
 
@@ -108,12 +109,14 @@ def place(
             the prefix where stage 1 was given token types, as the processor does for a prompt.
         before: a KV cache that the stream goes on from (of ``model.prefix_cache``, or of an earlier turn), of
             one row or ``B``; it is not changed. ``P`` counts its slots.
+        trusted: whether the blocks were made by this model a moment ago, in the forward that runs (training),
+            or were checked before: neither fingerprint nor dtype is compared, and under autocast they differ.
 
     Raises:
         ValueError: another model's cache, another K, blocks and VoCo tokens that do not match, vision tokens
             in the stream, a row without text, or a block that cannot be moved to where the prompt puts it.
     """
-    mine = check_cache(model, state, cache)
+    mine = {} if trusted else check_cache(model, state, cache)
     rows, columns = input_ids.shape
     device = input_ids.device
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -154,7 +157,8 @@ def place(
         leading = filled.argmax(axis=1)[:, None]
         held[2] += leading
         text[2] += leading
-    _check_reach(model, state, plans, per_row, int(text[1].max()), int(text[2].max()) + 1)
+    dtype = None if trusted else model.get_input_embeddings().weight.dtype
+    _check_reach(model, state, plans, per_row, int(text[1].max()), int(text[2].max()) + 1, dtype)
     key_values = _key_values(model, state, per_row, plans, slots, before)
 
     source, position_ids, orders = torch.from_numpy(text).to(device)
@@ -249,13 +253,14 @@ def _any_text_id(input_ids: torch.Tensor, kinds: np.ndarray) -> torch.Tensor:
     return input_ids[row, column]
 
 
-def _check_reach(model, state, plans: list[RowPlan], per_row, last: int, tokens: int) -> None:
+def _check_reach(
+    model, state, plans: list[RowPlan], per_row, last: int, tokens: int, dtype: torch.dtype | None
+) -> None:
     """Refuse what no rotation can give. ``last`` is the largest position of the prompt, ``tokens`` its length
-    with vision tokens.
+    with vision tokens, ``dtype`` what blocks must be in (``None``: anything).
     """
     if not any(per_row):
         return
-    weight = model.get_input_embeddings().weight
     relocator = relocator_for(state, state.family.text_model(model), state.family.backbone(model))
     chunk = state.family.chunk_size(model)
     example = next(b for blocks in per_row for b in blocks)
@@ -265,10 +270,10 @@ def _check_reach(model, state, plans: list[RowPlan], per_row, last: int, tokens:
     for row, (plan, blocks) in enumerate(zip(plans, per_row, strict=True)):
         for number, block in enumerate(blocks):
             position, order = int(plan.block_positions[number]), int(plan.block_orders[number])
-            if block.num_layers != example.num_layers or block.dtype != weight.dtype:
+            if block.num_layers != example.num_layers or block.dtype != (dtype or block.dtype):
                 raise ValueError(
                     f"sample {row}, block {number}: {block.num_layers} layers in {block.dtype}, the model "
-                    f"has {example.num_layers} in {weight.dtype}; compress with this model, or cast with "
+                    f"has {example.num_layers} in {dtype}; compress with this model, or cast with "
                     "cache.to(dtype)."
                 )
             if position != block.position and not block.relocatable:

@@ -40,6 +40,11 @@ class RecipeArguments:
         dataset_name: LLaVA JSON file, ``datasets`` folder, local files or hub id to train on.
         dataset_train_split: its split; ``None`` takes the only one, or ``train``. A LLaVA file has none.
         image_folder: where the image names of a LLaVA file start.
+        video_folder: where the video names of a WebVid CSV, Video-ChatGPT or LLaVA JSON start;
+            ``dataset_name`` may then name several of these, with commas between them.
+        video_frames: frames read of each video, evenly; or
+        video_fps: frames read of each second, and of these at most
+        video_max_frames: in all.
         eval_dataset_name: what to evaluate on (with ``eval_strategy``); ``None`` takes ``dataset_test_split``
             of ``dataset_name``.
         dataset_test_split: the split of the evaluation set.
@@ -56,6 +61,10 @@ class RecipeArguments:
     dataset_name: str | None = None
     dataset_train_split: str | None = None
     image_folder: str | None = None
+    video_folder: str | None = None
+    video_frames: int | None = None
+    video_fps: float | None = None
+    video_max_frames: int | None = None
     eval_dataset_name: str | None = None
     dataset_test_split: str | None = None
     eval_image_folder: str | None = None

@@ -128,7 +128,7 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     adapted = model_config.use_peft or (source and (Path(source) / "adapter_config.json").is_file())
     check_quantization(model_config, bool(adapted))
 
-    dataset = load_vision_dataset(
+    dataset = _videos(arguments, arguments.dataset_name, config) or load_vision_dataset(
         arguments.dataset_name,
         arguments.dataset_train_split,
         arguments.image_folder,
@@ -138,7 +138,7 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         dataset = dataset.select(range(min(arguments.max_train_samples, len(dataset))))
     evaluation = None
     if str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no":
-        evaluation = load_vision_dataset(
+        evaluation = _videos(arguments, arguments.eval_dataset_name, config) or load_vision_dataset(
             arguments.eval_dataset_name or arguments.dataset_name,
             arguments.dataset_test_split or (None if arguments.eval_dataset_name else "test"),
             arguments.eval_image_folder or arguments.image_folder,
@@ -187,6 +187,26 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         "metrics": outcome.metrics,
         "main_process": trainer.is_world_process_zero(),
     }
+
+
+def _videos(arguments: RecipeArguments, name: str | None, config: Any) -> Any:
+    """The video set(s) that ``name`` names; ``None`` where the recipe reads no videos.
+
+    Raises:
+        RecipeError: the data are videos, and nothing says which frames are read.
+    """
+    from ..data.video_formats import is_video_set, load_video_dataset
+
+    sampling = {
+        "count": arguments.video_frames, "fps": arguments.video_fps, "max_frames": arguments.video_max_frames,
+    }  # fmt: skip
+    if name is None:
+        return None
+    if arguments.video_frames is None and arguments.video_fps is None:
+        if any(is_video_set(part.strip()) for part in name.split(",")):
+            raise RecipeError(f"{name} names videos: say which frames are read, e.g. --video_frames 16.")
+        return None
+    return load_video_dataset(name, arguments.video_folder, on_bad_sample=config.on_bad_sample, **sampling)
 
 
 RESULTS_NAME = "train_results.json"

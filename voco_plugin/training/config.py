@@ -10,10 +10,11 @@ from transformers.utils import is_torch_cuda_available, is_torch_npu_available, 
 from trl import SFTConfig
 
 from ..collator import check_range
-from ..config import VoCoConfig, read_section
+from ..config import VoCoConfig, nearest, read_section
 from ..images import ON_BAD_SAMPLE, check_on_bad_sample
 from .distillation import as_distill_config
 
+STAGE1 = ("joint", "streamed")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -47,6 +48,11 @@ class VoCoSFTConfig(SFTConfig):
             isolated from each other (TRL refuses this): first-fit decreasing over the whole training set, by
             lengths that a first pass counts from image sizes and text. ``per_device_train_batch_size`` then
             counts packed rows. Evaluation is not packed.
+        stage1: how the images of a batch are compressed while training. ``joint``: in one pass with the text,
+            under the rule. ``streamed``: in chunks of images before it, each recomputed in the backward pass;
+            the text then runs on their VoCo tokens' keys and values. Loss and gradients are the same, and
+            memory does not grow with the number of images but by those keys and values (paper, Sec. 3.4).
+        stage1_chunk: images (blocks) a chunk of ``streamed``; ``None``: 8.
 
     ``chat_template_path`` also takes the bare name of a shipped template: the conversation that a family was
     tuned with, its answers marked for ``assistant_only_loss`` (``vicuna_v1``, ``llava_plain``,
@@ -60,8 +66,8 @@ class VoCoSFTConfig(SFTConfig):
     columns of the vision formats, and ``padding_free`` is refused for vision data.
 
     Raises:
-        ValueError: ``voco``, ``num_tokens_range``, ``save_at_steps`` or ``on_bad_sample`` is not valid, the
-            range is given without ``voco``, or ``packing`` without ``max_length``.
+        ValueError: ``voco``, ``num_tokens_range``, ``save_at_steps``, ``stage1`` or ``on_bad_sample`` is not
+            valid, the range is given without ``voco``, or ``packing`` without ``max_length``.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "voco", "distill"]
@@ -101,10 +107,22 @@ class VoCoSFTConfig(SFTConfig):
         metadata={"help": "Optimizer steps after which a checkpoint is saved, besides save_strategy's."},
     )
 
+    stage1: str = field(
+        default="joint",
+        metadata={
+            "help": "Images compressed in one pass with the text (joint), or in chunks before it (streamed).",
+            "choices": list(STAGE1),
+        },
+    )
+    stage1_chunk: int | None = field(
+        default=None, metadata={"help": "Images a chunk of stage1=streamed; none: 8."}
+    )
+
     def __post_init__(self) -> None:
         self.voco = as_voco_config(self.voco)
         self.distill = as_distill_config(self.distill)
         check_on_bad_sample(self.on_bad_sample)
+        self._check_stage1()
         if self.num_tokens_range is not None:
             self.num_tokens_range = list(check_range(self.num_tokens_range))
             low, high = self.num_tokens_range
@@ -126,6 +144,22 @@ class VoCoSFTConfig(SFTConfig):
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not _has_accelerator()):
             self.bf16 = False
         super().__post_init__()
+
+    def _check_stage1(self) -> None:
+        if self.stage1 not in STAGE1:
+            raise ValueError(
+                f"stage1={self.stage1!r} is not known{nearest(self.stage1, STAGE1)}; "
+                f"use one of {', '.join(STAGE1)}."
+            )
+        if self.stage1_chunk is None:
+            return
+        if self.stage1 != "streamed":
+            raise ValueError(
+                f"stage1_chunk={self.stage1_chunk} is for stage1=streamed, not {self.stage1!r}; leave it "
+                "out, or set stage1=streamed."
+            )
+        if self.stage1_chunk < 1:
+            raise ValueError(f"stage1_chunk={self.stage1_chunk} must be at least 1, images a chunk.")
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values, ``voco`` and ``distill`` as dicts."""

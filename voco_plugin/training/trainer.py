@@ -53,18 +53,20 @@ from .packing import check_packing, pack_dataset, without_trls
 from .parts import count_trainable, describe_trainable
 from .quantization import check_quantization
 from .skipping import SkipCounter
+from .stages import Staged
 from .weights import load_whole_weights
 
 logger = logging.getLogger(__name__)
 
 
-class VoCoSFTTrainer(AtomicCheckpoints, Distilling, SFTTrainer):
+class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     """Fine-tunes a vision-language model to compress each image into its VoCo tokens (paper, Sec. 3.2).
 
     Everything of ``SFTTrainer`` holds: completion-only and assistant-only loss, PEFT, gradient checkpointing,
     resume, evaluation, logging. Besides, each log has ``compression_ratio`` (vision tokens per VoCo token),
     ``voco_tokens_per_sample`` and ``isolation`` (1.0 where text is kept from vision tokens). With
-    ``args.distill`` the loss also has the divergence from the plain model (Eq. 1).
+    ``args.distill`` the loss also has the divergence from the plain model (Eq. 1). With
+    ``args.stage1="streamed"`` a step of many images runs in two stages (Sec. 3.4), and is the same step.
 
     What trains is what ``args.train_language``, ``train_voco``, ``train_projector`` and
     ``train_vision_tower`` say: with ``peft_config``, adapters in the language model (and the tower), the VoCo
@@ -177,6 +179,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, SFTTrainer):
             check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
             name_present_layers(unwrap(self.model))
         self._prepare_teacher(args.distill, frozen, packs)
+        self._prepare_stages()
         self._skips = SkipCounter()
         self.add_callback(self._skips)
         if getattr(args, "save_at_steps", None):
