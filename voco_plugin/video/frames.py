@@ -1,23 +1,27 @@
-"""Frames and segments: what a video is made of, wherever it comes from."""
+"""What a video is to the rest of the package: frames with their times, and segments of them.
+
+One segment becomes one block (paper, Sec. 3.4).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+
+from PIL import Image
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture of a video.
+    """One picture of a video.
 
     Attributes:
-        image: PIL, RGB.
-        time: seconds from the start.
-        index: its number in the source.
+        image: 8-bit RGB, the right way up.
+        time: seconds from the first frame of the source.
+        index: its number in the source, from 0, counting the frames that were not picked too.
     """
 
-    image: Any
+    image: Image.Image
     time: float
     index: int
 
@@ -30,21 +34,32 @@ class Segment:
 
     @property
     def time(self) -> float:
-        """Seconds: its first frame's time."""
+        """Seconds of its first frame."""
         return self.frames[0].time
 
     @property
     def end(self) -> float:
-        """Seconds: its last frame's time."""
+        """Seconds of its last frame."""
         return self.frames[-1].time
 
 
 def segments(frames: Iterable[Frame], frames_per_block: int = 1) -> Iterator[Segment]:
-    """Frames in groups of ``frames_per_block``; the last may be shorter."""
+    """``frames`` in groups of ``frames_per_block``, in order; the last may be shorter. Reads no further than
+    the group that is asked for.
+
+    Raises:
+        ValueError: ``frames_per_block`` is below 1.
+    """
+    if frames_per_block < 1:
+        raise ValueError(f"frames_per_block={frames_per_block} makes no block; give 1 or more.")
+    return _grouped(frames, frames_per_block)
+
+
+def _grouped(frames: Iterable[Frame], size: int) -> Iterator[Segment]:
     group: list[Frame] = []
     for frame in frames:
         group.append(frame)
-        if len(group) == frames_per_block:
+        if len(group) == size:
             yield Segment(tuple(group))
             group = []
     if group:

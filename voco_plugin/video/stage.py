@@ -13,9 +13,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..answering import ask, compress_images, on_device, render
 from ..cache import VoCoCache
+from ..modeling import attachment
 from .frames import Frame, Segment
 from .layout import image_text
 
@@ -119,7 +121,7 @@ def way_of(processor: Any, frames_per_block: int, frames_as: str = "auto") -> st
     if frames_as == "image" or (frames_as == "auto" and frames_per_block == 1):
         return "image"
     name = type(processor).__name__
-    if getattr(processor, "video_processor", None) is None or not _token(processor, "video_token"):
+    if getattr(processor, "video_processor", None) is None or not _video_token(processor):
         raise ValueError(
             f"{name} takes no videos, so {frames_per_block} frame(s) cannot become one block; use "
             "frames_per_block=1 with frames_as='image'."
@@ -142,7 +144,7 @@ def _compress_videos(
         by_length.setdefault(len(segment.frames), []).append(number)
     found: dict[int, VoCoCache] = {}
     for numbers in by_length.values():
-        inputs = encode_videos(processor, [chunk[n] for n in numbers])
+        inputs = encode_videos(model, processor, [chunk[n] for n in numbers])
         inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
         cache = model.compress(**on_device(model, inputs), max_memory=max_memory)
         for row, number in enumerate(numbers):
@@ -156,27 +158,45 @@ def _compress_videos(
     return iter([found[n] for n in range(len(chunk))])
 
 
-def encode_videos(processor: Any, chunk: list[Segment]) -> dict[str, Any]:
+def encode_videos(model: Any, processor: Any, chunk: list[Segment]) -> dict[str, Any]:
     """A processor's output for segments of one length, each a video in a prompt of its own, ready for
     ``model.insert_voco_tokens``.
 
     The frames are taken as they are: the processor samples none of them again.
     """
     text = render(processor, [ask("")])[0]
-    unit = image_text(processor)
-    video = unit.replace(_token(processor, "image_token"), _token(processor, "video_token"))
+    unit, image, video = image_text(processor), _token(processor, "image_token"), _video_token(processor)
+    shown = video if _writes_markers(model, processor, len(chunk[0].frames)) else unit.replace(image, video)
+    return _encoded(processor, [text.replace(unit, shown)] * len(chunk), chunk)
+
+
+def _encoded(processor: Any, texts: list[str], chunk: list[Segment]) -> dict[str, Any]:
     out = processor(
-        text=[text.replace(unit, video)] * len(chunk), videos=[[f.image for f in s.frames] for s in chunk],
+        text=texts, videos=[[f.image for f in s.frames] for s in chunk],
         video_metadata=[_metadata(s) for s in chunk], do_sample_frames=False, return_tensors="pt",
         padding=True, padding_side="left",
     )  # fmt: skip
     return dict(out)
 
 
+def _writes_markers(model: Any, processor: Any, frames: int) -> bool:
+    """Whether the processor itself puts a start marker before a video's tokens (Qwen3-VL, at each temporal
+    patch), so that the chat template's would be a second one.
+    """
+    starts = attachment(model).vocab.starts
+    blank = Segment(tuple(Frame(Image.new("RGB", (56, 56)), float(n), n) for n in range(frames)))
+    ids = _encoded(processor, [_video_token(processor)], [blank])["input_ids"] if starts else torch.zeros(0)
+    return any(bool((ids == start).any()) for start in starts)
+
+
 def _token(processor: Any, name: str) -> str:
     token = getattr(processor, name, None)
     token = getattr(token, "content", token)
     return token if isinstance(token, str) else ""
+
+
+def _video_token(processor: Any) -> str:
+    return _token(processor, "video_token")
 
 
 def _metadata(segment: Segment) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Watching(Intake):
         if history is not None and history < 0:
             raise ValueError(f"history={history} must be at least 0, or None for all.")
         check_layout(attachment(session.model).config, session.processor, time_text)
-        named = isinstance(source, (str, os.PathLike, int))
+        named = _is_name(source)
         super().__init__(
             session.model, session.processor, num_tokens=session.num_tokens, fps=None if named else fps,
             frames_per_block=frames_per_block, frames_as=frames_as, budget=budget, policy=policy,
@@ -263,6 +263,13 @@ class Watching(Intake):
             session._past, session._unread, session._watching = past, unread, None
         session.messages = [*self._base, *(m for asked, said, _ in self._since for m in (asked, said))]
         return answer
+
+
+def _is_name(source: Any) -> bool:
+    """Whether ``read_video`` is to read it: a path, URL or camera, or a list of images."""
+    if isinstance(source, (list, tuple)):
+        return bool(source) and not isinstance(source[0], Frame)
+    return isinstance(source, (str, os.PathLike, int))
 
 
 __all__ = ["Watching"]
