@@ -126,8 +126,8 @@ def way_of(processor: Any, frames_per_block: int, frames_as: str = "auto") -> st
             f"{name} takes no videos, so {frames_per_block} frame(s) cannot become one block; use "
             "frames_per_block=1 with frames_as='image'."
         )
-    merged = getattr(processor.video_processor, "temporal_patch_size", None)
-    if merged and frames_per_block % merged:
+    merged = _merged(processor)
+    if frames_per_block % merged:
         raise ValueError(
             f"{name} merges {merged} frames into one temporal patch: frames_per_block={frames_per_block} "
             f"must be a multiple of {merged}, or frames_as='image' with frames_per_block=1."
@@ -171,12 +171,20 @@ def encode_videos(model: Any, processor: Any, chunk: list[Segment]) -> dict[str,
 
 
 def _encoded(processor: Any, texts: list[str], chunk: list[Segment]) -> dict[str, Any]:
+    videos = [[f.image for f in s.frames] for s in chunk]
+    for video in videos:  # a last segment that is short: Qwen2-VL repeats its last frame, Qwen3-VL refuses it
+        video += [video[-1]] * (-len(video) % _merged(processor))
     out = processor(
-        text=texts, videos=[[f.image for f in s.frames] for s in chunk],
-        video_metadata=[_metadata(s) for s in chunk], do_sample_frames=False, return_tensors="pt",
-        padding=True, padding_side="left",
+        text=texts, videos=videos, do_sample_frames=False, return_tensors="pt", padding=True,
+        padding_side="left",
+        video_metadata=[_metadata(s, len(video)) for s, video in zip(chunk, videos, strict=True)],
     )  # fmt: skip
     return dict(out)
+
+
+def _merged(processor: Any) -> int:
+    """How many frames the processor merges into one temporal patch."""
+    return getattr(getattr(processor, "video_processor", None), "temporal_patch_size", None) or 1
 
 
 def _writes_markers(model: Any, processor: Any, frames: int) -> bool:
@@ -199,8 +207,10 @@ def _video_token(processor: Any) -> str:
     return _token(processor, "video_token")
 
 
-def _metadata(segment: Segment) -> dict[str, Any]:
-    """What a processor asks of a video: Qwen2.5-VL places temporal patches by the seconds between them."""
-    count, seconds = len(segment.frames), segment.end - segment.time
-    fps = (count - 1) / seconds if seconds > 0 else 1.0
+def _metadata(segment: Segment, count: int) -> dict[str, Any]:
+    """What a processor asks of a video of ``count`` frames: Qwen2.5-VL places temporal patches by the seconds
+    between them.
+    """
+    seconds = segment.end - segment.time
+    fps = (len(segment.frames) - 1) / seconds if seconds > 0 else 1.0
     return {"total_num_frames": count, "fps": fps, "frames_indices": list(range(count))}
