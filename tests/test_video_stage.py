@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import voco_plugin as vp
-from videos import VIDEO_FAMILIES, frames, made, one_pass
+from video_harness import VIDEO_FAMILIES, frames, made, one_pass
 from voco_plugin.answering import render, stream_ids, with_counts
 from voco_plugin.cache import VoCoCache
 from voco_plugin.layout import TokenKind

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import voco_plugin as vp
-from videos import Turns, frames, made, one_pass
+from video_harness import Turns, frames, made, one_pass
 from voco_plugin.video.frames import Frame, Segment, segments
 from voco_plugin.video.stage import compress_video
 from voco_plugin.video.watching import Watching
