@@ -121,34 +121,49 @@ def stream_of_texts(
         special: whether the tokenizer puts its own special tokens around them.
     """
     vocab = attachment(model).vocab
-    blank = Image.new("RGB", _BLANK)
-    blanks = [[blank] * count for count in places] if any(places) else None
     pad = getattr(processor, "tokenizer", processor).pad_token_id or 0
-    encoded = insert_voco_tokens(
-        _tokenized(processor, texts, blanks, special),
-        vocab,
-        1,
-        pad_token_id=pad,
-        padding_side="left",
-        images_per_row=list(places),
-    )
-    layout = SequenceLayout.from_ids(encoded["input_ids"], encoded["attention_mask"], vocab)
     rows = []
-    for number, (ids, keep) in enumerate(zip(encoded["input_ids"], layout.in_stream, strict=True)):
+    for number, ids in enumerate(stream_ids(model, processor, texts, places, special)):
         counts = [b.num_tokens for b, row in zip(cache, cache.rows, strict=True) if row == number]
         if places[number] != len(counts):
             raise ValueError(
                 f"prompt {number} has {places[number]} image(s) and {len(counts)} cached image(s)."
             )
-        following = iter(counts)
-        stream: list[int] = []
-        for token in ids[keep].tolist():  # one VoCo token an image so far: its block's K in its place
-            stream += [token] * next(following) if token == vocab.voco_id else [token]
-        rows.append(stream)
+        rows.append(with_counts(ids, counts, vocab.voco_id))
     longest = max(map(len, rows))
     out = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": out, "attention_mask": mask}
+
+
+def stream_ids(
+    model: Any, processor: Any, texts: Sequence[str], places: Sequence[int], special: bool = False
+) -> list[list[int]]:
+    """Per text the ids of its compressed stream, with one VoCo token for each image; arguments as in
+    :func:`stream_of_texts`.
+    """
+    vocab = attachment(model).vocab
+    blank = Image.new("RGB", _BLANK)
+    blanks = [[blank] * count for count in places] if any(places) else None
+    encoded = insert_voco_tokens(
+        _tokenized(processor, texts, blanks, special),
+        vocab,
+        1,
+        pad_token_id=getattr(processor, "tokenizer", processor).pad_token_id or 0,
+        padding_side="left",
+        images_per_row=list(places),
+    )
+    layout = SequenceLayout.from_ids(encoded["input_ids"], encoded["attention_mask"], vocab)
+    return [ids[keep].tolist() for ids, keep in zip(encoded["input_ids"], layout.in_stream, strict=True)]
+
+
+def with_counts(ids: Sequence[int], counts: Sequence[int], voco_id: int) -> list[int]:
+    """``ids`` with the i-th VoCo token repeated ``counts[i]`` times."""
+    following = iter(counts)
+    stream: list[int] = []
+    for token in ids:
+        stream += [token] * next(following) if token == voco_id else [token]
+    return stream
 
 
 def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
@@ -191,7 +206,7 @@ def compress_images(
         if not chunk:
             continue
         inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
-        cache = model.compress(**_on(model, inputs), max_memory=max_memory)
+        cache = model.compress(**on_device(model, inputs), max_memory=max_memory)
         for row in range(len(chunk)):
             yield cache.row(row)
         if tick is not None:
@@ -293,12 +308,12 @@ def prompt(
     if caches is not None:
         stacked = VoCoCache.stack(caches)
         batch = _asked(questions, caches, times)
-        return _on(model, {**stream_of(model, processor, batch, stacked), "voco_cache": stacked})
+        return on_device(model, {**stream_of(model, processor, batch, stacked), "voco_cache": stacked})
     if images is None:
-        return _on(model, encode(processor, [ask(q, 0) for q in questions], None))
+        return on_device(model, encode(processor, [ask(q, 0) for q in questions], None))
     batch = _asked(questions, images, times)
     inputs = encode(processor, batch, images)
-    return _on(model, model.insert_voco_tokens(inputs) if is_attached(model) else inputs)
+    return on_device(model, model.insert_voco_tokens(inputs) if is_attached(model) else inputs)
 
 
 def check_times(processor: Any) -> None:
@@ -337,7 +352,7 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _on(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def on_device(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """``inputs`` on the model's device, pixels in its dtype."""
     device, dtype = model.device, model.dtype
     return {

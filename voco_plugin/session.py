@@ -13,17 +13,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._compat import cache_of
-from .answering import compress_images, render, stream_of_texts
+from .answering import ask as user_turn
+from .answering import compress_images, render, with_counts
 from .cache import VoCoCache
-from .modeling import is_attached
+from .modeling import attachment, is_attached
+from .video.layout import video_stream_ids
+
+if TYPE_CHECKING:
+    from .video.watching import Watching
 
 _MARK = "\ue000"  # private use: in no prompt, so that a turn's end can be found in the rendered text
 _ONE_ANSWER = ("num_beams", "num_return_sequences")
+
+
+def said(answer: str) -> dict[str, Any]:
+    """An assistant's turn."""
+    return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
 
 
 class VoCoSession:
@@ -65,6 +75,7 @@ class VoCoSession:
         self._waiting: tuple[VoCoCache, ...] = ()
         self._past: Any = None  # a DynamicCache: what has been read; never written to, so that forks share it
         self._unread: tuple[int, ...] = ()  # ids of the conversation that are not in it yet
+        self._watching: Watching | None = None  # the video that stands behind what has been read
 
     # -- the conversation
 
@@ -96,36 +107,39 @@ class VoCoSession:
             ValueError: beams, several answers or a static cache: a session goes on from one answer.
         """
         self._check_options(generate)
+        if self._watching is not None:
+            return self._watching.ask(question, max_new_tokens=max_new_tokens, **generate)
         waiting = VoCoCache.cat(self._waiting)
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in range(len(waiting))]
-        turn = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-        text, special = self._text_of(turn)
-        stream = stream_of_texts(self.model, self.processor, [text], [len(waiting)], waiting, special)
-        device = self.model.device
-        unread = torch.tensor([self._unread], dtype=torch.long)
-        ids = torch.cat([unread, stream["input_ids"]], dim=1).to(device)
-        before = 0 if self._past is None else self._past.get_seq_length()
-        generate.setdefault("do_sample", False)
-        output = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), voco_cache=waiting.to(device),
-            prefix_cache=self._past, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generate,
-        )  # fmt: skip
-        new = output.sequences[0, ids.shape[1] :].tolist()
-        answer = self._decode(new)
-        while new and new[-1] in self._end_ids(generate):
-            new.pop()  # how a turn ends is the chat template's to write
-        past = cache_of(output)
-        extra = past.get_seq_length() - before - ids.shape[1] - len(new)
-        if extra > 0:
-            past.crop(-extra)
+        (turn,) = user_turn(question, len(waiting))
+        answer, past, unread = self._answered([turn], waiting, max_new_tokens, generate)
         # nothing of the session changes before all of this has worked
-        self._unread = tuple(new[len(new) + extra :] if extra < 0 else ())
-        self._past, self._waiting = past, ()
-        self.messages += [turn, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        self._past, self._unread, self._waiting = past, unread, ()
+        self.messages += [turn, said(answer)]
         return answer
 
+    def watch(self, source: Any = None, **options: Any) -> Watching:
+        """A video that is watched while questions are asked: :class:`~voco_plugin.video.watching.Watching`,
+        which says the options. It keeps a block a frame, within a budget; :meth:`ask` then asks about what
+        has been seen so far.
+
+        Args:
+            source: a video file, folder or camera as :func:`~voco_plugin.video.reading.read_video` takes it,
+                or an iterable of frames; ``None``: frames are given to ``feed``.
+
+        Raises:
+            ValueError: another video is being watched, or an option cannot be kept.
+        """
+        from .video.watching import Watching
+
+        return Watching(self, source, **options)
+
     def fork(self) -> VoCoSession:
-        """A second session in the same state. Nothing is copied: what has been read is never written to."""
+        """A second session in the same state. Nothing is copied: what has been read is never written to.
+
+        Raises:
+            ValueError: a video is being watched.
+        """
+        self._check_no_video("forked")
         other = VoCoSession(self.model, self.processor, store=self.store, num_tokens=self.num_tokens)
         other.messages = list(self.messages)
         other._waiting, other._past, other._unread = self._waiting, self._past, self._unread
@@ -137,7 +151,8 @@ class VoCoSession:
     def num_images(self) -> int:
         """Images so far, those waiting for the next question included."""
         asked = sum(part["type"] == "image" for turn in self.messages for part in turn["content"])
-        return asked + sum(len(cache) for cache in self._waiting)
+        video = 0 if self._watching is None else len(self._watching.kept)
+        return asked + video + sum(len(cache) for cache in self._waiting)
 
     @property
     def num_slots(self) -> int:
@@ -148,10 +163,23 @@ class VoCoSession:
     def nbytes(self) -> int:
         """Bytes of keys and values, those of waiting images included."""
         held = 0 if self._past is None else sum(x.keys.nbytes + x.values.nbytes for x in self._past.layers)
-        return held + sum(cache.nbytes for cache in self._waiting)
+        video = 0 if self._watching is None else self._watching.nbytes
+        return held + video + sum(cache.nbytes for cache in self._waiting)
+
+    def _check_no_video(self, what: str) -> None:
+        if self._watching is not None:
+            raise ValueError(
+                f"a session is not {what} while it watches a video, whose blocks are not read for good yet; "
+                "close() the watching and ask once more first."
+            )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the conversation and its KV cache; whole or not at all. The model is not in the file."""
+        """Write the conversation and its KV cache; whole or not at all. The model is not in the file.
+
+        Raises:
+            ValueError: a video is being watched.
+        """
+        self._check_no_video("saved")
         from .session_file import write_session
 
         write_session(path, self)
@@ -182,16 +210,53 @@ class VoCoSession:
             self.store.put(key, cache)
         return self.store.get(key)
 
-    def _text_of(self, turn: dict[str, Any]) -> tuple[str, bool]:
-        """What the chat template writes for ``turn`` and the head of its answer, after what has been read;
-        and whether the tokenizer is to add its own special tokens (at the very start only).
+    def _answered(
+        self,
+        turns: Sequence[dict[str, Any]],
+        blocks: VoCoCache,
+        max_new_tokens: int,
+        generate: dict[str, Any],
+        base: Sequence[dict[str, Any]] | None = None,
+        known: dict[str, list[int]] | None = None,
+    ) -> tuple[str, Any, tuple[int, ...]]:
+        """The answer to the last of ``turns``, which follow what has been read; the KV cache behind it; and
+        the ids of the answer that are not in it. The session stays as it is.
+
+        Args:
+            blocks: the images of ``turns``, in order.
+            base: the messages that have been read; ``None``: all of the session's.
+            known: see :func:`~voco_plugin.video.layout.video_stream_ids`.
+        """
+        text, special = self._text_of(turns, self.messages if base is None else base)
+        voco = attachment(self.model).vocab.voco_id
+        stream = video_stream_ids(self.model, self.processor, text, len(blocks), special, known)
+        device = self.model.device
+        ids = torch.tensor([[*self._unread, *with_counts(stream, blocks.num_tokens, voco)]], device=device)
+        before = 0 if self._past is None else self._past.get_seq_length()
+        generate.setdefault("do_sample", False)
+        output = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), voco_cache=blocks.to(device),
+            prefix_cache=self._past, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generate,
+        )  # fmt: skip
+        new = output.sequences[0, ids.shape[1] :].tolist()
+        answer = self._decode(new)
+        while new and new[-1] in self._end_ids(generate):
+            new.pop()  # how a turn ends is the chat template's to write
+        past = cache_of(output)
+        extra = past.get_seq_length() - before - ids.shape[1] - len(new)
+        if extra > 0:
+            past.crop(-extra)
+        return answer, past, tuple(new[len(new) + extra :] if extra < 0 else ())
+
+    def _text_of(self, turns: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> tuple[str, bool]:
+        """What the chat template writes for ``turns`` and the head of an answer, after ``base``, which has
+        been read; and whether the tokenizer is to add its own special tokens (at the very start only).
         """
         if self._past is None:
-            text = render(self.processor, [[*self.messages, turn]])[0]
+            text = render(self.processor, [[*base, *turns]])[0]
             bos = getattr(getattr(self.processor, "tokenizer", self.processor), "bos_token", None)
             return text, not (bos and text.startswith(bos))
-        answered = {"role": "assistant", "content": [{"type": "text", "text": _MARK}]}
-        whole = render(self.processor, [[*self.messages[:-1], answered, turn]])[0]
+        whole = render(self.processor, [[*base[:-1], said(_MARK), *turns]])[0]
         before, mark, text = whole.rpartition(_MARK)
         if not mark or before.count(_MARK):
             raise ValueError(

@@ -1,4 +1,6 @@
-"""``voco generate``: answers from images, or from cache files without the images."""
+"""``voco generate``: answers from images, or from cache files without the images; videos:
+``generate_video.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output
+from .generate_video import add_video_options, is_video, run_video
 from .inputs import add_model_options, find_images, load_model, open_image, positive, read_questions
 
 
@@ -22,7 +25,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "  voco generate runs/gridworld_voco --cache both.safetensors --index 1 --questions asked.txt "
         "--json\n"
         "  voco generate runs/gridworld_voco --store caches/ --name photos/a.png --question 'What is at "
-        "b2?'\n",
+        "b2?'\n"
+        "  voco generate MODEL --video clip.mp4 --fps 1 --budget 256 --question 'What happens first?'\n",
     )
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
@@ -35,9 +39,17 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--name", action="append", metavar="NAME", help="an image of --store by its name; may be repeated"
     )
+    source.add_argument(
+        "--video",
+        metavar="FILE",
+        help="a video file, GIF, folder of frames, URL or camera; with --store a name",
+    )
     parser.add_argument("--store", metavar="DIR", help="a store that voco compress --store has filled")
     parser.add_argument(
-        "--num-tokens", type=positive, metavar="K", help="with --store: the K compressed into (the model's)"
+        "--num-tokens",
+        type=positive,
+        metavar="K",
+        help="of --store and --video: VoCo tokens an image (the model's)",
     )
     parser.add_argument("--question", action="append", metavar="TEXT", help="what to ask; may be repeated")
     parser.add_argument("--questions", metavar="FILE", help="a file with one question a line")
@@ -53,24 +65,25 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive, default=16, help="prompts at a time (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the answers as JSON")
+    add_video_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     questions = read_questions(args.question, args.questions)
+    video = is_video(args)
     _check_store_options(args)
+    if video and args.video is not None:
+        return run_video(args, questions, [], args.video)
     paths = find_images(args.image) if args.image else _cache_files(args.cache or [])
     if args.cache:
         names, items = _read_caches(paths)  # checked before the model loads
+        if video:
+            return run_video(args, questions, _chosen(args, items), ", ".join(map(str, paths)))
     else:
         names = args.name or [str(p) for p in paths]
         items = list(names)
     if args.index is not None:
-        for index in args.index:
-            if not -len(items) <= index < len(items):
-                raise ValueError(
-                    f"--index {index} is outside the {len(items)} image(s) given (0…{len(items) - 1})."
-                )
-        names, items = [names[i] for i in args.index], [items[i] for i in args.index]
+        names, items = _chosen(args, names), _chosen(args, items)
     model, processor = load_model(args)
 
     from ..answering import answer
@@ -115,12 +128,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _chosen(args: argparse.Namespace, items: list[Any]) -> list[Any]:
+    """Those that ``--index`` names, in its order; all without it."""
+    for index in args.index or []:
+        if not -len(items) <= index < len(items):
+            raise ValueError(
+                f"--index {index} is outside the {len(items)} image(s) given (0…{len(items) - 1})."
+            )
+    return items if args.index is None else [items[i] for i in args.index]
+
+
 def _check_store_options(args: argparse.Namespace) -> None:
     """Raises where ``--store``, ``--name`` and ``--num-tokens`` do not go together."""
-    if args.store and not (args.name or args.image):
-        raise ValueError("--store answers about --name NAME or --image FILE: give one of them.")
+    if args.store and not (args.name or args.image or args.video):
+        raise ValueError("--store answers about --name NAME, --image FILE or --video NAME: give one of them.")
     for option in ("name", "num_tokens"):
-        if getattr(args, option) and not args.store:
+        if getattr(args, option) and not args.store and not args.video:
             raise ValueError(f"--{option.replace('_', '-')} is of a store: give --store DIR.")
 
 
