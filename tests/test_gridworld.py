@@ -86,7 +86,8 @@ def short_answer(question: str, contents: dict[str, str]) -> str | None:
         return str(sum(match[1].removesuffix("s") in text.split() for text in inside))
     if match := re.fullmatch(r"Is (?:the )?(.+) (left of|above) (?:the )?(.+)", question):
         axis = 0 if match[2] == "left of" else 1
-        spots = [[place(c)[axis] for c, text in contents.items() if text.split()[1] == match[k]] for k in (1, 3)]
+        called = {cell: text.split()[1] for cell, text in contents.items()}
+        spots = [[place(cell)[axis] for cell, word in called.items() if word == match[k]] for k in (1, 3)]
         assert [len(spot) for spot in spots] == [1, 1] and spots[0] != spots[1], "the question has one answer"
         return "yes" if spots[0] < spots[1] else "no"
     if match := re.fullmatch(r"Sum of (\w\d) and (\w\d)", question):

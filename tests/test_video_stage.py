@@ -9,15 +9,14 @@ import torch
 
 import voco_plugin as vp
 from video_harness import VIDEO_FAMILIES, frames, made, one_pass
-from voco_plugin.answering import render, stream_ids, with_counts
+from voco_plugin.answering import keeps_order, render, stream_ids, with_counts
 from voco_plugin.cache import VoCoCache
+from voco_plugin.conversations import time_text
 from voco_plugin.layout import TokenKind
 from voco_plugin.video.frames import Segment
 from voco_plugin.video.layout import (
     check_layout,
     image_text,
-    keeps_order,
-    time_label,
     video_parts,
     video_stream_ids,
 )
@@ -192,10 +191,10 @@ def test_known_pieces_are_not_tokenized_again(monkeypatch):
 
 
 def test_a_time_is_text_of_one_decimal():
-    assert [time_label(t) for t in (0, 12, 3725.46)] == ["<0.0s>", "<12.0s>", "<3725.5s>"]
+    assert [time_text(t) for t in (0, 12, 3725.46)] == ["<0.0s>", "<12.0s>", "<3725.5s>"]
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="time"):
-            time_label(bad)
+            time_text(bad)
     assert video_parts([0, 1.5], True) == [
         {"type": "text", "text": "<0.0s>"}, {"type": "image"},
         {"type": "text", "text": "<1.5s>"}, {"type": "image"},
@@ -210,7 +209,7 @@ HOISTING = (
 )
 
 
-def test_a_template_that_writes_images_first_takes_no_times():
+def test_a_template_that_writes_images_first_gives_no_times():
     model, tools = made("llava_llama")
     assert keeps_order(tools)
     tools.chat_template = HOISTING  # LLaVA-1.5's

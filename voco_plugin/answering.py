@@ -25,6 +25,7 @@ Messages = list[dict[str, Any]]
 Tick = Callable[[int], Any]
 
 _BLANK = (56, 56)
+_MARK = "\ue001"  # private use: in no prompt
 
 
 def ask(question: str, num_images: int = 1, times: Sequence[str | None] | None = None) -> Messages:
@@ -322,13 +323,21 @@ def check_times(processor: Any) -> None:
     Raises:
         ValueError: it writes all images first, then all text.
     """
-    first, second = "<1.0s>", "<2.0s>"
-    (text,) = render(processor, [ask("?", 2, [first, second])])
-    if not text.partition(first)[2].partition(second)[0].strip():
+    if not keeps_order(processor):
         raise ValueError(
             "this processor's chat template writes all images before all text, so no time text stands before "
             "its frame; leave time texts out, or give a template that writes parts in order."
         )
+
+
+def keeps_order(processor: Any) -> bool:
+    """Whether the chat template writes texts and images of a turn in the order of its parts."""
+    texts = [{"type": "text", "text": f"{_MARK}{n}"} for n in range(3)]
+    content = [texts[0], {"type": "image"}, texts[1], {"type": "image"}, texts[2]]
+    whole = render(processor, [[{"role": "user", "content": content}]])[0]
+    at = [whole.find(f"{_MARK}{n}") for n in range(3)]
+    between = [whole[a + 2 : b].strip() for a, b in zip(at[:-1], at[1:], strict=True)]
+    return min(at) >= 0 and at == sorted(at) and bool(between[0]) and between[0] == between[1]
 
 
 def _asked(questions: Sequence[str], shown: Sequence[Any], times: Any) -> list[Messages]:

@@ -25,7 +25,13 @@ TIME_TEXT = re.compile(r"<\d+(\.\d+)?s>")
 
 
 def time_text(seconds: float) -> str:
-    """``12`` → ``<12.0s>``: a frame's time from the start of its video, to a tenth of a second."""
+    """``12`` → ``<12.0s>``: a frame's time from the start of its video, to a tenth of a second.
+
+    Raises:
+        ValueError: no finite time, or one before the start.
+    """
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"time {seconds} s of a frame is none: give seconds from the video's start.")
     return f"<{seconds:.1f}s>"
 
 

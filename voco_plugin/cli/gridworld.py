@@ -35,13 +35,13 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--level",
         default="quickstart",
         choices=("quickstart", "study", "large"),
-        help="how hard: quickstart (2 x 2 cells, answers in phrases), study (2 x 2 cells, six colours, answers "
-        "of one word) or large (3 x 3 cells of these); the options below change it (default: %(default)s)",
+        help="how hard: quickstart (2 x 2 cells, answers in phrases), study (2 x 2 cells, six colours, "
+        "answers of one word) or large (3 x 3 cells of these); the options below change it (default: %(default)s)",
     )
     parser.add_argument("--grid", type=int, help="cells a side, 2…9 (default: 2; large: 3)")
     parser.add_argument("--colors", type=int, help="colours in use, 2…6 (default: 4; study and large: 6)")
     parser.add_argument("--questions", type=int, help="questions an image (default: 8; study: 6; large: 12)")
-    parser.add_argument("--cell-pixels", type=int, help="pixels a cell's side (default: 32; study and large: 16)")
+    parser.add_argument("--cell-pixels", type=int, help="pixels a cell's side (default: 32; else 16)")
     parser.add_argument(
         "--question-set",
         choices=("phrases", "words", "terse"),
@@ -59,7 +59,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier gridworld in OUT")
     parser.add_argument(
-        "--base", metavar="FOLDER", help="also copy the shipped base VLM of the level (quickstart, study), tuned on it, to FOLDER"
+        "--base",
+        metavar="FOLDER",
+        help="also copy the level's shipped base VLM (quickstart, study) to FOLDER",
     )
     parser.add_argument(
         "--model", metavar="FOLDER", help="also write the tiny VLM, tower pre-trained, projector aligned"
@@ -145,8 +147,8 @@ def shipped_base(level: str = "quickstart") -> Path:
     folder = Path(__file__).resolve().parents[1] / "data" / "assets" / SHIPPED[level]
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"the shipped base VLM is not at {folder}; train one: voco gridworld DATA --level {level} --model "
-            f"INIT, then voco train {SHIPPED[level]}."
+            f"the shipped base VLM is not at {folder}; train one: voco gridworld DATA --level {level} "
+            f"--model INIT, then voco train {SHIPPED[level]}."
         )
     return folder
 

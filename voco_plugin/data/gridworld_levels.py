@@ -1,7 +1,7 @@
 """How hard a gridworld is: named levels, and the question sets they ask from.
 
 quickstart  2 x 2 cells, 4 colours, answers in phrases: small enough to train in minutes
-study       2 x 2 cells, 6 colours, answers of one word, few tokens a question: a training in minutes on one core
+study       2 x 2 cells, 6 colours, answers of one word, few tokens a question: minutes on one core
 large       3 x 3 cells, 6 colours, answers of one word
 """
 

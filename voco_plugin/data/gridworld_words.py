@@ -13,8 +13,8 @@ Nine types, from easy to hard:
     relation  Is the circle above the 4?             Is circle above 4           yes | no
     sum       Sum of b1 and c3?                      Sum of b1 and c3            6
 
-Things are named by one word, their shape or their digit, where no other thing of the scene has it: a tiny base
-learns to find a thing by one word at once, by two only long after (docs/decisions.md, 2026-11-25).
+Things are named by one word, their shape or their digit, where no other thing of the scene has it: a tiny
+base learns to find a thing by one word at once, by two only long after (docs/decisions.md, 2026-11-25).
 
 `terse` takes a third fewer tokens and ends with what the answer turns on. Both ask the same of the same
 images: one seed gives the same questions. Answers are balanced as in `gridworld_questions`.

@@ -199,7 +199,7 @@ class VideoFile:
             gap: seconds of the longest pause between frames.
         """
         promised = None if self.live else self.announced
-        if promised is not None and end + max(1, 3 * gap) < promised:
+        if promised is not None and end + max(Fraction(1), 3 * gap) < promised:
             raise self.broken(f"it ends there, where its headers promise {float(promised):.3f} s: cut off")
 
     def shot(self, frame: Any, time: Fraction, index: int) -> Shot:

@@ -15,28 +15,18 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ..answering import render, stream_ids
+from ..answering import check_times, render, stream_ids
+from ..conversations import time_text as time_label
 
 _MARK = "\ue001"  # private use: in no prompt
 _AT_ONCE = 32  # images in a prompt that the processor is run on
-
-
-def time_label(seconds: float) -> str:
-    """The text of a time: ``<12.0s>``, seconds from the start with one decimal (``<3725.5s>`` past an hour).
-
-    Raises:
-        ValueError: no finite time, or one before the start.
-    """
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"time {seconds} s of a frame is none: give seconds from the video's start.")
-    return f"<{seconds:.1f}s>"
 
 
 def video_parts(times: Sequence[float], time_text: bool = False) -> list[dict[str, Any]]:
     """Chat content of a video whose blocks begin at ``times`` (seconds): an image part a block.
 
     Args:
-        time_text: whether :func:`time_label` stands before each.
+        time_text: whether the time (:func:`~voco_plugin.conversations.time_text`) stands before each.
     """
     parts: list[dict[str, Any]] = []
     for time in times:
@@ -67,21 +57,8 @@ def check_layout(config: Any, processor: Any, time_text: bool) -> None:
             "not K; positions='compact' holds far longer videos.",
             stacklevel=3,
         )
-    if time_text and not keeps_order(processor):
-        raise ValueError(
-            "time_text: this processor's chat template writes all images before all text, so no time can "
-            "stand before its frame; leave time_text out, or give a template that writes parts in order."
-        )
-
-
-def keeps_order(processor: Any) -> bool:
-    """Whether the chat template writes texts and images of a turn in the order of its parts."""
-    texts = [{"type": "text", "text": f"{_MARK}{n}"} for n in range(3)]
-    content = [texts[0], {"type": "image"}, texts[1], {"type": "image"}, texts[2]]
-    whole = render(processor, [[{"role": "user", "content": content}]])[0]
-    at = [whole.find(f"{_MARK}{n}") for n in range(3)]
-    between = [whole[a + 2 : b].strip() for a, b in zip(at[:-1], at[1:], strict=True)]
-    return min(at) >= 0 and at == sorted(at) and bool(between[0]) and between[0] == between[1]
+    if time_text:
+        check_times(processor)
 
 
 def image_text(processor: Any) -> str:

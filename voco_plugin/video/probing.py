@@ -60,12 +60,12 @@ def probe(
     with found.opened() as video:
         context = video.stream.codec_context
         known = None if found.kind == "live" else video.announced
-        count: int | None = video.stream.frames or None
+        frames: int | None = video.stream.frames or None
         if scan and found.kind == "file":
             table = packet_table(video)
             known = table.duration
-            count = len(table.pts) if table.sound else count
+            frames = len(table.pts) if table.sound else frames
         return VideoInfo(
             found.kind, video.codec, (context.width, context.height),
-            None if known is None else float(known), count, None if video.rate is None else float(video.rate),
+            None if known is None else float(known), frames, None if video.rate is None else float(video.rate),
         )  # fmt: skip

@@ -157,7 +157,11 @@ def at_times(shots: Iterable[Shot], times: Iterator[Fraction]) -> Iterator[Shot]
     except BadVideoError as problem:
         broken = problem  # the frame held is from before the damage
     # the last one is on screen until its own end; of unknown length, at its own time only
-    if held is not None and (wanted <= held.time + held.slack or wanted < held.time + held.length):
+    if (
+        held is not None
+        and wanted is not None
+        and (wanted <= held.time + held.slack or wanted < held.time + held.length)
+    ):
         yield held
     if broken is not None:
         raise broken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -36,7 +37,11 @@ def scene_changes(shots: Iterable[Shot], threshold: float) -> Iterator[Shot]:
         image = shot.picture()
         if last is None or difference(last, image) > threshold:
             last = _small(image)
-            yield replace(shot, picture=lambda image=image: image)
+            yield replace(shot, picture=partial(_same, image))
+
+
+def _same(image: Image.Image) -> Image.Image:
+    return image
 
 
 def _small(image: Image.Image) -> Image.Image:

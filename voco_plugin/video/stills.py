@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def sequence(images: Sequence[Any], rate: Fraction, name: str) -> Iterator[Shot]
             ) from None
 
     for number in range(len(images)):
-        yield Shot(number / rate, number, 1 / rate, lambda number=number: opened(number))
+        yield Shot(number / rate, number, 1 / rate, partial(opened, number))
 
 
 def is_animated(path: Path) -> bool:
@@ -104,9 +105,13 @@ def animation(path: Path, rate: Fraction) -> Iterator[Shot]:
                 reason = f"{describe(path)}, frame {number}: {str(error) or type(error).__name__}"
                 raise BadVideoError(name, reason, _CHECK, last) from None
             length = _length(image, rate)
-            yield Shot(time, number, length, lambda picture=picture: picture)
+            yield Shot(time, number, length, partial(_same, picture))
             last = float(time)
             number, time = number + 1, time + length
+
+
+def _same(picture: Image.Image) -> Image.Image:
+    return picture
 
 
 def _length(image: Image.Image, rate: Fraction) -> Fraction:
