@@ -225,7 +225,8 @@ def evaluate(
         raise ValueError(f"mode={mode!r} is not known; use images, cache or blind.")
     frame_order.check_frames(frames)
     start = time.perf_counter()
-    size, joined, last = None, caches, (-1, [], [])
+    size, joined = None, caches
+    last: tuple[int, Any, Any] = (-1, [], [])
     if mode == "cache":
         joined = caches or compress_rows(model, processor, dataset, questions, batch_size=batch_size)
         size = cache_size(joined.values())
@@ -236,7 +237,7 @@ def evaluate(
         for question in asked if more else ():
             if question.row != last[0]:
                 row = dataset[question.row] if mode == "images" else light(dataset, question.row)
-                shown = images_of(row) if mode == "images" else (joined or {})[question.row]
+                shown: Any = images_of(row) if mode == "images" else (joined or {})[question.row]
                 order = frame_order.frame_order(len(shown), frames, seed, question.row)
                 times = frame_order.shown_times(frame_order.row_times(row, len(shown)), frames)
                 shown = [shown[i] for i in order] if mode == "images" else shown[order]

@@ -197,7 +197,7 @@ def _videos(arguments: RecipeArguments, name: str | None, config: Any) -> Any:
     """
     from ..data.video_formats import is_video_set, load_video_dataset
 
-    sampling = {
+    sampling: dict[str, Any] = {
         "count": arguments.video_frames, "fps": arguments.video_fps, "max_frames": arguments.video_max_frames,
     }  # fmt: skip
     if name is None:

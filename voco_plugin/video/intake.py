@@ -68,7 +68,7 @@ class Intake:
         self.frames_seen = self.blocks_seen = 0
         self.closed = False
         self._tools, self._fps = (model, processor), fps
-        self._options = {
+        self._options: dict[str, Any] = {
             "num_tokens": num_tokens, "frames_per_block": frames_per_block, "frames_as": frames_as,
             "tick": tick,
         }  # fmt: skip

@@ -65,7 +65,6 @@ def probe(
             table = packet_table(video)
             known = table.duration
             frames = len(table.pts) if table.sound else frames
-        return VideoInfo(
-            found.kind, video.codec, (context.width, context.height),
-            None if known is None else float(known), frames, None if video.rate is None else float(video.rate),
-        )  # fmt: skip
+        seconds = None if known is None else float(known)
+        rate_of = None if video.rate is None else float(video.rate)
+        return VideoInfo(found.kind, video.codec, (context.width, context.height), seconds, frames, rate_of)
