@@ -36,7 +36,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         default="quickstart",
         choices=("quickstart", "study", "large"),
         help="how hard: quickstart (2 x 2 cells, answers in phrases), study (2 x 2 cells, six colours, "
-        "answers of one word) or large (3 x 3 cells of these); options below change it (default: %(default)s)",
+        "answers of one word) or large (3 x 3 cells of these); options below change it (%(default)s)",
     )
     parser.add_argument("--grid", type=int, help="cells a side, 2…9 (default: 2; large: 3)")
     parser.add_argument("--colors", type=int, help="colours in use, 2…6 (default: 4; study and large: 6)")

@@ -65,6 +65,6 @@ def probe(
             table = packet_table(video)
             known = table.duration
             frames = len(table.pts) if table.sound else frames
-        seconds = None if known is None else float(known)
+        lasts = None if known is None else float(known)
         rate_of = None if video.rate is None else float(video.rate)
-        return VideoInfo(found.kind, video.codec, (context.width, context.height), seconds, frames, rate_of)
+        return VideoInfo(found.kind, video.codec, (context.width, context.height), lasts, frames, rate_of)
