@@ -173,7 +173,7 @@ def test_studies_are_shipped_apart_from_recipes() -> None:
     from voco_plugin.cli.study_file import shipped
 
     at_scale = {"table1", "table2", "table3", "table4", "table5_6", "ablations"}
-    small = {f"gridworld_{name}" for name in (*at_scale, "long")}
+    small = {f"gridworld_{name}" for name in (*at_scale, "long", "rivals")}
     assert set(shipped()) == at_scale | small
     assert not set(shipped()) & set(recipe.shipped())
 
