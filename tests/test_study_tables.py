@@ -284,7 +284,8 @@ def test_a_search_is_shown_with_what_it_chose(here: Path) -> None:  # noqa: F811
     rows, tried = read_search(here / "results")
     assert rows == 100 and len(tried) == 4
     chosen = {one["method"]: one["tried"] for one in tried if one["chosen"]}
-    write(here, plan, chosen, search=tried)
+    gone = {**tried[0], "method": "gone"}  # a method that the study has no longer
+    assert write(here, plan, chosen, search=[*tried, gone])["search"] == tried
     text = (here / "results" / "tables.md").read_text()
     assert text.count("chosen |") == 2 and "validation accuracy %" in text
     shown = f"{chosen['voco']['learning_rate']:g}"

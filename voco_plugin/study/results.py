@@ -49,6 +49,7 @@ def write_results(
     folder = Path(folder)
     kept = RunFolder(folder)
     records = kept.current(runs, by=by)
+    search = [one for one in search if one["method"] in study.methods]  # one may be the study's no longer
     known = {record["name"] for record in records}
     missing = [run.name for run in runs if run.name not in known]
     stale = [run.name for run in runs if run.name in missing and kept.read(run) is not None]
