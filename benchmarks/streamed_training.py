@@ -6,7 +6,8 @@ Frames of 256 vision tokens and 2 VoCo tokens, 64 text tokens after them, a tiny
 with gradient checkpointing, every weight trained. `joint` is one pass under the rule with segmented
 attention; `streamed` runs chunks of `--chunk` frames first. Each point is a process of its own, so that its
 peak is its own; what a step needs beside its activations (pixels, weights) is there before it is measured,
-gradients are not.
+gradients are not. glibc is told to give back what is freed (MALLOC_MMAP_THRESHOLD_): left alone it raises the
+limit with the largest piece freed, keeps chunks in its heap, and the peak is then its own (docs/video.md).
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(json.dumps(step(int(args.child[0]), args.child[1], args.chunk, args.repeats)))
         return {}
     root = str(Path(__file__).resolve().parents[1])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ, "PYTHONPATH": path}
     points = []
     for frames in map(int, args.frames.split(",")):
         for stage1 in ("joint", "streamed"):
