@@ -27,7 +27,7 @@ STORY = {"first", "before", "next", "where", "at", "count"}
 NEEDLE = {"needle", "needle_cell", "needle_half"}
 WORLDS = {
     "story": {"num_frames": (8, 13)},
-    "half": {"num_frames": (6,), "seconds": 0.5, "times": False, "num_colors": 3},
+    "half": {"num_frames": (6,), "seconds": 0.5, "times": False, "num_colors": 5},
     "needle": {"num_frames": (9, 40), "plot": "needle", "pool": 12},
 }
 
@@ -66,8 +66,8 @@ def seen_at(frames: list[dict], what: str) -> list[int]:
     return [number for number, cells in enumerate(frames) if what in cells.values()]
 
 
-def cell_of(cells: dict, what: str) -> str:
-    (name,) = [name for name, text in cells.items() if text == what]
+def cell_of(cells: dict, color: str) -> str:
+    (name,) = [name for name, text in cells.items() if text.split()[0] == color]
     return name
 
 
@@ -84,32 +84,34 @@ def answer(question: str, frames: list[dict], seconds: float) -> str:
         assert abs(frame * seconds - float(when)) < 1e-6, "a time that a frame has"
         return frame
 
-    if match := re.fullmatch(r"First of (\d) and (\d)\?", question):
+    if match := re.fullmatch(r"First of (\d) and (\d)", question):
         return min(match.groups(), key=lambda digit: seen_at(frames, f"digit {digit}")[0])
-    if match := re.fullmatch(r"Is the digit before <([\d.]+)s>\?", question):
+    if match := re.fullmatch(r"Is digit before <([\d.]+)s>", question):
         (when,) = [n for n, cells in enumerate(frames) if any("digit" in text for text in cells.values())]
         return "yes" if when < number(match[1]) else "no"
-    if match := re.fullmatch(r"Is the (.+) before the (.+)\?", question):
-        times = [seen_at(frames, name) for name in match.groups()]
+    if match := re.fullmatch(r"Is (\w+) before (\w+)", question):
+        named = [{t for cells in frames for t in cells.values() if t.split()[0] == c} for c in match.groups()]
+        assert [len(names) for names in named] == [1, 1], "a colour is one thing's"
+        times = [seen_at(frames, *names) for names in named]
         assert not set(times[0]) & set(times[1]), "never seen together"
         return "yes" if max(times[0]) < min(times[1]) else "no"
-    if match := re.fullmatch(r"Digit (after|before) (\d)\?", question):
+    if match := re.fullmatch(r"Digit (after|before) (\d)", question):
         order = [digit_of(cells) for cells in frames]
         order = [digit for n, digit in enumerate(order) if not n or digit != order[n - 1]]
         assert len(set(order)) == len(order), "each digit comes once"
         return order[order.index(match[2]) + (1 if match[1] == "after" else -1)]
-    if match := re.fullmatch(r"Cell of the (\w+ \w+) at the (start|end)\?", question):
+    if match := re.fullmatch(r"Cell of (\w+) at (start|end)", question):
         return cell_of(frames[0 if match[2] == "start" else -1], match[1])
-    if match := re.fullmatch(r"Digit at <([\d.]+)s>\?", question):
+    if match := re.fullmatch(r"Digit at <([\d.]+)s>", question):
         return digit_of(frames[number(match[1])])
-    if match := re.fullmatch(r"Cell of the (\w+ \w+) at <([\d.]+)s>\?", question):
+    if match := re.fullmatch(r"Cell of (\w+) at <([\d.]+)s>", question):
         return cell_of(frames[number(match[2])], match[1])
-    if match := re.fullmatch(r"How many (.+?)s?( shapes)?\?", question):
+    if match := re.fullmatch(r"Count (\w+)s", question):
         different = {text for cells in frames for text in cells.values()}
         return str(sum(match[1] in text.split() for text in different))
     digits = [(name, text) for cells in frames for name, text in cells.items() if text.startswith("digit")]
     assert len(digits) == 1, "a needle"
-    return {"Which digit?": digits[0][1].split()[1], "Cell of the digit?": digits[0][0]}[question]
+    return {"Which digit": digits[0][1].split()[1], "Cell of digit": digits[0][0]}[question]
 
 
 def test_every_answer_follows_from_the_scenes(world):
@@ -139,11 +141,14 @@ def test_a_story_is_what_its_questions_take_for_granted(world):
         assert len(digits) == len(frames) and 3 <= len(set(digits)) <= 5
         everywhere = set.intersection(*(set(cells.values()) for cells in frames))
         assert len(everywhere) == 2, "the mover and what stays"
-        assert any({cell_of(c, name) for c in frames} == {"a1", "b1", "a2", "b2"} for name in everywhere)
+        colors = [text.split()[0] for text in everywhere]
+        assert any({cell_of(c, color) for c in frames} == {"a1", "b1", "a2", "b2"} for color in colors)
+        shapes = {t for cells in frames for t in cells.values() if not t.startswith("digit")}
+        assert len({text.split()[0] for text in shapes}) == len(shapes), "no two of one colour"
         for question, _ in turns(row):  # `at` never asks for what the middle frame shows
             if match := re.search(r"at <([\d.]+)s>", question):
                 asked, middle = frames[round(float(match[1]) / scenes["seconds"])], frames[len(frames) // 2]
-                name = re.search(r"of the (\w+ \w+)", question)
+                name = re.search(r"of (\w+) at", question)
                 read_off = digit_of if name is None else (lambda cells, n=name: cell_of(cells, n[1]))
                 assert read_off(asked) != read_off(middle)
 
@@ -248,7 +253,7 @@ def test_answers_are_balanced_over_what_is_shown(stories):
     assert 0.42 < np.mean(first) < 0.58
     for kind, share in (("where", 1 / 4), ("next", 1 / 5)):
         given = Counter(turn.answer for turn in train if turn.type == kind)
-        assert all(abs(count / sum(given.values()) - share) < 0.07 for count in given.values()), given
+        assert all(abs(count / sum(given.values()) - share) < 0.1 for count in given.values()), given
 
 
 def test_who_applies_the_rule_to_shuffled_frames_does_no_better_than_the_guesser(stories):
@@ -293,7 +298,7 @@ def test_a_thousand_frames_are_names_of_pictures_stored_once(tmp_path):
         ({"num_frames": (8, 5)}, "num_frames=5 is out of range"),
         ({"num_frames": ()}, "num_frames is empty"),
         ({"plot": "stories"}, "plot='stories' is not known"),
-        ({"num_colors": 2}, "num_colors=2 is out of range"),
+        ({"num_colors": 4}, "num_colors=4 is out of range"),
         ({"seconds": 0.25}, "seconds=0.25 cannot be written"),
         ({"seconds": 0.0}, "seconds=0.0"),
     ],
@@ -322,14 +327,14 @@ def test_what_cannot_be_written_is_an_error_and_nothing_else_is_removed(tmp_path
 def test_every_word_about_videos_is_one_token_and_times_are_figures():
     from voco_plugin.data.tiny_processor import build_tokenizer
 
-    tokenizer = build_tokenizer("words", video=True)
+    tokenizer = build_tokenizer("terse", video=True)
     for _, turn in [*sampled("train", 20), *sampled("train", 3, plot="needle", pool=4)]:
         text = f" {turn.question}"
         pieces = re.findall(r"<|\d(?=\d*\.\d+s>)|\.\ds>|[^ ?<>]+|[?]", text)
         assert len(tokenizer(text)["input_ids"]) == len(pieces), tokenizer.tokenize(text)
         assert len(tokenizer(f" {turn.answer}")["input_ids"]) == 1
     assert tokenizer.tokenize("<120.5s>") == ["<", "1", "2", "0", ".5s>"]
-    assert tokenizer.decode(tokenizer("at <0.0s>?")["input_ids"]) == "at <0.0s>?"
+    assert tokenizer.decode(tokenizer("at <0.0s>")["input_ids"]) == "at <0.0s>"
 
 
 def test_the_command_writes_videos_and_refuses_what_does_not_go_together(tmp_path, capsys):

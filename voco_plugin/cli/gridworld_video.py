@@ -112,5 +112,5 @@ def _write_model(args: argparse.Namespace, world: Any) -> Any:
     steps = {name: number for name, number in given.items() if number is not None}
     return write_tiny_vlm(
         args.model, grid=GRID, num_colors=world.num_colors, cell_pixels=world.cell_pixels, patch_size=8,
-        question_set="words", video=True, seed=args.model_seed, **steps,
+        question_set="terse", video=True, seed=args.model_seed, **steps,
     )  # fmt: skip

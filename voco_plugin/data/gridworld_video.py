@@ -51,7 +51,7 @@ class VideoWorld:
         num_frames: frames a video; of several, each in turn.
         plot: `story` or `needle` (`gridworld_video_scenes`).
         num_questions: questions a video; None: 8, or 3 about a needle (all there are).
-        num_colors: colours in use, 3…6.
+        num_colors: colours in use, 5 or 6: no two shapes of a story share one.
         cell_pixels: pixels per cell side, at least 12; a frame has twice as many.
         seconds: from one frame to the next, a multiple of 0.1.
         times: whether each frame's time text stands before it.
@@ -65,7 +65,7 @@ class VideoWorld:
     num_frames: tuple[int, ...] = (8,)
     plot: str = "story"
     num_questions: int | None = None
-    num_colors: int = 4
+    num_colors: int = 6
     cell_pixels: int = 16
     seconds: float = 1.0
     times: bool = True
@@ -79,7 +79,7 @@ class VideoWorld:
         if not self.num_frames:
             raise ValueError("num_frames is empty: give at least one number of frames")
         limits = {
-            "num_train": (1, 10**6), "num_test": (1, 10**6), "num_colors": (3, 6), "num_questions": (1, 64),
+            "num_train": (1, 10**6), "num_test": (1, 10**6), "num_colors": (5, 6), "num_questions": (1, 64),
             "cell_pixels": (12, 512), "pool": (2, 10**4),
         }  # fmt: skip
         given = [(name, getattr(self, name), *limits[name]) for name in limits]
@@ -161,7 +161,7 @@ def make_video(
         video = sample_story(rng, num_frames, world.num_colors, split, world.seconds)
     else:
         video = sample_needle(rng, num_frames, world.num_colors, split, world.seconds, pool)
-    turns = ask_video(video, rng, world.questions, world.num_colors, world.plot)
+    turns = ask_video(video, rng, world.questions, world.plot)
     names = [f"{split}/pool/{number:04d}.png" for number in range(len(pool))]
     own = range(len(pool), len(video.states))
     names += [f"{split}/{index:06d}/{number:02d}.png" for number in range(len(own))]

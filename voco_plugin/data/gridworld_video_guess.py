@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable
 import numpy as np
 
 from voco_plugin.data.gridworld_scenes import DIGITS
-from voco_plugin.data.gridworld_video_questions import ORDER_TYPES, VideoTurn, subjects
+from voco_plugin.data.gridworld_video_questions import ORDER_TYPES, SUBJECTS, VideoTurn
 from voco_plugin.data.gridworld_video_scenes import CELL_NAMES, Video
 
 Cue = tuple[Hashable, dict[str, Hashable]]
@@ -72,7 +72,7 @@ def _single(video: Video, turn: VideoTurn) -> Cue:
     named = tuple(name in seen for name in turn.names)
     open_ones = _candidates(turn)
     if turn.type == "count":
-        fits = subjects(_colors(turn))[turn.word]
+        fits = SUBJECTS[turn.word]
         return (turn.word, sum(map(fits, scene.things))), {c: c for c in open_ones}
     if open_ones == ("yes", "no"):
         return named, {c: c for c in open_ones}
@@ -100,11 +100,6 @@ def _shuffled(video: Video, turn: VideoTurn) -> Cue:
     open_ones = _candidates(turn)
     ranks = sorted({frames[c] for c in open_ones}, reverse=True)
     return (turn.word, len(ranks)), {c: (ranks.index(frames[c]), frames[c] > 0) for c in open_ones}
-
-
-def _colors(turn: VideoTurn) -> tuple[str, ...]:
-    """The colour of a counted subject, where it has one."""
-    return (turn.word.split()[0],) if turn.word.endswith(" shapes") else ()
 
 
 CUES: dict[str, Callable[[Video, VideoTurn], Cue]] = {"single": _single, "shuffled": _shuffled}

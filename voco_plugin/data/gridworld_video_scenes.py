@@ -3,9 +3,11 @@
 A **story** runs four tracks beside each other, one cell of a frame for each:
 
     digits   3 to 5 different handwritten digits, one after the other
-    shapes   3 to 5 different coloured shapes, one after the other
+    shapes   3 or 4 coloured shapes, one after the other
     mover    one coloured shape that visits all four cells, each once
     still    one coloured shape that is there throughout
+
+No two shapes of a story have one colour.
 
          0s          1s          2s          3s
       [ R | 3 ]   [ R | 3 ]   [ 1 | R ]   [ s | 1 ]      R the mover, s still, G then B the shapes
@@ -95,15 +97,14 @@ def sample_story(
     How many things and when is drawn once; what they are is drawn again until the split allows it, so the two
     splits differ in nothing else.
     """
-    names = [(color, shape) for color in tuple(COLORS)[:num_colors] for shape in SHAPES]
-    num_digits, num_shapes = (int(n) for n in rng.integers(3, 6, 2))
+    num_digits, num_shapes = int(rng.integers(3, 6)), int(rng.integers(3, num_colors - 1))
     digit_spans, shape_spans, mover_spans = (_spans(rng, num_frames, n) for n in (num_digits, num_shapes, 4))
     changes = sorted({start for spans in (digit_spans, shape_spans, mover_spans) for start, _ in spans})
     for _ in range(_MAX_TRIES):
         values = [DIGITS[int(i)] for i in rng.choice(len(DIGITS), num_digits, replace=False)]
         digits = Track(tuple(_digit(rng, value, split) for value in values), digit_spans)
-        drawn = [names[int(i)] for i in rng.choice(len(names), num_shapes + 2, replace=False)]
-        things = [Thing(color=color, shape=shape) for color, shape in drawn]
+        colors = [tuple(COLORS)[int(i)] for i in rng.choice(num_colors, num_shapes + 2, replace=False)]
+        things = [Thing(color=color, shape=SHAPES[int(rng.integers(len(SHAPES)))]) for color in colors]
         shapes = Track(tuple(things[2:]), shape_spans)
         path = tuple(int(i) for i in rng.permutation(CELLS))
         mover = Track((things[0],) * 4, mover_spans, path)

@@ -144,20 +144,18 @@ def _corpus(question_set: str, boxes: bool, num_scenes: int = 400) -> list[str]:
             scene = place(scene, sample_placement(scene, rng, 16), 16)
         turns = [*ask(scene, rng, 12, len(COLORS), types), describe(scene)]
         for turn in turns:
-            lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
-            lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
+            lines.append(f" {turn.question} {turn.answer}")
     return lines
 
 
 def _video_corpus(num_videos: int = 400) -> list[str]:
     """Questions about gridworld videos, and time texts."""
     rng = np.random.default_rng(0)
-    lines = [f"{time_text(tenths / 10)}\n {time_text(tenths / 10)}?" for tenths in range(1000)]
-    lines += [f" {word}?" for word in ("start", "end", "after", "before") for _ in range(100)]
-    lines += [" Which digit?", " Cell of the digit at the end?", " Is the digit before"] * 100
+    lines = [f"{time_text(tenths / 10)}\n {time_text(tenths / 10)}" for tenths in range(1000)]
+    lines += [f" {word}" for word in ("start", "end", "after", "before") for _ in range(100)]
+    lines += [" Which digit", " Cell of digit at end", " Is digit before"] * 100
     for index in range(num_videos):
         video = sample_story(rng, 16, len(COLORS), SPLITS[index % 2], 1.0)
-        for turn in ask_video(video, rng, 12, len(COLORS), "story"):
-            lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
-            lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
+        for turn in ask_video(video, rng, 12, "story"):
+            lines.append(f" {turn.question} {turn.answer}")
     return lines
