@@ -144,7 +144,8 @@ def _corpus(question_set: str, boxes: bool, num_scenes: int = 400) -> list[str]:
             scene = place(scene, sample_placement(scene, rng, 16), 16)
         turns = [*ask(scene, rng, 12, len(COLORS), types), describe(scene)]
         for turn in turns:
-            lines.append(f" {turn.question} {turn.answer}")
+            lines.append(f" USER: \n{turn.question} ASSISTANT: {turn.answer}")
+            lines.append(f" USER: {turn.question} ASSISTANT: {turn.answer}")
     return lines
 
 
