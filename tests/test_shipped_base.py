@@ -27,6 +27,16 @@ def test_its_hash_is_the_recorded_one(record, level):
     assert weights.stat().st_size <= 8_000_000
 
 
+def test_its_words_are_those_of_the_world_that_is_written_today(level):
+    from transformers import AutoTokenizer
+
+    from voco_plugin.data.gridworld_levels import level_of
+    from voco_plugin.data.tiny_processor import build_tokenizer
+
+    shipped = AutoTokenizer.from_pretrained(shipped_base(level))
+    assert shipped.get_vocab() == build_tokenizer(level_of(level).question_set).get_vocab()
+
+
 def test_it_answers_as_recorded(record, level, tmp_path):
     """On a sample of fresh held-out images, within three standard errors of the recorded accuracy."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
