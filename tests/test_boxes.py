@@ -98,7 +98,7 @@ def world(tmp_path_factory):
     from voco_plugin.cli import main
 
     out = tmp_path_factory.mktemp("boxes") / "world"
-    words = ["gridworld", str(out), "--level", "study", "--boxes", "--num-train", "300", "--num-test", "80"]
+    words = ["gridworld", str(out), "--level", "large", "--boxes", "--num-train", "300", "--num-test", "80"]
     assert main(words) == 0
     return out
 

@@ -467,7 +467,7 @@ def test_blocks_of_different_lengths_that_run_together_are_padded(monkeypatch):
 def test_only_the_voco_tokens_keys_are_ever_kept(monkeypatch):
     made = []
     real = stage_one.LastSlotsCache
-    monkeypatch.setattr(stage_one, "LastSlotsCache", lambda keep: made.append(real(keep)) or made[-1])
+    monkeypatch.setattr(stage_one, "LastSlotsCache", lambda *args: made.append(real(*args)) or made[-1])
     model = shared("qwen3_vl")
     cache = model.compress(**inputs("qwen3_vl", [["img", "c3", "t1"]] * 2))
     (kept,) = made

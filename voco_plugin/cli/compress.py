@@ -110,7 +110,8 @@ def _to_files(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     if not done:
         why = opener.skipped[0]["reason"] if opener.skipped else "that part of the videos holds no frame."
-        raise ValueError(f"none of the {len(files)} images or videos can be used: {why}")
+        what = "videos" if source.sampling else "images"
+        raise ValueError(f"none of the {len(files)} {what} can be used: {why}")
     _save(caches, targets)
     result = {
         "images": done, "files": list(written),
