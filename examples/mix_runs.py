@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import voco_plugin as vp
-from voco_plugin.answering import encode, stream_of
 from voco_plugin.cli.output import emit
 from voco_plugin.images import open_image
+from voco_plugin.prompts import encode, stream_of
 
 
 def talk(order: tuple[int, ...], question: str) -> list[dict]:

@@ -35,6 +35,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         "collator",
         "trl_rows",
         "video",
+        "prompts",
         "answering",
         "agreement",
         "intervals",
@@ -53,6 +54,7 @@ OUTSIDE = ("examples", "recipes", "integrations")
 PUBLIC_MODULES = (
     "config",
     "answering",
+    "prompts",
     "images",
     "session",
     "registry",

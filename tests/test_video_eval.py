@@ -17,8 +17,8 @@ pytest.importorskip(
 
 import voco_plugin as vp
 from test_judge import Server
-from voco_plugin import answering, metrics
-from voco_plugin.answering import ask, prompt
+from voco_plugin import answering, metrics, prompts
+from voco_plugin.answering import prompt
 from voco_plugin.cli import main
 from voco_plugin.data.gridworld_video import VideoWorld, write_gridworld_video
 from voco_plugin.data.loaders import load_vision_dataset
@@ -26,6 +26,7 @@ from voco_plugin.data.tiny_vlm import build_tiny_vlm
 from voco_plugin.data.undecoded import undecoded
 from voco_plugin.frame_order import frame_order, picture_key, row_times, shown_times
 from voco_plugin.metrics import Question, compress_rows, evaluate, questions_of
+from voco_plugin.prompts import ask
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_a_batch_opens_no_more_videos_than_it_asks_about(loaded, monkeypatch):
 
 def test_a_template_that_writes_images_first_takes_no_times(loaded):
     _, processor, _ = loaded
-    answering.check_times(processor)
+    prompts.check_times(processor)
 
     class ImagesFirst:
         chat_template = "as LLaVA-1.5's"
@@ -174,7 +175,7 @@ def test_a_template_that_writes_images_first_takes_no_times(loaded):
             return ["".join(part.get("text", "<image>\n") for part in row) for row in parts]
 
     with pytest.raises(ValueError, match="writes all images before all text"):
-        answering.check_times(ImagesFirst())
+        prompts.check_times(ImagesFirst())
 
 
 DATA = ["--data", "set/test.json", "--image-folder", "set/images", "--max-new-tokens", "2"]

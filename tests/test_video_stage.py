@@ -9,16 +9,15 @@ import torch
 
 import voco_plugin as vp
 from video_harness import VIDEO_FAMILIES, frames, made, one_pass
-from voco_plugin.answering import keeps_order, render, stream_ids, with_counts
+from voco_plugin import prompts
 from voco_plugin.cache import VoCoCache
 from voco_plugin.conversations import time_text
 from voco_plugin.layout import TokenKind
+from voco_plugin.prompts import image_text, keeps_order, render, stream_ids, stream_ids_in_pieces, with_counts
 from voco_plugin.video.frames import Segment
 from voco_plugin.video.layout import (
     check_layout,
-    image_text,
     video_parts,
-    video_stream_ids,
 )
 from voco_plugin.video.stage import compress_segments, compress_video, encode_videos, way_of
 
@@ -169,25 +168,42 @@ def test_a_long_prompt_in_pieces_is_the_whole_one(name, time_text):
     known: dict = {}
     (whole,) = stream_ids(model, tools, [text], [70])
     assert text.count(image_text(tools)) == 70  # else it would not have been cut
-    assert video_stream_ids(model, tools, text, 70, known=known) == whole
-    assert known and video_stream_ids(model, tools, text, 70, known=known) == whole
+    assert stream_ids_in_pieces(model, tools, text, 70, known=known) == whole
+    assert known and stream_ids_in_pieces(model, tools, text, 70, known=known) == whole
     assert len(known) == (69 if time_text else 1)
 
 
 def test_known_pieces_are_not_tokenized_again(monkeypatch):
-    import voco_plugin.video.layout as layout
 
     model, tools = made("llava_llama")
     seen = []
-    real = layout.stream_ids
-    monkeypatch.setattr(layout, "stream_ids", lambda *a: (seen.append(a[3][0]), real(*a))[1])
+    real = prompts.stream_ids
+    monkeypatch.setattr(prompts, "stream_ids", lambda *a: (seen.append(a[3][0]), real(*a))[1])
     known: dict = {}
     for last in (40, 41):
         seen.clear()
         parts = [*video_parts([float(n) for n in range(last)], True), {"type": "text", "text": "?"}]
         text = render(tools, [[{"role": "user", "content": parts}]])[0]
-        video_stream_ids(model, tools, text, last, known=known)
+        stream_ids_in_pieces(model, tools, text, last, known=known)
     assert sum(seen) == 1 + 1 + 2  # the head, the tail, and one new time between two images
+
+
+def test_the_stream_of_many_images_is_written_a_few_at_a_time(monkeypatch):
+    model, tools = made("llava_llama")
+    (block,) = compress_video(model, tools, frames(1, rate=1.0))
+    talks = [
+        [{"role": "user", "content": [*video_parts(range(n)), {"type": "text", "text": "?"}]}]
+        for n in (40, 3)
+    ]
+    cache = VoCoCache.stack([VoCoCache.cat([block] * n) for n in (40, 3)])
+    widest: list[int] = []
+    real = prompts.stream_ids
+    monkeypatch.setattr(prompts, "stream_ids", lambda *a: (widest.append(max(a[3])), real(*a))[1])
+    found = prompts.stream_of(model, tools, talks, cache)
+    assert max(widest) <= 32
+    monkeypatch.setattr(prompts, "_AT_ONCE", 100)
+    whole = prompts.stream_of(model, tools, talks, cache)
+    assert max(widest) == 40 and all(torch.equal(found[key], whole[key]) for key in whole)
 
 
 def test_a_time_is_text_of_one_decimal():

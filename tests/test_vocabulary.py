@@ -101,7 +101,7 @@ def test_a_stream_made_without_the_image_is_the_stream_of_the_image(name):
     """Answering from a file: the prompt's tokens are those that are left when the real image's are
     dropped.
     """
-    from voco_plugin.answering import ask, encode, stream_of
+    from voco_plugin.prompts import ask, encode, stream_of
 
     its, model = _processor(name), plain(name)
     vp.attach(model, vp.VoCoConfig(num_tokens=3), its)

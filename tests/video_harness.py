@@ -12,8 +12,8 @@ import voco_plugin as vp
 from tiny import build
 from tiny.processors import _chat_template, processor
 from tiny.vocab import tokenizer
-from voco_plugin.answering import ask, encode
 from voco_plugin.layout import SequenceLayout, TokenKind
+from voco_plugin.prompts import ask, encode
 from voco_plugin.video.frames import Frame, Segment
 from voco_plugin.video.stage import encode_videos, way_of
 

@@ -13,163 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 
 from .cache import VoCoCache
 from .images import BadImageError, find_refused
-from .injection import insert_voco_tokens
-from .layout import SequenceLayout
-from .modeling import attachment, is_attached
+from .modeling import is_attached
+from .prompts import Messages, ask, check_times, encode, stream_of
 
-Messages = list[dict[str, Any]]
 Tick = Callable[[int], Any]
-
-_BLANK = (56, 56)
-_MARK = "\ue001"  # private use: in no prompt
-
-
-def ask(question: str, num_images: int = 1, times: Sequence[str | None] | None = None) -> Messages:
-    """One user turn: the images, then the question.
-
-    Args:
-        times: per image the time text before it, or ``None``.
-
-    Raises:
-        ValueError: not as many times as images.
-    """
-    if times is not None and len(times) != num_images:
-        raise ValueError(f"{len(times)} times for {num_images} images; give one for each, or None.")
-    content: list[dict[str, Any]] = []
-    for number in range(num_images):
-        if times is not None and times[number] is not None:
-            content.append({"type": "text", "text": times[number]})
-        content.append({"type": "image"})
-    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-
-
-def encode(
-    processor: Any, batch: Sequence[Messages], images: Sequence[Sequence[Any]] | None
-) -> dict[str, Any]:
-    """A processor's output for ``B`` conversations, ready for generation: ``input_ids`` ``(B, N)`` and the
-    rest.
-
-    Args:
-        images: per conversation its images in order; ``None`` where there are none at all.
-
-    Raises:
-        ValueError: the processor has no chat template.
-    """
-    texts = render(processor, batch)
-    return _tokenized(processor, texts, images, _adds_special_tokens(processor, texts))
-
-
-def _tokenized(
-    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]] | None, special: bool
-) -> dict[str, Any]:
-    more = {} if images is None else {"images": [list(row) for row in images]}
-    out = processor(
-        text=list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special,
-        **more,
-    )  # fmt: skip
-    return dict(out)
-
-
-def render(processor: Any, batch: Sequence[Messages]) -> list[str]:
-    """The chat template's text of each conversation, up to where the answer begins."""
-    template = getattr(processor, "chat_template", None)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if template is None and getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "this processor has no chat template; save one with it (processor.chat_template = …)."
-        )
-    renderer = processor if template is not None else tokenizer
-    return renderer.apply_chat_template(list(batch), tokenize=False, add_generation_prompt=True)
-
-
-def _adds_special_tokens(processor: Any, texts: Sequence[str]) -> bool:
-    """No second BOS where the template has written one already."""
-    bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
-    return not (bos and texts and texts[0].startswith(bos))
-
-
-def stream_of(
-    model: Any, processor: Any, batch: Sequence[Messages], cache: VoCoCache
-) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` of the compressed stream of ``B`` conversations, made without
-    their images.
-
-    The processor runs on a blank image in each place: what it writes around an image (line breaks, markers)
-    is its own affair, and only the text that stays in the stream is kept. Row ``b`` gets the K of each block
-    that ``cache`` holds for it.
-    """
-    places = [sum(part.get("type") == "image" for turn in talk for part in _parts(turn)) for talk in batch]
-    texts = render(processor, batch)
-    return stream_of_texts(model, processor, texts, places, cache, _adds_special_tokens(processor, texts))
-
-
-def stream_of_texts(
-    model: Any,
-    processor: Any,
-    texts: Sequence[str],
-    places: Sequence[int],
-    cache: VoCoCache,
-    special: bool = False,
-) -> dict[str, torch.Tensor]:
-    """As :func:`stream_of`, of texts that a chat template has rendered already.
-
-    Args:
-        places: how many images each text has.
-        special: whether the tokenizer puts its own special tokens around them.
-    """
-    vocab = attachment(model).vocab
-    pad = getattr(processor, "tokenizer", processor).pad_token_id or 0
-    rows = []
-    for number, ids in enumerate(stream_ids(model, processor, texts, places, special)):
-        counts = [b.num_tokens for b, row in zip(cache, cache.rows, strict=True) if row == number]
-        if places[number] != len(counts):
-            raise ValueError(
-                f"prompt {number} has {places[number]} image(s) and {len(counts)} cached image(s)."
-            )
-        rows.append(with_counts(ids, counts, vocab.voco_id))
-    longest = max(map(len, rows))
-    out = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": out, "attention_mask": mask}
-
-
-def stream_ids(
-    model: Any, processor: Any, texts: Sequence[str], places: Sequence[int], special: bool = False
-) -> list[list[int]]:
-    """Per text the ids of its compressed stream, with one VoCo token for each image; arguments as in
-    :func:`stream_of_texts`.
-    """
-    vocab = attachment(model).vocab
-    blank = Image.new("RGB", _BLANK)
-    blanks = [[blank] * count for count in places] if any(places) else None
-    encoded = insert_voco_tokens(
-        _tokenized(processor, texts, blanks, special),
-        vocab,
-        1,
-        pad_token_id=getattr(processor, "tokenizer", processor).pad_token_id or 0,
-        padding_side="left",
-        images_per_row=list(places),
-    )
-    layout = SequenceLayout.from_ids(encoded["input_ids"], encoded["attention_mask"], vocab)
-    return [ids[keep].tolist() for ids, keep in zip(encoded["input_ids"], layout.in_stream, strict=True)]
-
-
-def with_counts(ids: Sequence[int], counts: Sequence[int], voco_id: int) -> list[int]:
-    """``ids`` with the i-th VoCo token repeated ``counts[i]`` times."""
-    following = iter(counts)
-    stream: list[int] = []
-    for token in ids:
-        stream += [token] * next(following) if token == voco_id else [token]
-    return stream
-
-
-def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
-    """The typed parts of a turn; none where its content is a plain string."""
-    return turn["content"] if isinstance(turn["content"], list) else []
 
 
 @torch.no_grad()
@@ -315,29 +165,6 @@ def prompt(
     batch = _asked(questions, images, times)
     inputs = encode(processor, batch, images)
     return on_device(model, model.insert_voco_tokens(inputs) if is_attached(model) else inputs)
-
-
-def check_times(processor: Any) -> None:
-    """Refuse time texts under a chat template that does not write them before their frames.
-
-    Raises:
-        ValueError: it writes all images first, then all text.
-    """
-    if not keeps_order(processor):
-        raise ValueError(
-            "this processor's chat template writes all images before all text, so no time text stands before "
-            "its frame; leave time texts out, or give a template that writes parts in order."
-        )
-
-
-def keeps_order(processor: Any) -> bool:
-    """Whether the chat template writes texts and images of a turn in the order of its parts."""
-    texts = [{"type": "text", "text": f"{_MARK}{n}"} for n in range(3)]
-    content = [texts[0], {"type": "image"}, texts[1], {"type": "image"}, texts[2]]
-    whole = render(processor, [[{"role": "user", "content": content}]])[0]
-    at = [whole.find(f"{_MARK}{n}") for n in range(3)]
-    between = [whole[a + 2 : b].strip() for a, b in zip(at[:-1], at[1:], strict=True)]
-    return min(at) >= 0 and at == sorted(at) and bool(between[0]) and between[0] == between[1]
 
 
 def _asked(questions: Sequence[str], shown: Sequence[Any], times: Any) -> list[Messages]:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._compat import cache_of
-from .answering import ask as user_turn
-from .answering import compress_images, render, with_counts
+from .answering import compress_images
 from .cache import VoCoCache
 from .modeling import attachment, is_attached
-from .video.layout import video_stream_ids
+from .prompts import ask as user_turn
+from .prompts import render, stream_ids_in_pieces, with_counts
 
 if TYPE_CHECKING:
     from .video.watching import Watching
@@ -225,11 +225,11 @@ class VoCoSession:
         Args:
             blocks: the images of ``turns``, in order.
             base: the messages that have been read; ``None``: all of the session's.
-            known: see :func:`~voco_plugin.video.layout.video_stream_ids`.
+            known: see :func:`~voco_plugin.prompts.stream_ids_in_pieces`.
         """
         text, special = self._text_of(turns, self.messages if base is None else base)
         voco = attachment(self.model).vocab.voco_id
-        stream = video_stream_ids(self.model, self.processor, text, len(blocks), special, known)
+        stream = stream_ids_in_pieces(self.model, self.processor, text, len(blocks), special, known)
         device = self.model.device
         ids = torch.tensor([[*self._unread, *with_counts(stream, blocks.num_tokens, voco)]], device=device)
         before = 0 if self._past is None else self._past.get_seq_length()

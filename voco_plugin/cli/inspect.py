@@ -133,12 +133,12 @@ def _from_model(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
 
     from transformers import AutoConfig, AutoProcessor
 
-    from ..answering import ask, encode
     from ..config import CONFIG_NAME
     from ..families import vocabulary_for
     from ..injection import insert_voco_tokens
     from ..layout import SequenceLayout, compact_positions, sequential_positions
     from ..modeling.tokens import add_token
+    from ..prompts import ask, encode
 
     saved: dict[str, Any] = {}
     if Path(args.model).is_dir() and (Path(args.model) / CONFIG_NAME).is_file():

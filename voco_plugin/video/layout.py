@@ -10,16 +10,12 @@ tokens, as Qwen-VL-class models do.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ..answering import check_times, render, stream_ids
 from ..conversations import time_text as time_label
-
-_MARK = "\ue001"  # private use: in no prompt
-_AT_ONCE = 32  # images in a prompt that the processor is run on
+from ..prompts import check_times
 
 
 def video_parts(times: Sequence[float], time_text: bool = False) -> list[dict[str, Any]]:
@@ -59,58 +55,3 @@ def check_layout(config: Any, processor: Any, time_text: bool) -> None:
         )
     if time_text:
         check_times(processor)
-
-
-def image_text(processor: Any) -> str:
-    """What the chat template writes for one image: the text that a second image adds to a turn."""
-    mark = {"type": "text", "text": _MARK}
-    turns = [[{"role": "user", "content": [*[{"type": "image"}] * n, mark]}] for n in (1, 2)]
-    one, two = (render(processor, [turn])[0] for turn in turns)
-    start, length = len(os.path.commonprefix([one, two])), len(two) - len(one)
-    return two[start : start + length]
-
-
-def video_stream_ids(
-    model: Any,
-    processor: Any,
-    text: str,
-    places: int,
-    special: bool = False,
-    known: dict[str, list[int]] | None = None,
-) -> list[int]:
-    """As :func:`~voco_plugin.answering.stream_ids` of one text, at flat memory whatever the number of images.
-
-    The processor must run on something where each image stands. Between two images the ids depend on the text
-    there alone, so it runs on a few images at a time, and once for texts that are alike.
-
-    Args:
-        text: a conversation that the chat template has rendered.
-        places: images in it.
-        known: ids by text between two images, from an earlier call; filled with those of this one.
-    """
-    unit = image_text(processor) if places > _AT_ONCE else ""
-    pieces = text.split(unit) if unit else []
-    if len(pieces) != places + 1:  # few images, or a template that numbers them: all at once
-        return stream_ids(model, processor, [text], [places], special)[0]
-    from ..modeling import attachment
-
-    voco = attachment(model).vocab.voco_id
-    (head,) = stream_ids(model, processor, [pieces[0] + unit], [1], special)
-    (tail,) = stream_ids(model, processor, [unit + pieces[-1]], [1])
-    before = {} if known is None else dict(known)
-    found = {piece: before[piece] for piece in pieces[1:-1] if piece in before}
-    new = [piece for piece in dict.fromkeys(pieces[1:-1]) if piece not in found]
-    for start in range(0, len(new), _AT_ONCE):
-        part = new[start : start + _AT_ONCE]
-        joined = unit + "".join(piece + unit for piece in part)
-        (ids,) = stream_ids(model, processor, [joined], [len(part) + 1])
-        at = [i for i, token in enumerate(ids) if token == voco]
-        for piece, a, b in zip(part, at[:-1], at[1:], strict=True):
-            found[piece] = ids[a + 1 : b]
-    if known is not None:  # no more than this prompt holds
-        known.clear()
-        known.update(found)
-    stream = head[: head.index(voco) + 1]
-    for piece in pieces[1:-1]:
-        stream += [*found[piece], voco]
-    return stream + tail[tail.index(voco) + 1 :]

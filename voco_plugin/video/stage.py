@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..answering import ask, compress_images, on_device, render
+from ..answering import compress_images, on_device
 from ..cache import VoCoCache
 from ..modeling import attachment
+from ..prompts import ask, image_text, render
 from .frames import Frame, Segment
-from .layout import image_text
 
 WAYS = ("auto", "image", "video")
 

@@ -26,9 +26,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..answering import ask as user_turn
 from ..cache import VoCoCache
 from ..modeling import attachment
+from ..prompts import ask as user_turn
 from .frames import Frame, Segment
 from .intake import Intake
 from .layout import check_layout, video_parts
