@@ -251,9 +251,12 @@ def test_answers_are_balanced_over_what_is_shown(stories):
     assert 0.42 < yes["yes"] / sum(yes.values()) < 0.58
     first = [turn.names[0] == turn.answer for turn in train if turn.type == "first"]
     assert 0.42 < np.mean(first) < 0.58
+    # one seed alone strays by 8 %
+    more = [sampled("train", 400, num_frames=(8, 16), seed=seed) for seed in (1, 2)]
+    turns = train + [turn for pairs in more for _, turn in pairs]
     for kind, share in (("where", 1 / 4), ("next", 1 / 5)):
-        given = Counter(turn.answer for turn in train if turn.type == kind)
-        assert all(abs(count / sum(given.values()) - share) < 0.1 for count in given.values()), given
+        given = Counter(turn.answer for turn in turns if turn.type == kind)
+        assert all(abs(count / sum(given.values()) - share) < 0.07 for count in given.values()), given
 
 
 def test_who_applies_the_rule_to_shuffled_frames_does_no_better_than_the_guesser(stories):
