@@ -45,8 +45,8 @@ def recomputing(text_model: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def kept(model: torch.nn.Module) -> Iterator[None]:
     """Inside the block, no layer of ``model`` is checkpointed: what runs is recomputed as a whole. With
-    checkpoints nested in the chunk's, memory grew with the number of chunks (``docs/video_training.md``); what
-    held it was not traced.
+    checkpoints nested in the chunk's, memory grew with the number of chunks (``docs/video_training.md``);
+    what held it was not traced.
     """
     layers = [
         module
