@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -48,3 +50,49 @@ def test_video_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for short, long in zip(found["points"][::2], found["points"][1::2], strict=True):
         # three times the video; what Python and torch take is the same to a few per cent
         assert long["compress"]["peak_bytes"] < 1.05 * short["compress"]["peak_bytes"]
+
+
+def test_video_stage_counts_what_was_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Accuracies by hand: two videos of 8 and 16 frames, of each two questions of order and one count."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    stage = importlib.import_module("video_stage")
+    videos = [{"image": ["a.png"] * 8}, {"image": ["a.png"] * 16}]
+    (tmp_path / "test.json").write_text(json.dumps(videos))
+    guessed = {f"{view}_accuracy": {"first": 0.5} for view in ("blind", "single_frame", "shuffled")}
+    (tmp_path / "meta.json").write_text(json.dumps(guessed))
+
+    def answered(every: str, shuffled: str, single: str, blind: str) -> dict:
+        names = ("voco", "voco frames=shuffled", "voco frames=single", "blind")
+        scores = {
+            name: {"correct": c} for name, c in zip(names, (every, shuffled, single, blind), strict=True)
+        }
+        types = ["first", "count", "where"] * 2
+        return {"rows": [0, 0, 0, 1, 1, 1], "types": types, "scores": scores}
+
+    before = answered("100000", "100000", "000001", "000000")
+    after = {
+        0: answered("111101", "010010", "000000", "000000"),
+        1: answered("111111", "110010", "100000", "000000"),
+    }
+    found = stage.collect(before, after, tmp_path)
+    figures = found["figures"]
+    assert set(figures) == {
+        "order", "first", "count", "where", "8 frames", "16 frames", "count, 8 frames", "count, 16 frames"
+    }  # fmt: skip
+    assert figures["order"]["questions"] == 4 and figures["count"]["questions"] == 2
+    assert figures["order"]["after"]["all"]["per_seed"] == [1, 1]
+    assert figures["order"]["after"]["shuffled"]["accuracy"] == pytest.approx(1 / 8)
+    assert figures["order"]["after"]["all - shuffled"]["difference"] == pytest.approx(7 / 8)
+    assert figures["order"]["before"]["all"]["accuracy"] == pytest.approx(1 / 4)
+    assert figures["order"]["before"]["all - single"]["difference"] == pytest.approx(0)
+    assert figures["count"]["after"]["all"]["per_seed"] == [0.5, 1]
+    assert figures["8 frames"]["after"]["single"]["per_seed"] == [0, 0.5]
+    assert figures["count, 16 frames"]["after"]["all"]["per_seed"] == [0, 1]
+    assert "| order | 4 | 25.0" in stage.markdown(found)
+    stage.draw(found, tmp_path, [8, 16])
+    for name in ("types.png", "frames.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 500
+    other = {**before, "rows": [0, 0, 0, 1, 1, 0]}
+    with pytest.raises(ValueError, match="other questions"):
+        stage.collect(other, after, tmp_path)
