@@ -158,6 +158,8 @@ def _steps(figures: Any, plt: Any, colours: dict[str, Any]) -> Any:
 
 
 def _costs(figures: Any, plt: Any, colours: dict[str, Any]) -> Any:
+    from matplotlib.transforms import ScaledTranslation
+
     panels: tuple[tuple[str, str, list[Any]], ...] = (
         ("cache_bytes", "bytes an image", [r for r in figures.rows if r.cache_bytes and r.bound != "lower"]),
         ("train_seconds", "seconds of training", [r for r in figures.rows if r.train_seconds]),
@@ -169,19 +171,43 @@ def _costs(figures: Any, plt: Any, colours: dict[str, Any]) -> Any:
         1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained", squeeze=False
     )
     for axes, (name, label, rows) in zip(grid[0], panels, strict=True):
-        for row in rows:
-            cost = getattr(row, name)
-            values, errors = [100 * row.accuracy], _errors([row.accuracy], [row.accuracy_interval])
-            axes.errorbar([cost], values, yerr=errors, fmt="o", color=colours[row.method], capsize=2)
-            text = row.label if row.num_tokens is None else f"{row.label} {_tokens(row)}"
-            axes.annotate(text, (cost, values[0]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        for row, aside in zip(rows, _aside([getattr(row, name) for row in rows]), strict=True):
+            cost, values = getattr(row, name), [100 * row.accuracy]
+            errors = _errors([row.accuracy], [row.accuracy_interval])
+            shifted = axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+            axes.errorbar(
+                [cost], values, yerr=errors, fmt="o", markersize=4.5, color=colours[row.method], capsize=2,
+                transform=shifted, label=row.label,
+            )  # fmt: skip
+            # shifted points do not widen the axes by themselves
+            low, high = (0.0, 0.0) if errors is None else (errors[0][0], errors[1][0])
+            axes.update_datalim([(cost, values[0] - low), (cost, values[0] + high)])
+            if sum(other.method == row.method for other in rows) > 1 and row.num_tokens is not None:
+                axes.annotate(
+                    _tokens(row), (cost, values[0]), xytext=(aside + 4, 3), textcoords="offset points",
+                    fontsize=7,
+                )  # fmt: skip
         front = _front([(getattr(row, name), row.accuracy) for row in rows])
         axes.plot([c for c, _ in front], [100 * a for _, a in front], ":", color="0.5", zorder=0)
         _cost_axis(axes, sorted({getattr(row, name) for row in rows}), label)
         axes.set_ylabel("accuracy %")
         axes.margins(x=0.15)
         _bare(axes)
+    named: dict[str, Any] = {}
+    for axes in grid[0]:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(text, handle)
+    figure.legend(named.values(), named, frameon=False, fontsize=8, loc="outside right center")
     return figure
+
+
+def _aside(costs: Sequence[float], step: float = 6.0) -> list[float]:
+    """Per point how far right it is drawn, in points of 1/72 inch: those of one cost stand side by side."""
+    places: list[float] = []
+    for number, cost in enumerate(costs):
+        same = [other for other, c in enumerate(costs) if c == cost]
+        places.append(step * (same.index(number) - (len(same) - 1) / 2))
+    return places
 
 
 def _cost_axis(axes: Any, costs: Sequence[float], label: str) -> None:
