@@ -132,6 +132,53 @@ def accuracy(model: Any, processor: Any, rows: list[dict[str, Any]], folder: Pat
     return found
 
 
+def draw(found: dict[str, Any], path: Path) -> None:
+    """What a frame takes, and where it was measured how often the needle is found, against frames."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    budgets = list(dict.fromkeys(point["budget"] for point in found["points"]))
+    named = {budget: "every frame kept" if budget is None else f"budget {budget}" for budget in budgets}
+    panels = [
+        (lambda p: 1000 * p["seconds_a_frame"], "ms a frame"),
+        (lambda p: p["peak_bytes_with_questions"] / p["frames"] / 2**10, "KiB a frame, peak with questions"),
+    ]
+    wide = 2 + ("accuracy" in found)
+    figure, grid = plt.subplots(1, wide, figsize=(4.2 * wide, 3.6), layout="constrained")
+    for axes, (value, label) in zip(grid, panels, strict=False):
+        for budget, name in named.items():
+            points = [p for p in found["points"] if p["budget"] == budget]
+            axes.plot(
+                [p["frames"] for p in points], [value(p) for p in points], "-o", markersize=4, label=name
+            )
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    grid[0].legend(frameon=False, fontsize=8)
+    if "accuracy" in found:
+        axes, chance = grid[-1], {"needle": 20, "needle_cell": 25, "needle_half": 50}
+        for (budget, scores), style in zip(found["accuracy"].items(), ("-o", ":o"), strict=False):
+            kinds = sorted({kind for by_type in scores.values() for kind in by_type})
+            for kind, colour in zip(kinds, ("tab:green", "tab:blue", "tab:orange"), strict=False):
+                at = sorted(map(int, scores))
+                pairs = [scores[str(frames)].get(kind, [0, 0]) for frames in at]
+                name = named[None] if budget == "none" else f"budget {budget}"
+                shares = [100 * right / max(asked, 1) for right, asked in pairs]
+                axes.plot(at, shares, style, markersize=4, label=f"{kind}, {name}", color=colour)
+                if budget == "none" and kind in chance:
+                    axes.axhline(chance[kind], color=colour, linewidth=0.7, alpha=0.5)
+        axes.set_ylim(0, 105)
+        axes.set_ylabel("exact match, % (thin: chance)")
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in grid:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("frames")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -155,6 +202,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data", type=Path, help="a folder with test.json and images/: accuracy")
     parser.add_argument("--max-videos", type=int)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="a PNG of it")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
@@ -190,6 +238,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         }  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        draw(found, args.plot)
     print(json.dumps(found, indent=1))
     return found
 

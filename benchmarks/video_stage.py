@@ -5,7 +5,7 @@
     voco train gridworld_study_voco --model_name_or_path runs/videos_base --voco.num_tokens 2 \\
         --voco.token_init pooled --max_steps 1600 --output_dir runs/videos_image
     voco gridworld runs/videos_long --video --frames 8,16,32,64,128 --num-train 1500 \\
-        --num-test 500 --seed 1 --no-hf
+        --num-test 250 --seed 1 --no-hf
     python benchmarks/video_stage.py --seeds 0,1,2 --out docs/results/video
 
 The image model answers the test videos as it is, then once per seed after `voco train gridworld_video`, each

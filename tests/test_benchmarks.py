@@ -7,7 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+import voco_plugin as vp
+from voco_plugin.data.gridworld_video import VideoWorld, write_gridworld_video
+from voco_plugin.data.tiny_vlm import build_tiny_vlm
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -96,3 +101,37 @@ def test_video_stage_counts_what_was_answered(monkeypatch: pytest.MonkeyPatch, t
     other = {**before, "rows": [0, 0, 0, 1, 1, 0]}
     with pytest.raises(ValueError, match="other questions"):
         stage.collect(other, after, tmp_path)
+
+
+def test_video_needle_counts_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Scores go by number of frames and question type; the right answer counts and another does not."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    needle = importlib.import_module("video_needle")
+    world = VideoWorld(plot="needle", num_train=1, num_test=4, num_frames=(8, 12), pool=6, hf=False)
+    write_gridworld_video(tmp_path / "needle", world)
+    rows = json.loads((tmp_path / "needle" / "test.json").read_text())
+    torch.manual_seed(0)
+    model, processor = build_tiny_vlm(image_size=32, patch_size=8)
+    model = vp.attach(model, vp.VoCoConfig(num_tokens=2), processor=processor).eval()
+    wrong = {"needle_cell": "nowhere"}
+
+    def ask(watching, text, **options):
+        answers = [turn["value"] for turn in current["conversations"][1::2]]
+        asked = [turn["value"].rpartition("\n")[2] for turn in current["conversations"][::2]]
+        assert watching.report()["kept"] == len(current["image"])
+        kind = current["types"][asked.index(text)]
+        return wrong.get(kind, answers[asked.index(text)])
+
+    monkeypatch.setattr("voco_plugin.video.watching.Watching.ask", ask)
+    found: dict = {}
+    for current in rows:
+        for frames, kinds in needle.accuracy(model, processor, [current], tmp_path / "needle", {}).items():
+            for kind, (right, asked) in kinds.items():
+                score = found.setdefault(frames, {}).setdefault(kind, [0, 0])
+                score[0] += right
+                score[1] += asked
+    assert found == {n: {"needle": [2, 2], "needle_cell": [0, 2], "needle_half": [2, 2]} for n in ("8", "12")}
+    point = {"frames": 8, "budget": None, "seconds_a_frame": 0.01, "peak_bytes_with_questions": 9000}
+    needle.draw({"points": [point], "accuracy": {"none": found}}, tmp_path / "needle.png")
+    with Image.open(tmp_path / "needle.png") as picture:
+        assert picture.width > 800
