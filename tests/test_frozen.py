@@ -5,6 +5,7 @@ loss and gradients of a training batch are those of these two steps done by hand
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 
 import pytest
@@ -15,8 +16,9 @@ from torch.nn.functional import cross_entropy
 import voco_plugin as vp
 from harness import attached, inputs, layout_of
 from test_streamed import everything, fused
-from voco_plugin.cache import stage_one, stage_two
-from voco_plugin.cache.frozen import FrozenBlocks
+from voco_plugin.cache import VoCoCacheStore, stage_one, stage_two
+from voco_plugin.cache import frozen as frozen_blocks
+from voco_plugin.cache.frozen import IMAGE_KEYS, FrozenBlocks, as_tensor
 from voco_plugin.cache.store_keys import fingerprint_of
 from voco_plugin.training.adapters import prepare_peft_config
 from voco_plugin.training.stages import Frozen
@@ -67,10 +69,15 @@ def by_hand(start, peft, batch, labels) -> torch.Tensor:
     return cross_entropy(logits[:, :-1][counted], told[:, 1:][counted], reduction="sum")
 
 
-def step(peft, batch, labels, chunk: int = 2) -> torch.Tensor:
+def step(peft, batch, labels, chunk: int = 2, store=None) -> torch.Tensor:
     inner = peft.get_base_model()
-    blocks = FrozenBlocks(fingerprint_of(inner), chunk)
-    return Frozen(blocks).run(inner, fused(inner), {**batch, "labels": labels, "fused_lm_head": True})
+    blocks = FrozenBlocks(fingerprint_of(inner), chunk, store)
+    given = {**batch, "labels": labels, "fused_lm_head": True}
+    if store is not None:  # the collator's; here an image is known by its place
+        layout = layout_of(peft, batch)
+        keys = [[f"{row}-{n}" for n in range(len(layout.row_spans(row)))] for row in range(layout.num_rows)]
+        given[IMAGE_KEYS] = as_tensor([[hashlib.sha256(k.encode()).hexdigest() for k in row] for row in keys])
+    return Frozen(blocks).run(inner, fused(inner), given)
 
 
 def gradients(peft, loss) -> dict[str, torch.Tensor]:
@@ -233,3 +240,35 @@ def test_a_rule_whose_blocks_are_not_made_alone_is_refused(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"VoCoConfig.{name}=.* leave {name} out"):
         vp.VoCoConfig(frozen_stage1=True, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [(name, {}) for name in NAMES if name != "llava_tied"] + [("llava_llama", {"positions": "sequential"})],
+)
+def test_blocks_of_a_store_are_those_computed(name, rule, tmp_path, monkeypatch):
+    start, peft = attached(name, **rule), tuned(name, **rule)
+    batch = inputs(name, ROWS)
+    labels = labelled(start, batch)
+    expected = step(peft, batch, labels)
+    with VoCoCacheStore.for_model(tmp_path / "store", start) as store:
+        assert step(peft, batch, labels, store=store).item() == expected.item()
+        assert len(store) == 7
+        monkeypatch.setattr(frozen_blocks, "run_alone", lambda *_: pytest.fail("stage 1 was run"))
+        loss = step(peft, batch, labels, store=store)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert difference(gradients(peft, expected), gradients(peft, loss)) <= 1e-5
+
+
+def test_only_what_is_missing_is_computed(tmp_path, monkeypatch):
+    start, peft = attached("llava_llama"), tuned("llava_llama")
+    ran: list[list[int]] = []
+    real = frozen_blocks.run_alone
+    monkeypatch.setattr(
+        frozen_blocks, "run_alone", lambda b, c, numbers: ran.append(numbers) or real(b, c, numbers)
+    )
+    with VoCoCacheStore.for_model(tmp_path / "store", start) as store:
+        few, all_ = inputs("llava_llama", ROWS[:1]), inputs("llava_llama", ROWS)
+        step(peft, few, labelled(start, few), store=store)
+        step(peft, all_, labelled(start, all_), store=store, chunk=4)
+    assert ran == [[0], [1, 2, 3, 4], [5, 6]]
