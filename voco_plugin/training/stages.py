@@ -159,8 +159,7 @@ class Staged(_Base):
             raise ValueError(
                 "stage1='frozen' cannot go with this: compute_metrics needs the logits of one pass."
             )
-        attachment(student).config.frozen_stage1 = True  # and so says whatever is saved
-        made_by = fingerprint_of(student)
+        made_by = {**fingerprint_of(student), "adapter": "none"}
         changed = differences(self._start or made_by, made_by)
         if changed:
             raise ValueError(
@@ -172,6 +171,7 @@ class Staged(_Base):
         if self.args.stage1_store is not None:
             store = open_store(self.args.stage1_store, made_by)
             weakref.finalize(self, store.close)
+        attachment(student).config.frozen_stage1 = True  # and so says whatever is saved
         return Frozen(FrozenBlocks(made_by, chunk, store))
 
     @property
