@@ -46,8 +46,9 @@ def main(spec: dict) -> None:
     rank = args.process_index
     batch = trainer._eval_collator([data[i] for i in PROBE])
     trainer.model_wrapped.eval()
-    with torch.no_grad():
-        torch.save(trainer.model_wrapped(**batch).logits, f"{spec['out']}.{rank}.pt")
+    if args.stage1 != "frozen":  # it reads images in two stages only
+        with torch.no_grad():
+            torch.save(trainer.model_wrapped(**batch).logits, f"{spec['out']}.{rank}.pt")
     found = {
         "world": args.world_size,
         "kind": trainer.accelerator.distributed_type.value,

@@ -56,3 +56,17 @@ def test_two_processes_in_two_stages_have_the_losses_of_one_in_one_pass(place, l
         for entry, expected in zip(process["log"], alone["log"], strict=True):
             for key in ("loss", "grad_norm", "compression_ratio", "voco_tokens_per_sample"):
                 assert entry[key] == pytest.approx(expected[key], rel=2e-4, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_store_have_the_losses_of_one_that_computes(place, tmp_path):
+    more = {"assistant_only_loss": True, "stage1": "frozen", "train_voco": False}
+    given = {"model": place.base("llava_llama"), "data": films(place), "lora": True}
+    alone = place.run("frozen", 1, args={**more, "per_device_train_batch_size": 4}, **given)[0]
+    more |= {"per_device_train_batch_size": 2, "stage1_store": str(tmp_path / "store")}
+    for name in ("frozen-filling", "frozen-reading"):
+        for process in place.run(name, 2, args=more, **given):
+            assert (process["world"], process["engine"]) == (2, KIND["ddp"][1])
+            for entry, expected in zip(process["log"], alone["log"], strict=True):
+                for key in ("loss", "grad_norm", "voco_tokens_per_sample"):
+                    assert entry[key] == pytest.approx(expected[key], rel=2e-4, abs=1e-5), key

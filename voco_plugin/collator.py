@@ -21,6 +21,8 @@ from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .block_embeddings import QUESTION_MASK
+from .cache.frozen import IMAGE_KEYS, as_tensor
+from .cache.store_keys import image_key
 from .config import VoCoConfig
 from .families import family_of_processor
 from .images import BadImageError, check_on_bad_sample, describe, find_refused
@@ -65,6 +67,8 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
             it is left out; only where nothing else is in it, another takes its place.
         pool: the data set the other row is drawn from; without one, a good row of the same batch comes twice.
         count_skipped: put ``skipped_samples`` ``(B,)`` into the batch: how many bad ones each row had.
+        made_by: the fingerprint of a store's blocks: put the images' keys in that store into the batch,
+            ``voco_image_keys`` ``(B, I, 32)`` (``I`` images of the row with most). Not of packed rows.
 
     Returns:
         a dict with ``input_ids``, ``attention_mask``, ``labels`` ``(B, M)``, type ids where the processor
@@ -84,6 +88,7 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
     on_bad_sample: str = "raise"
     pool: Any = None
     count_skipped: bool = False
+    made_by: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_on_bad_sample(self.on_bad_sample)
@@ -252,6 +257,10 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
                 pad_to_multiple_of=self.pad_to_multiple_of,
                 images_by_row=family_of_processor(self.processor).images_by_row,
                 names=names,
+            )
+        if self.made_by is not None:
+            batch[IMAGE_KEYS] = as_tensor(
+                [[image_key(image, self.made_by, count) for image in row["images"]] for row in rows]
             )
         if self.max_length is not None and int(batch["attention_mask"].sum(1).max()) > self.max_length:
             batch = truncate(batch, self.vocab, self.max_length, **shape)

@@ -56,6 +56,8 @@ class VoCoConfig:
         compressor: ``voco``, or a rival of the registry of compressors, whose K embeddings of the image stand
             where the VoCo tokens stand: the rule then hides the vision tokens from these too.
         compressor_options: what the rival takes, by name.
+        frozen_stage1: the model compresses without its adapter and reads with it, as ``stage1: frozen``
+            trained it. A fact of a checkpoint, which the trainer writes; nothing to choose.
         token: the text of the VoCo token.
         token_id: its id; ``None`` until a model is attached, or given where there is no tokenizer to ask.
         token_seed: seed of the new embedding rows.
@@ -74,6 +76,7 @@ class VoCoConfig:
     token_init: str = "learned"
     compressor: str = "voco"
     compressor_options: dict[str, Any] = field(default_factory=dict)
+    frozen_stage1: bool = False
     token: str = "<voco>"
     token_id: int | None = None
     token_seed: int = 0
@@ -98,11 +101,13 @@ class VoCoConfig:
                 raise ValueError(f"VoCoConfig.{name}={value!r} must be an integer.")
         if self.num_tokens < 1:
             raise ValueError(f"VoCoConfig.num_tokens={self.num_tokens} must be at least 1.")
-        if not isinstance(self.hide_prefix, bool):
-            raise ValueError(f"VoCoConfig.hide_prefix={self.hide_prefix!r} must be true or false.")
+        for name in ("hide_prefix", "frozen_stage1"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"VoCoConfig.{name}={getattr(self, name)!r} must be true or false.")
         if not isinstance(self.token, str) or not self.token.strip():
             raise ValueError(f"VoCoConfig.token={self.token!r} must be a non-empty string.")
         self._check_compressor()
+        self._check_frozen()
         if self.positions is None:
             self.positions = "compact" if self.relocatable_rule else "sequential"
         if self.positions not in POSITIONS:
@@ -143,6 +148,16 @@ class VoCoConfig:
                 "VoCoConfig.token_init='pooled' seeds tokens that text must read the image from; with "
                 "rule='causal' it reads the image itself: use token_init='learned'."
             )
+
+    def _check_frozen(self) -> None:
+        """Where two weights compress and read, blocks must be made alone."""
+        for name, wanted in (("rule", "isolated"), ("block_context", "self"), ("compressor", "voco")):
+            value = getattr(self, name)
+            if self.frozen_stage1 and value != wanted:
+                raise ValueError(
+                    f"VoCoConfig.{name}={value!r} cannot be read by a model whose stage 1 is frozen "
+                    f"(frozen_stage1): its blocks are computed apart, without the adapter; leave {name} out."
+                )
 
     @property
     def reads_vision(self) -> bool:

@@ -28,6 +28,7 @@ from .layout import SequenceLayout, TokenKind, TokenVocabulary, compact_position
 from .masks import TokenTable
 from .packed import prepare_packed
 from .packing import DOCUMENT_IDS, Documents
+from .starting_weights import on_starting_weights
 
 
 class _Running(NamedTuple):
@@ -147,6 +148,8 @@ class Attachment:
         # where the whole model is its own backbone (Llama 4), stage 2 calls it again without the cache
         staged = named.get("voco_cache") is not None
         alone = getattr(self._local, "policy", "check") == "alone"
+        if self.config.frozen_stage1 and not staged and not on_starting_weights():
+            self._refuse_one_pass(named)
         places, given = None, named
         if self.embeddings is not None and not staged:
             named, places = self._find_places(named)
@@ -166,6 +169,24 @@ class Attachment:
         token = None if active is None else activate(active)
         self._stack().append(_Running(token, active, state, given_cache(kwargs), places))
         return (), kwargs
+
+    def _refuse_one_pass(self, kwargs: dict) -> None:
+        """Refuse vision tokens in a forward with the adapter on.
+
+        Raises:
+            ValueError: there are some.
+        """
+        ids, past = kwargs.get("input_ids"), given_cache(kwargs)
+        decoding = isinstance(past, Cache) and past.get_seq_length() and ids is not None and ids.shape[1] == 1
+        if ids is None or decoding:  # one decoded token is no block, whatever its id
+            return
+        vision = torch.tensor(sorted(self.vocab.placeholders), device=ids.device)
+        if bool(torch.isin(ids, vision).any()):
+            raise ValueError(
+                "this model's stage 1 is frozen (frozen_stage1): it compresses without its adapter and reads "
+                "with it, which one pass over image and text cannot do; use generate(**inputs), or compress "
+                "and voco_cache=…"
+            )
 
     @torch.compiler.disable
     def after_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

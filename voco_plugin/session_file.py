@@ -19,7 +19,7 @@ from .cache import VoCoCache, VoCoCacheError, files
 from .cache.container import Contents, parse, to_chunks
 from .cache.fingerprint import differences
 from .cache.record import BLOCK_FIELDS, check_record
-from .cache.stage_two import MADE_BY, made_by
+from .cache.stage_two import MADE_BY, blocks_made_by, made_by
 from .cache_state import CacheState
 from .files import atomic_path
 from .layout import TokenKind
@@ -95,7 +95,8 @@ def read_session(path: str | os.PathLike, session: VoCoSession) -> None:
         setattr(past, MADE_BY, record["fingerprint"])
     session.messages, session.num_tokens = record["messages"], record["num_tokens"]
     session._past, session._unread = past, tuple(record["unread"])
-    session._waiting = (VoCoCache(blocks, fingerprint=record["fingerprint"]),) if blocks else ()
+    compressed_by = blocks_made_by(session.model, attachment(session.model))
+    session._waiting = (VoCoCache(blocks, fingerprint=compressed_by),) if blocks else ()
 
 
 def _record(contents: Contents, view: memoryview, where: str) -> dict[str, Any]:

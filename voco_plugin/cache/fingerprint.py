@@ -8,7 +8,6 @@ row. It tells models apart; it is no proof against an attacker who knows which v
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import weakref
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from ..config import VoCoConfig
+from ..starting_weights import is_tuner
 
 _WHOLE, _SAMPLE = 1 << 16, 1 << 14
 _RULE_FIELDS = (
@@ -28,7 +28,7 @@ _RULE_FIELDS = (
     "token_init",
     "compressor",
 )
-_SINCE = {"compressor": "voco"}
+_SINCE = {"compressor": "voco", "frozen_stage1": False}
 """What a cache is taken to be made with where it was written before this was named."""
 
 
@@ -44,14 +44,6 @@ def _is_adapter(name: str) -> bool:
     return any(
         part.startswith(("lora_", "trainable_tokens_", "ia3_", "oft_", "vera_")) for part in name.split(".")
     )
-
-
-@functools.cache
-def _is_tuner(kind: type) -> bool:
-    """Whether modules of this class are PEFT layers, whose adapters can be switched (a transformers model has
-    methods so named).
-    """
-    return isinstance(getattr(kind, "disable_adapters", None), property)
 
 
 def _state(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[tuple]]:
@@ -70,7 +62,7 @@ def _state(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[tuple
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameters[id(parameter)] = parameter
-        if _is_tuner(type(module)):
+        if is_tuner(type(module)):
             switched.append((tuple(module.active_adapters), module.disable_adapters))
         stack.extend(m for m in module._modules.values() if m is not None)
     return list(parameters.values()), switched
@@ -118,7 +110,7 @@ def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
     tuners = sorted(
         f"{name}:{m.active_adapters}:{m.disable_adapters}"
         for name, m in model.named_modules()
-        if _is_tuner(type(m))
+        if is_tuner(type(m))
     )
     adapter.update("\n".join(tuners).encode())
     hashes = {"model": base.hexdigest()[:32], "adapter": adapter.hexdigest()[:32] if has_adapter else "none"}
@@ -138,7 +130,9 @@ def processor_hash(processor: Any) -> str:
 
 
 def fingerprint(model: torch.nn.Module, config: VoCoConfig, processor: Any, voco_id: int) -> dict[str, Any]:
-    """The fingerprint of what ``model`` would write now."""
+    """The fingerprint of ``model`` as it reads now: of what text's keys and values are made by. For blocks it
+    is :func:`block_fingerprint`.
+    """
     return {
         **model_hashes(model, voco_id),
         "processor": processor_hash(processor) if processor is not None else "none",
@@ -146,7 +140,25 @@ def fingerprint(model: torch.nn.Module, config: VoCoConfig, processor: Any, voco
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "num_tokens": config.num_tokens,
         **{name: getattr(config, name) for name in _RULE_FIELDS},
+        **({"frozen_stage1": True} if config.frozen_stage1 else {}),
     }
+
+
+def block_fingerprint(
+    model: torch.nn.Module, config: VoCoConfig, processor: Any, voco_id: int
+) -> dict[str, Any]:
+    """The fingerprint of the blocks that ``model`` would compress now: the model's own, or, where its stage 1
+    is frozen, that of the model it was trained from, which makes the same blocks.
+    """
+    return of_blocks(fingerprint(model, config, processor, voco_id))
+
+
+def of_blocks(reader: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint of the blocks that the model of fingerprint ``reader`` compresses."""
+    made_by = dict(reader)
+    if made_by.pop("frozen_stage1", False):
+        made_by["adapter"] = "none"
+    return made_by
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:

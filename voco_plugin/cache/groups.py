@@ -100,15 +100,24 @@ def _pixels(vision: VisionInputs, bundles: Sequence[Bundle]) -> int:
 
 
 def chunks_of(
-    model: torch.nn.Module, spans: Sequence[BlockSpan], vision: VisionInputs, limits: Limits
+    model: torch.nn.Module,
+    spans: Sequence[BlockSpan],
+    vision: VisionInputs,
+    limits: Limits,
+    wanted: set[int] | None = None,
 ) -> list[list[Bundle]]:
     """The bundles of each forward. Every block is in one of them; within one, blocks keep their order.
+
+    Args:
+        wanted: the blocks to run, by number: bundles that hold none of them are left out. ``None``: all.
 
     Raises:
         ValueError: a bundle does not fit the limits.
     """
     groups: dict[tuple, list[Bundle]] = {}
     for bundle in vision.bundles:
+        if wanted is not None and wanted.isdisjoint(range(*bundle)):
+            continue
         lengths = tuple((spans[n].num_vision, spans[n].num_voco) for n in range(*bundle))
         key = lengths if len(set(lengths)) > 1 else (lengths[0], len(lengths))
         groups.setdefault(key, []).append(bundle)

@@ -21,9 +21,10 @@ from transformers import DynamicCache
 from .._compat import as_cache, cache_names
 from ..cache_state import CacheState
 from ..layout import BlockSpan, SequenceLayout, compact_positions
+from ..starting_weights import starting_weights
 from .block import VoCoBlock
 from .cache import VoCoCache
-from .fingerprint import fingerprint
+from .fingerprint import block_fingerprint
 from .groups import Limits, chunks_of
 from .last_layer import NotCut, last_rows
 from .pixels import VisionInputs, is_per_token, vision_inputs
@@ -115,7 +116,7 @@ def compress(
     if num_tokens is not None:
         inputs = recut(inputs, layout, num_tokens, _pad_id(model, state.vocab))
         layout = SequenceLayout.from_ids(inputs["input_ids"], inputs.get("attention_mask"), state.vocab)
-    made_by = fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+    made_by = block_fingerprint(model, state.config, state.processor, state.vocab.voco_id)
     if state.family.prefix_lm:
         made_by["attention"] = attention_of(inputs)
     if not layout.spans:
@@ -256,7 +257,8 @@ def _forward(
     run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
     # asked for a cache where layers are checkpointed, transformers warns that it makes none; it takes ours
     own = not getattr(cache, "replayed", False)
-    with state.positions(policy):
+    frozen = starting_weights(model) if state.config.frozen_stage1 else contextlib.nullcontext()
+    with state.positions(policy), frozen:
         output = backbone(**run, **as_cache(cache), use_cache=own)
     return getattr(output, "last_hidden_state", None)  # Llama 4 is its own backbone, and gives logits
 

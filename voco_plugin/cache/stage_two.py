@@ -19,7 +19,7 @@ from ..layout import TokenKind
 from ..masks import TokenTable
 from .block import VoCoBlock
 from .cache import VoCoCache
-from .fingerprint import differences, fingerprint
+from .fingerprint import differences, fingerprint, of_blocks
 from .plan import RowPlan, plan_row
 from .relocation import relocator_for
 
@@ -48,12 +48,17 @@ class Placed:
 
 
 def made_by(model, state) -> dict[str, Any]:
-    """The fingerprint of what this attached model makes now."""
+    """The fingerprint of this attached model as it reads now."""
     return fingerprint(model, state.config, state.processor, state.vocab.voco_id)
 
 
+def blocks_made_by(model, state) -> dict[str, Any]:
+    """The fingerprint of the blocks that this attached model makes now."""
+    return of_blocks(made_by(model, state))
+
+
 def check_cache(model, state, cache: VoCoCache) -> dict[str, Any]:
-    """The model's fingerprint; refuses a cache that this model did not make under this rule.
+    """The model's fingerprint (as it reads); refuses a cache that this model did not make under this rule.
 
     Raises:
         ValueError: it says what differs.
@@ -70,7 +75,7 @@ def check_cache(model, state, cache: VoCoCache) -> dict[str, Any]:
             "this cache has no fingerprint, so it cannot be told which model made it; make it with "
             "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
         )
-    expected = dict(mine)
+    expected = of_blocks(mine)
     if state.family.prefix_lm and "attention" in cache.fingerprint:
         expected["attention"] = cache.fingerprint["attention"]  # told by stage 1's inputs, not by the model
     wrong = differences(expected, cache.fingerprint)

@@ -11,7 +11,7 @@ import torch
 
 from ..images import open_image
 from .container import VoCoCacheError
-from .fingerprint import differences, fingerprint
+from .fingerprint import block_fingerprint, differences
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NOT_OF_THE_STORE = ("num_tokens", "attention")
@@ -60,7 +60,8 @@ def key_bytes(key: str) -> bytes:
 
 
 def fingerprint_of(model: torch.nn.Module) -> dict[str, Any]:
-    """The fingerprint of an attached model, also inside PEFT, DDP or ``torch.compile`` wrappers.
+    """The fingerprint of what an attached model compresses, also inside PEFT, DDP or ``torch.compile``
+    wrappers.
 
     Raises:
         ValueError: it is not attached.
@@ -68,7 +69,7 @@ def fingerprint_of(model: torch.nn.Module) -> dict[str, Any]:
     for module in model.modules():
         state = vars(module).get("_voco_attachment")
         if state is not None:
-            return fingerprint(module, state.config, state.processor, state.vocab.voco_id)
+            return block_fingerprint(module, state.config, state.processor, state.vocab.voco_id)
     raise ValueError(
         f"{type(model).__name__} has no VoCo attached; call voco_plugin.attach(model, config) first."
     )

@@ -132,13 +132,17 @@ def stream_of(
     if not layout.spans:
         return None
     batch = read_batch(model, state, inputs, layout)
-    ends = _predicting(batch, labels)
+    ends = predicting(batch, labels)
     cache, hidden = blocks_in_chunks(batch, blocks_per_chunk, set(ends))
-    return _placed(batch, inputs, labels, cache, [(*ends[n], hidden[n]) for n in ends])
+    return stream_on(batch, inputs, labels, cache, [(*ends[n], hidden[n]) for n in ends])
 
 
-def _predicting(batch: Batch, labels: torch.Tensor | None) -> dict[int, tuple[int, int]]:
-    """The blocks whose last VoCo token predicts a label: number → row, column in the stream."""
+def predicting(batch: Batch, labels: torch.Tensor | None) -> dict[int, tuple[int, int]]:
+    """The blocks whose last VoCo token predicts a label: number → row, column in the stream.
+
+    Raises:
+        ValueError: as :func:`stream_of` says of labels.
+    """
     if labels is None:
         return {}
     first = batch.first_real[:, None]
@@ -162,14 +166,14 @@ def _predicting(batch: Batch, labels: torch.Tensor | None) -> dict[int, tuple[in
     return found
 
 
-def _placed(
+def stream_on(
     batch: Batch,
     inputs: dict[str, Any],
     labels: torch.Tensor | None,
     cache: VoCoCache,
     ends: list[tuple[int, int, torch.Tensor]],
 ) -> Stream:
-    """The stream of a batch on the blocks of ``cache``, which were made for it."""
+    """The stream of a batch on the blocks of ``cache``, which are those of its images, in order."""
     keep = batch.layout.in_stream.to(batch.positions.device)
     ids = compacted(inputs["input_ids"], keep, 0)
     mask = compacted(keep.long(), keep, 0)

@@ -72,7 +72,8 @@ def load(
         source: path or hub id of an existing VLM, of a model saved by this package, or of a PEFT adapter
             trained by it (its base model is loaded from where ``adapter_config.json`` says).
         voco: the rule for an existing VLM; for a saved model, ``None`` keeps the rule it was saved with, and
-            a config given here replaces it (another K or rule on the same weights).
+            a config given here replaces it (another K or rule on the same weights; ``frozen_stage1`` stays
+            what it was).
         dtype: of the weights; ``None`` keeps the checkpoint's.
         device: where to put the model.
         model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …).
@@ -121,7 +122,14 @@ def load(
     loader = auto_class(base, **remote)
     config = voco or saved or VoCoConfig()
     if saved is not None and voco is not None:
-        config = VoCoConfig.from_dict({**voco.to_dict(), "token": saved.token, "token_id": saved.token_id})
+        if voco.frozen_stage1 and not saved.frozen_stage1:
+            raise ValueError(
+                f"{source} was not trained with stage1: frozen, so it compresses with all its weights; leave "
+                "frozen_stage1 out."
+            )
+        # facts of the weights, whatever rule they are read under
+        facts = {name: getattr(saved, name) for name in ("token", "token_id", "frozen_stage1")}
+        config = VoCoConfig.from_dict({**voco.to_dict(), **facts})
     same = saved is not None and _made_alike(config, saved)
     asked = config.num_tokens
     if same and config.makes_embeddings:  # built with the K it was trained with; read at the K asked for

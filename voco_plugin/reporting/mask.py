@@ -90,6 +90,7 @@ def caption(config: VoCoConfig) -> str:
     """The rule in one line."""
     extra = ", hide_prefix" if config.hide_prefix else ""
     extra += "" if config.reads_vision else f", compressor={config.compressor}"
+    extra += ", frozen_stage1 (compressed without the adapter)" if config.frozen_stage1 else ""
     return f"rule={config.rule}, block_context={config.block_context}, positions={config.positions}{extra}"
 
 

@@ -220,6 +220,8 @@ def extend_card(
         values = voco.to_dict()
         rule = [(key, values[key]) for key in _RULE_FIELDS]
         tokens = str(voco.num_tokens)
+        if voco.frozen_stage1:
+            rule.append(("frozen_stage1", "True (images are compressed without the adapter)"))
         if num_tokens_range:
             rule.insert(1, ("num_tokens_range", list(num_tokens_range)))
             tokens = f"{num_tokens_range[0]} to {num_tokens_range[1]}"

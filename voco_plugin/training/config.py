@@ -14,7 +14,7 @@ from ..config import VoCoConfig, nearest, read_section
 from ..images import ON_BAD_SAMPLE, check_on_bad_sample
 from .distillation import as_distill_config
 
-STAGE1 = ("joint", "streamed")
+STAGE1 = ("joint", "streamed", "frozen")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -52,7 +52,13 @@ class VoCoSFTConfig(SFTConfig):
             under the rule. ``streamed``: in chunks of images before it, each recomputed in the backward pass;
             the text then runs on their VoCo tokens' keys and values. Loss and gradients are the same, and
             memory does not grow with the number of images but by those keys and values (paper, Sec. 3.4).
-        stage1_chunk: images (blocks) a chunk of ``streamed``; ``None``: 8.
+            ``frozen``: by the model training starts from, without gradient; only a LoRA adapter that reads
+            the blocks trains (``train_voco: false``), and the saved model compresses without it.
+        stage1_chunk: images (blocks) a chunk of ``streamed`` and ``frozen``; ``None``: 8.
+        stage1_store: folder of a :class:`~voco_plugin.cache.store.VoCoCacheStore` for ``frozen``: blocks that
+            it holds are read, others computed and, unless it cannot be written to, put there. One that ``voco
+            compress --store`` filled with the starting model will do. ``None`` computes every block at every
+            step.
 
     ``chat_template_path`` also takes the bare name of a shipped template: the conversation that a family was
     tuned with, its answers marked for ``assistant_only_loss`` (``vicuna_v1``, ``llava_plain``,
@@ -67,7 +73,8 @@ class VoCoSFTConfig(SFTConfig):
 
     Raises:
         ValueError: ``voco``, ``num_tokens_range``, ``save_at_steps``, ``stage1`` or ``on_bad_sample`` is not
-            valid, the range is given without ``voco``, or ``packing`` without ``max_length``.
+            valid, ``stage1="frozen"`` is to train more than an adapter of the language model, the range is
+            given without ``voco``, or ``packing`` without ``max_length``.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "voco", "distill"]
@@ -110,12 +117,17 @@ class VoCoSFTConfig(SFTConfig):
     stage1: str = field(
         default="joint",
         metadata={
-            "help": "Images compressed in one pass with the text (joint), or in chunks before it (streamed).",
+            "help": "Images compressed in one pass with the text (joint), in chunks before it (streamed), or "
+            "by the starting model, untrained (frozen).",
             "choices": list(STAGE1),
         },
     )
     stage1_chunk: int | None = field(
-        default=None, metadata={"help": "Images a chunk of stage1=streamed; none: 8."}
+        default=None, metadata={"help": "Images a chunk of stage1=streamed or frozen; none: 8."}
+    )
+    stage1_store: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the store that stage1=frozen reads blocks from, and fills."},
     )
 
     def __post_init__(self) -> None:
@@ -151,12 +163,24 @@ class VoCoSFTConfig(SFTConfig):
                 f"stage1={self.stage1!r} is not known{nearest(self.stage1, STAGE1)}; "
                 f"use one of {', '.join(STAGE1)}."
             )
+        if self.stage1 == "frozen":
+            for name in ("train_voco", "train_projector", "train_vision_tower"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"stage1='frozen' keeps what compresses as it is, and {name} is true; set {name}: "
+                        "false, or stage1: streamed."
+                    )
+        elif self.stage1_store is not None:
+            raise ValueError(
+                f"stage1_store={self.stage1_store!r} is for stage1=frozen, not {self.stage1!r}: the blocks "
+                "of other ways change with every step; leave it out."
+            )
         if self.stage1_chunk is None:
             return
-        if self.stage1 != "streamed":
+        if self.stage1 == "joint":
             raise ValueError(
-                f"stage1_chunk={self.stage1_chunk} is for stage1=streamed, not {self.stage1!r}; leave it "
-                "out, or set stage1=streamed."
+                f"stage1_chunk={self.stage1_chunk} is for stage1=streamed or frozen, not {self.stage1!r}; "
+                "leave it out, or set stage1=streamed."
             )
         if self.stage1_chunk < 1:
             raise ValueError(f"stage1_chunk={self.stage1_chunk} must be at least 1, images a chunk.")

@@ -113,6 +113,7 @@ def attach_as_asked(model: Any, voco: VoCoConfig | None, processor: Any) -> VoCo
     state = attachment(model)
     if voco is not None:
         own, asked = state.config.to_dict(), voco.to_dict()
+        asked.pop("frozen_stage1")  # the model's own affair (stages.py)
         different = [k for k in asked if asked[k] != own[k] and not (k == "token_id" and asked[k] is None)]
         if different:
             named = ", ".join(f"{k}={asked[k]!r} (attached: {own[k]!r})" for k in different)

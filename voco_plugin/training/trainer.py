@@ -66,7 +66,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     resume, evaluation, logging. Besides, each log has ``compression_ratio`` (vision tokens per VoCo token),
     ``voco_tokens_per_sample`` and ``isolation`` (1.0 where text is kept from vision tokens). With
     ``args.distill`` the loss also has the divergence from the plain model (Eq. 1). With
-    ``args.stage1="streamed"`` a step of many images runs in two stages (Sec. 3.4), and is the same step.
+    ``args.stage1="streamed"`` a step of many images runs in two stages (Sec. 3.4), and is the same step; with
+    ``"frozen"`` LoRA learns to read what the starting model compresses.
 
     What trains is what ``args.train_language``, ``train_voco``, ``train_projector`` and
     ``train_vision_tower`` say: with ``peft_config``, adapters in the language model (and the tower), the VoCo
@@ -128,6 +129,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         packs = args.packing and has_images(train_dataset)
         if packs:
             check_packing(args, model, self.voco, train_dataset, data_collator)
+        self._note_start(model, args, peft_config)
         frozen = copy_of_student(args.distill, model)
         wrapped = hasattr(model, "peft_config")
         hold = None
@@ -210,6 +212,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 on_bad_sample=args.on_bad_sample,
                 pool=_pool(self.train_dataset),
                 count_skipped=args.on_bad_sample == "skip",
+                made_by=self._image_keys_of,
             )
         elif given is not None and self.voco is not None and not isinstance(given, VoCoDataCollator):
             logger.warning(
