@@ -16,9 +16,11 @@ import voco_plugin as vp
 from test_frozen import by_hand
 from test_streamed_training import videos  # noqa: F401
 from test_training import LORA, bases, losses, picture, snapshot, trainer  # noqa: F401
+from videos import write_video
 from voco_plugin.answering import compress_images, prompt
 from voco_plugin.cache import VoCoCacheStore, stage_one
 from voco_plugin.cli import main
+from voco_plugin.data.video_formats import load_video_dataset
 from voco_plugin.modeling import unwrap
 from voco_plugin.training.parts import VISION, ModelParts
 
@@ -327,3 +329,23 @@ def test_from_a_recipe(starts, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == kept
     assert main(["train", "recipe.yaml", "--stage1", "frozen", "--train_voco", "true"]) == 2
     assert "train_voco is true" in capsys.readouterr().err
+
+
+def test_a_compressed_video_file_serves_a_training_on_that_file(starts, tmp_path, monkeypatch):
+    """`voco compress VIDEO --fps 2 --store`, then training on the file at 2 frames a second: no stage 1."""
+    pytest.importorskip("av", reason="PyAV is not installed: pip install 'voco_plugin[video]'")
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "pan.mp4")
+    assert main(["compress", starts("llava_llama"), "pan.mp4", "--fps", "2", "--store", "caches"]) == 0
+    with VoCoCacheStore("caches") as store:
+        before = set(store)
+    row = {"video_id": "pan", "q": "what is it", "a": "red"}
+    (tmp_path / "qa.json").write_text(json.dumps([row] * 2))
+    for fps, new in ((2.0, False), (4.0, True)):
+        rows = load_video_dataset(["qa.json"], str(tmp_path), fps=fps)
+        made = frozen(starts("llava_llama"), tmp_path / "out", rows, max_steps=1, stage1_store="caches")
+        ran = forwards(made)
+        made.train()
+        with VoCoCacheStore("caches") as store:
+            assert bool(ran) == new and (set(store) > before if new else set(store) == before)
+    assert len(before) == 6
