@@ -4,8 +4,11 @@ notice.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ import test_cache
 import test_compressors
 import test_decoding
 import test_exactness
+import test_frozen
 import test_generation
 import test_layout
 import test_placing
@@ -28,7 +32,7 @@ from harness import inputs, shared
 from voco_plugin import block_embeddings, isolation, layout, session
 from voco_plugin.attention import backends, dense, segments
 from voco_plugin.block_embeddings import BlockEmbeddings
-from voco_plugin.cache import files, relocation, stage_one, stage_two, streamed
+from voco_plugin.cache import files, frozen, relocation, stage_one, stage_two, streamed
 from voco_plugin.cache_state import CacheState
 from voco_plugin.families.base import Family
 from voco_plugin.layout import TokenKind
@@ -349,6 +353,35 @@ def last_layer_cut_where_it_is_read(patch):
     )
 
 
+def adapter_on_in_stage_one(patch):
+    """A frozen stage 1 that compresses with the weights it reads with."""
+    patch.setattr(stage_one, "starting_weights", lambda model: contextlib.nullcontext())
+    patch.setattr(isolation, "on_starting_weights", lambda: True)
+
+
+def keys_of_another_image(patch):
+    """A store that is filled as it should be, and asked for the images in another order."""
+    real, asked = frozen.FrozenBlocks._named, []
+
+    def broken(*args):
+        asked.append(args)
+        return real(*args) if len(asked) == 1 else real(*args)[::-1]
+
+    patch.setattr(frozen.FrozenBlocks, "_named", broken)
+
+
+def reader_taken_for_the_maker(patch):
+    """Text that was read with the adapter has the starting model's fingerprint."""
+    real = stage_two.fingerprint
+    patch.setattr(stage_two, "fingerprint", lambda *args: stage_two.of_blocks(real(*args)))
+
+
+def filled_then_read(patch):
+    """The blocks of a store against those computed."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as inner:
+        test_frozen.test_blocks_of_a_store_are_those_computed("llava_llama", {}, Path(folder), inner)
+
+
 def families_under_segments(name, rule="isolated"):
     return run(test_segments.test_families_equal_dense, name, rule, "sdpa")
 
@@ -389,6 +422,15 @@ CASES = {
     "a VoCo token predicts nothing: streamed": (
         last_layer_cut_where_it_is_read,
         run(test_streamed.check, "llava_llama"),
+    ),
+    "adapter on in stage 1: frozen": (
+        adapter_on_in_stage_one,
+        run(test_frozen.test_loss_and_gradients_are_those_of_the_two_steps_by_hand, "llava_llama", "right"),
+    ),
+    "another image's block: frozen": (keys_of_another_image, filled_then_read),
+    "reader taken for the maker: frozen": (
+        reader_taken_for_the_maker,
+        run(test_frozen.test_its_blocks_are_the_starting_models_and_its_text_is_its_own),
     ),
     "prefix counted from zero": (
         prefix_counted_from_zero,
