@@ -191,7 +191,7 @@ def _costs(figures: Any, plt: Any, colours: dict[str, Any]) -> Any:
         axes.plot([c for c, _ in front], [100 * a for _, a in front], ":", color="0.5", zorder=0)
         _cost_axis(axes, sorted({getattr(row, name) for row in rows}), label)
         axes.set_ylabel("accuracy %")
-        axes.margins(x=0.15)
+        axes.margins(x=0.22)
         _bare(axes)
     named: dict[str, Any] = {}
     for axes in grid[0]:
