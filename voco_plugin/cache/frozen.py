@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 
-from ..layout import SequenceLayout
 from .block import VoCoBlock
 from .cache import VoCoCache
 from .groups import Limits, chunks_of
-from .stage_one import Batch, attention_of, read_batch, run_alone
+from .stage_one import Batch, attention_of, run_alone
 from .store import VoCoCacheStore
-from .streamed import Stream, predicting, stream_on
+from .streamed import Stream, batch_of, predicting, stream_on
 
 IMAGE_KEYS = "voco_image_keys"
 """Key of a batch: the store's keys of its images, ``(B, I, 32)`` uint8, zeros where a row has fewer."""
@@ -74,14 +73,12 @@ class FrozenBlocks:
                 :func:`~voco_plugin.cache.streamed.stream_of` says of labels and chunks; or the store holds
                 an image's block as it is alone, which is not what it is in its row.
         """
-        ids = inputs["input_ids"]
-        layout = SequenceLayout.from_ids(ids, inputs.get("attention_mask"), state.vocab)
-        if not layout.spans:
+        batch = batch_of(model, state, inputs)
+        if batch is None:
             return None
-        batch = read_batch(model, state, inputs, layout)
         ends = predicting(batch, labels)
         if ends:
-            span = layout.spans[min(ends)]
+            span = batch.layout.spans[min(ends)]
             raise ValueError(
                 f"sample {span.row}, position {span.stop}: a label follows an image directly, and its last "
                 "VoCo token, read in the frozen stage 1, would predict it (inference refuses such a prompt); "

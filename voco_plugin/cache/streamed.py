@@ -127,14 +127,18 @@ def stream_of(
         ValueError: image tokens have labels, or a row's first token has one and padding before it, which one
             pass would predict from padding; or the images of a batch cannot be told apart into such chunks.
     """
-    ids = inputs["input_ids"]
-    layout = SequenceLayout.from_ids(ids, inputs.get("attention_mask"), state.vocab)
-    if not layout.spans:
+    batch = batch_of(model, state, inputs)
+    if batch is None:
         return None
-    batch = read_batch(model, state, inputs, layout)
     ends = predicting(batch, labels)
     cache, hidden = blocks_in_chunks(batch, blocks_per_chunk, set(ends))
     return stream_on(batch, inputs, labels, cache, [(*ends[n], hidden[n]) for n in ends])
+
+
+def batch_of(model: torch.nn.Module, state: Any, inputs: dict[str, Any]) -> Batch | None:
+    """A batch as stage 1 reads it; ``None`` where no row holds an image."""
+    layout = SequenceLayout.from_ids(inputs["input_ids"], inputs.get("attention_mask"), state.vocab)
+    return read_batch(model, state, inputs, layout) if layout.spans else None
 
 
 def predicting(batch: Batch, labels: torch.Tensor | None) -> dict[int, tuple[int, int]]:
