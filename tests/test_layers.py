@@ -28,7 +28,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     1: ("attention",),
     2: ("families", "encoders", "llms", "projectors", "compressors", "composition", "registration"),
-    3: ("isolation", "block_embeddings", "cache_state", "packed", "starting_weights"),
+    3: ("attached", "isolation", "block_embeddings", "cache_state", "packed", "starting_weights"),
     4: ("cache", "decoding", "generation"),
     5: ("modeling",),
     6: (

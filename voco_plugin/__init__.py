@@ -62,11 +62,12 @@ def _announce() -> None:
 _announce()
 
 if TYPE_CHECKING:
+    from .attached import attachment, is_attached
     from .cache import VoCoBlock, VoCoCache, VoCoCacheError, VoCoCacheStore
     from .collator import VoCoDataCollator
     from .config import VoCoConfig
     from .generation import VoCoGenerationMixin
     from .layout import LayoutError, SequenceLayout, TokenVocabulary
-    from .modeling import attach, attachment, compose, detach, is_attached, load, save_voco_config
+    from .modeling import attach, compose, detach, load, save_voco_config
     from .session import VoCoSession
     from .training import DistillConfig, VoCoSFTConfig, VoCoSFTTrainer

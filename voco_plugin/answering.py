@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from .attached import is_attached
 from .cache import VoCoCache
 from .images import BadImageError, find_refused
-from .modeling import is_attached
 from .prompts import Messages, ask, check_times, encode, stream_of
 
 Tick = Callable[[int], Any]

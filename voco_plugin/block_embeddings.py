@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .compressors import Compressor, build_compressor
-from .config import VoCoConfig
 from .layout import BlockSpan, SequenceLayout, TokenKind, TokenVocabulary
+
+if TYPE_CHECKING:
+    from .compressors import Compressor
 
 NAME = "voco_compressor"
 """The module's name on the model, so the prefix of its weights in a checkpoint."""
@@ -50,14 +51,6 @@ class BlockEmbeddings:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-
-    @staticmethod
-    def build(model: torch.nn.Module, config: VoCoConfig) -> BlockEmbeddings:
-        """Give ``model`` the compressor that ``config`` names, with new weights."""
-        weight = model.get_input_embeddings().weight
-        made = build_compressor(config, model.config.get_text_config().hidden_size)
-        model.add_module(NAME, made.to(weight.device, weight.dtype))
-        return BlockEmbeddings(model)
 
     @property
     def compressor(self) -> Compressor:

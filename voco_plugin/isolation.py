@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import Cache
@@ -23,12 +23,14 @@ from .attention import ActiveRule, activate, deactivate
 from .block_embeddings import QUESTION_MASK, BlockEmbeddings, Places, in_packed_rows
 from .cache_state import CacheState
 from .config import VoCoConfig
-from .families.base import Family
 from .layout import SequenceLayout, TokenKind, TokenVocabulary, compact_positions
 from .masks import TokenTable
 from .packed import prepare_packed
 from .packing import DOCUMENT_IDS, Documents
 from .starting_weights import on_starting_weights
+
+if TYPE_CHECKING:
+    from .families.base import Family
 
 
 class _Running(NamedTuple):

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .attached import attachment
 from .cache import VoCoCache
 from .injection import insert_voco_tokens
 from .layout import SequenceLayout
-from .modeling import attachment
 
 Messages = list[dict[str, Any]]
 

@@ -19,8 +19,8 @@ import torch
 
 from ._compat import cache_of
 from .answering import compress_images
+from .attached import attachment, is_attached
 from .cache import VoCoCache
-from .modeling import attachment, is_attached
 from .prompts import ask as user_turn
 from .prompts import render, stream_ids_in_pieces, with_counts
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from .attached import attachment
 from .cache import VoCoCache, VoCoCacheError, files
 from .cache.container import Contents, parse, to_chunks
 from .cache.fingerprint import differences
@@ -24,7 +25,6 @@ from .cache_state import CacheState
 from .files import atomic_path
 from .layout import TokenKind
 from .masks import TokenTable
-from .modeling import attachment
 
 if TYPE_CHECKING:
     from .session import VoCoSession

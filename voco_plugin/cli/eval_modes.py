@@ -87,8 +87,9 @@ def evaluate_modes(
     Args:
         judge: a :class:`~voco_plugin.judge.Judge` of the answers, beside the match.
     """
+    from ..attached import is_attached
     from ..metrics import evaluate, questions_of
-    from ..modeling import detach, is_attached
+    from ..modeling import detach
 
     opened = [name for name in ("images", "times") if name in dataset.column_names]
     questions = questions_of(dataset.remove_columns(opened) if opened else dataset)
@@ -204,7 +205,7 @@ class CutCaches:
 
 def reads_question(model: Any) -> bool:
     """Whether the model's compressor looks at the question before it compresses (LLaMA-VID's)."""
-    from ..modeling import attachment
+    from ..attached import attachment
 
     embeddings = attachment(model).embeddings
     return embeddings is not None and embeddings.compressor.reads_question
@@ -223,7 +224,7 @@ def is_nested(fingerprint: dict[str, Any]) -> bool:
 
 def own_num_tokens(model: Any) -> int:
     """K of an attached model."""
-    from ..modeling import attachment
+    from ..attached import attachment
 
     return attachment(model).config.num_tokens
 
@@ -232,7 +233,7 @@ def set_num_tokens(model: Any, num_tokens: int) -> None:
     """Let an attached model put ``num_tokens`` VoCo tokens after each image of a prompt."""
     import dataclasses
 
-    from ..modeling import attachment
+    from ..attached import attachment
 
     state = attachment(model)
     state.config = dataclasses.replace(state.config, num_tokens=num_tokens)

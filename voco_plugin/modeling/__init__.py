@@ -1,7 +1,8 @@
 """Attach the isolation rule to a model, take it off, load and save; compose a model from parts."""
 
+from ..attached import attachment, is_attached, unwrap
 from ..isolation import Attachment
-from .attach import attach, attachment, detach, is_attached, unwrap
+from .attach import attach, detach
 from .compose import compose
 from .loading import load, save_voco_config
 

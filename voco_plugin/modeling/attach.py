@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from .._compat import mend_llama4
+from ..attached import ATTRIBUTE, attachment, is_attached, unwrap
 from ..attention import backend_for, register
 from ..block_embeddings import NAME, BlockEmbeddings
+from ..compressors import build_compressor
 from ..config import VoCoConfig
 from ..families import family_of
 from ..generation import VoCoGenerationMixin
@@ -24,44 +26,7 @@ from .tokens import add_token, embedding_rows, make_rows, remove_token, restore_
 
 logger = logging.getLogger(__name__)
 
-_ATTRIBUTE = "_voco_attachment"
 _CLASSES: dict[type, type] = {}
-
-
-def unwrap(model: Any) -> torch.nn.Module:
-    """The transformers model inside PEFT, DDP, FSDP, DeepSpeed or ``torch.compile`` wrappers."""
-    from transformers import PreTrainedModel
-
-    seen = model
-    while not isinstance(seen, PreTrainedModel):
-        if isinstance(getattr(seen, "_orig_mod", None), torch.nn.Module):
-            seen = seen._orig_mod
-        elif hasattr(seen, "get_base_model"):
-            seen = seen.get_base_model()
-        elif isinstance(getattr(seen, "module", None), torch.nn.Module):
-            seen = seen.module
-        else:
-            break
-    return seen
-
-
-def is_attached(model: Any) -> bool:
-    """Whether ``model`` (or the model inside its wrappers) has the rule on."""
-    return getattr(unwrap(model), _ATTRIBUTE, None) is not None
-
-
-def attachment(model: Any) -> Attachment:
-    """The :class:`Attachment` of a model, also through its wrappers.
-
-    Raises:
-        ValueError: the model is not attached.
-    """
-    found = getattr(unwrap(model), _ATTRIBUTE, None)
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__} has no VoCo attached; call voco_plugin.attach(model, config) first."
-        )
-    return found
 
 
 def attach(
@@ -128,10 +93,10 @@ def attach(
         state = Attachment(config, vocab, family, processor)
         state.restore = restore
         if config.makes_embeddings:
-            state.embeddings = BlockEmbeddings.build(inner, config)
+            state.embeddings = _block_embeddings(inner, config)
         text.config._attn_implementation_internal = name
         inner.__class__ = _extended(type(inner))
-        object.__setattr__(inner, _ATTRIBUTE, state)
+        object.__setattr__(inner, ATTRIBUTE, state)
         state.install(inner)
         state.handles += mend_llama4(inner)
     except Exception:
@@ -157,7 +122,7 @@ def detach(model: torch.nn.Module) -> torch.nn.Module:
     text = state.family.text_model(inner)
     text.config._attn_implementation_internal = state.restore["implementation"]
     inner.__class__ = state.restore["class"]
-    object.__delattr__(inner, _ATTRIBUTE)
+    object.__delattr__(inner, ATTRIBUTE)
     if state.embeddings is not None:
         delattr(inner, NAME)
     if "rows" in state.restore:
@@ -165,6 +130,14 @@ def detach(model: torch.nn.Module) -> torch.nn.Module:
     if state.restore.get("token"):
         remove_token(state.processor, state.restore["token"])
     return model
+
+
+def _block_embeddings(model: torch.nn.Module, config: VoCoConfig) -> BlockEmbeddings:
+    """Give ``model`` the compressor that ``config`` names, with new weights."""
+    weight = model.get_input_embeddings().weight
+    made = build_compressor(config, model.config.get_text_config().hidden_size)
+    model.add_module(NAME, made.to(weight.device, weight.dtype))
+    return BlockEmbeddings(model)
 
 
 def _extended(cls: type) -> type:

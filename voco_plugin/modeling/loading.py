@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ..attached import attachment
 from ..block_embeddings import NAME
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import TokenVocabulary
-from .attach import attach, attachment
+from .attach import attach
 from .compressor_weights import expected_by, load_compressor, read_compressor
 
 

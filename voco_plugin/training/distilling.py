@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._compat import is_partitioned
+from ..attached import attachment, unwrap
 from ..families import family_of
-from ..modeling import attachment, unwrap
 from .distillation import DistillConfig
 from .lesson import DistilledOutput, Distiller, open_for_lessons
 from .teacher import BaseTeacher, OtherTeacher, Teacher, check_base, load_teacher, original_rows

@@ -26,10 +26,10 @@ import torch
 from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ..attached import attachment
 from ..block_embeddings import QUESTION_MASK
 from ..injection import remove_voco_tokens
 from ..layout import TokenVocabulary
-from ..modeling import attachment
 from ..packing import DOCUMENT_IDS, Documents
 from .distillation import DistillConfig
 from .divergence import Comparison, Head, divergence

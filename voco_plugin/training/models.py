@@ -8,9 +8,10 @@ from typing import Any
 from transformers import AutoProcessor, TrainingArguments
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from ..attached import attachment, is_attached
 from ..config import CONFIG_NAME, VoCoConfig
 from ..layout import TokenVocabulary
-from ..modeling import attach, attachment, is_attached, load
+from ..modeling import attach, load
 from .config import VoCoSFTConfig
 from .parts import freeze
 from .quantization import language_model_only

@@ -17,9 +17,9 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 
+from ..attached import attachment, unwrap
 from ..collator import VoCoDataCollator
 from ..images import BadImageError
-from ..modeling import attachment, unwrap
 from ..packed import check_packs
 from ..packing import first_fit_decreasing
 from ..trl_rows import as_trl_row

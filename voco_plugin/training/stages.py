@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..attached import attachment, unwrap
 from ..cache.fingerprint import differences
 from ..cache.frozen import IMAGE_KEYS, FrozenBlocks
 from ..cache.recomputed import recomputing
@@ -30,7 +31,6 @@ from ..cache.store import VoCoCacheStore
 from ..cache.store_keys import fingerprint_of
 from ..cache.streamed import Stream, stream_of
 from ..config import VoCoConfig
-from ..modeling import attachment, unwrap
 from .frozen import check_frozen, check_trained
 from .teacher import evaluating
 

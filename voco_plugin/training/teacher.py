@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attached import attachment, is_attached, unwrap
 from ..config import CONFIG_NAME
 from ..layout import TokenVocabulary
-from ..modeling import attachment, is_attached, unwrap
 from ..modeling.loading import auto_class, find_file, load
 from .distillation import DistillConfig
 from .divergence import Head

@@ -23,9 +23,10 @@ from .._compat import (
     name_present_layers,
     token_rows_on_any_device,
 )
+from ..attached import attachment, is_attached, unwrap
 from ..collator import SKIPPED, VoCoDataCollator
 from ..layout import SequenceLayout, TokenKind
-from ..modeling import attachment, is_attached, save_voco_config, unwrap
+from ..modeling import save_voco_config
 from ..packing import DOCUMENT_IDS, Documents
 from .adapters import (
     check_adapter,

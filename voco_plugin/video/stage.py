@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from ..answering import compress_images, on_device
+from ..attached import attachment
 from ..cache import VoCoCache
-from ..modeling import attachment
 from ..prompts import ask, image_text, render
 from .frames import Frame, Segment
 

@@ -26,8 +26,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..attached import attachment
 from ..cache import VoCoCache
-from ..modeling import attachment
 from ..prompts import ask as user_turn
 from .frames import Frame, Segment
 from .intake import Intake
