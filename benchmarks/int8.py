@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 import voco_plugin as vp
-from voco_plugin.answering import compress_images, prompt
 from voco_plugin.cache import int8
 from voco_plugin.cli.gridworld import copy_base
-from voco_plugin.data.gridworld_scenes import draw_scene, sample_scene
+from voco_plugin.gridworld.scenes import draw_scene, sample_scene
+from voco_plugin.inference.answering import compress_images, prompt
 
 QUESTIONS = ("what color is the object in a1?", "how many red objects are there?")
 Change = Callable[[list[torch.Tensor]], list[torch.Tensor]]

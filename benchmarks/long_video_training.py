@@ -27,7 +27,7 @@ def step(frames: int, attention: str, memory: int) -> dict[str, Any]:
     import torch
 
     import voco_plugin as vp
-    from voco_plugin.data.tiny_vlm import build_tiny_vlm
+    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
 
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     torch.manual_seed(0)

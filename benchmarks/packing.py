@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 import voco_plugin as vp
-from voco_plugin.packing import first_fit_decreasing, pack_batch
+from voco_plugin.core.packed_rows import first_fit_decreasing, pack_batch
 
 IMAGE, VOCO, PAD, VOCAB, PATCHES, K = 4, 5, 0, 2048, 64, 2
 SHAPES = {

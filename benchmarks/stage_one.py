@@ -123,10 +123,10 @@ def _child(args: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
     import voco_plugin as vp
-    from voco_plugin.answering import compress_images
     from voco_plugin.benchmark.memory import peak, reset_peak
-    from voco_plugin.cache.memory import working_memory
-    from voco_plugin.data.tiny_vlm import build_tiny_vlm
+    from voco_plugin.cache.compress.memory import working_memory
+    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
+    from voco_plugin.inference.answering import compress_images
 
     wide = {"tiny": 128, "wide": 512}[args.memory_shape]
     model, processor = build_tiny_vlm(

@@ -32,8 +32,8 @@ def step(frames: int, stage1: str, chunk: int, repeats: int) -> dict[str, Any]:
     from trl.trainer.utils import add_fused_lm_head
 
     import voco_plugin as vp
-    from voco_plugin.data.tiny_vlm import build_tiny_vlm
-    from voco_plugin.training.stages import Streamed, open_for_stages
+    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
+    from voco_plugin.training.two_stage.trainer_part import Streamed, open_for_stages
 
     torch.manual_seed(0)
     model, processor = build_tiny_vlm(

@@ -114,7 +114,7 @@ def measure(codec: str, seconds: float, model: str, fps: float, folder: Path) ->
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    base = Path(__file__).resolve().parents[1] / "voco_plugin" / "data" / "assets" / "gridworld_base"
+    base = Path(__file__).resolve().parents[1] / "voco_plugin" / "gridworld" / "assets" / "gridworld_base"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 10])
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))

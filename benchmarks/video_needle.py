@@ -37,7 +37,7 @@ def load(source: str | None) -> tuple[Any, Any]:
         return vp.load(source)
     import torch
 
-    from voco_plugin.data.tiny_vlm import build_tiny_vlm
+    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
 
     torch.manual_seed(0)
     model, processor = build_tiny_vlm(image_size=SIDE, patch_size=16)
@@ -105,8 +105,8 @@ def accuracy(model: Any, processor: Any, rows: list[dict[str, Any]], folder: Pat
     from PIL import Image
 
     from voco_plugin import VoCoSession
-    from voco_plugin.answering import compress_images
-    from voco_plugin.metrics import exact
+    from voco_plugin.evaluation.metrics import exact
+    from voco_plugin.inference.answering import compress_images
 
     blocks: dict[str, Any] = {}
     found: dict[str, dict[str, list[int]]] = {}

@@ -77,8 +77,8 @@ def collect(before: dict[str, Any], after: dict[int, dict[str, Any]], test: Path
     Raises:
         ValueError: the answers are not to the same questions.
     """
-    from voco_plugin.data.gridworld_video_questions import ORDER_TYPES
-    from voco_plugin.intervals import Resampler, interval
+    from voco_plugin.evaluation.intervals import Resampler, interval
+    from voco_plugin.gridworld.video_questions import ORDER_TYPES
 
     for found in after.values():
         if (found["rows"], found["types"]) != (before["rows"], before["types"]):
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path("docs/results/video"))
     args = parser.parse_args(words[:cut])
     overrides = words[cut + 1 :]
-    from voco_plugin.benchmark.record import environment
+    from voco_plugin.benchmark.result_file import environment
 
     before = answers(args.image, args.test, args.work / "before.json")
     after = {}

@@ -13,10 +13,10 @@ import argparse
 import time
 
 import voco_plugin as vp
-from voco_plugin.answering import answer, compress_images
 from voco_plugin.cli.inputs import find_images
 from voco_plugin.cli.output import emit
-from voco_plugin.images import open_image
+from voco_plugin.data.images import open_image
+from voco_plugin.inference.answering import answer, compress_images
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 import voco_plugin as vp
 from voco_plugin.cli.inputs import find_images
 from voco_plugin.cli.output import emit, human_bytes
-from voco_plugin.images import open_image
+from voco_plugin.data.images import open_image
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -19,8 +19,8 @@ import torch
 
 import voco_plugin as vp
 from voco_plugin.cli.output import emit
-from voco_plugin.images import open_image
-from voco_plugin.prompts import encode, stream_of
+from voco_plugin.data.images import open_image
+from voco_plugin.inference.prompts import encode, stream_of
 
 
 def talk(order: tuple[int, ...], question: str) -> list[dict]:

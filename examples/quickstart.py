@@ -34,11 +34,11 @@ import voco_plugin as vp
 from voco_plugin.benchmark import stage_two_times
 from voco_plugin.cli import main as voco
 from voco_plugin.cli.output import emit, human_bytes, note, table
-from voco_plugin.data.gridworld_questions import DESCRIBE
-from voco_plugin.metrics import agreement, raw_ratio, retention
-from voco_plugin.reporting.charts import draw_bars, draw_losses, read_losses
-from voco_plugin.reporting.report import Report
-from voco_plugin.reporting.sheet import SheetEntry, draw_sheet
+from voco_plugin.evaluation.metrics import agreement, raw_ratio, retention
+from voco_plugin.evaluation.reporting.charts import draw_bars, draw_losses, read_losses
+from voco_plugin.evaluation.reporting.report import Report
+from voco_plugin.evaluation.reporting.sheet import SheetEntry, draw_sheet
+from voco_plugin.gridworld.questions import DESCRIBE
 
 ROWS = {
     "base": "base VLM, all 16 vision tokens",

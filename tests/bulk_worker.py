@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from voco_plugin.generation import VoCoGenerationMixin
+from voco_plugin.inference.mixin import VoCoGenerationMixin
 
 
 def count(log: str, seconds: float) -> None:

@@ -20,10 +20,10 @@ from transformers.masking_utils import causal_mask_function
 
 import voco_plugin as vp
 from test_segments import Layer, dense, tables
-from voco_plugin.attention import backends, flash
-from voco_plugin.attention.segments import plan_segments
-from voco_plugin.layout import TokenKind
-from voco_plugin.masks import TokenTable
+from voco_plugin.core.attention import backends, flash
+from voco_plugin.core.attention.segments import plan_segments
+from voco_plugin.core.layout import TokenKind
+from voco_plugin.core.masks import TokenTable
 
 PLAIN_CAUSAL = (
     "llava_llama",

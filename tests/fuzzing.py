@@ -26,8 +26,9 @@ import torch
 import stores
 from mutations import BLIND, FORGED
 from stores import header_of, key, made, same, with_header
-from voco_plugin.cache import VoCoCache, VoCoCacheError, VoCoCacheStore
-from voco_plugin.cache.files import cache_from_buffer, cache_to_bytes, read_buffer
+from voco_plugin.cache import VoCoCache, VoCoCacheError
+from voco_plugin.cache.file_format import cache_from_buffer, cache_to_bytes, read_buffer
+from voco_plugin.store import VoCoCacheStore
 
 SPARE_BYTES = 1 << 29
 """Memory that reading may take beyond what the process has; the inputs are below 200 KB."""
@@ -187,7 +188,7 @@ def _limit(count: int) -> None:
     """Little memory beyond what there is (and the store's map), and an end to hangs."""
     with open("/proc/self/statm") as stream:
         mapped = int(stream.read().split()[0]) * resource.getpagesize()
-    from voco_plugin.cache import store_env
+    from voco_plugin.store import env as store_env
 
     store_env.MAP_SIZE = 1 << 30
     limit = mapped + (1 << 30) + SPARE_BYTES

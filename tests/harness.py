@@ -10,8 +10,8 @@ import torch
 import voco_plugin as vp
 from tiny import build, glue_ids, make_inputs, vision_ids, voco_id
 from tiny.wide import EAGER_ONLY
-from voco_plugin.families import family_of
-from voco_plugin.layout import SequenceLayout, TokenKind
+from voco_plugin.core.layout import SequenceLayout, TokenKind
+from voco_plugin.models.families import family_of
 
 CORE = (
     "llava_llama",

@@ -15,7 +15,7 @@ import voco_plugin as vp
 from test_cli import error_of, here, out_of, world  # noqa: F401
 from test_training import LORA, bases, losses, trainer  # noqa: F401
 from tiny import processors
-from voco_plugin.collator import VoCoDataCollator
+from voco_plugin.training.collator import VoCoDataCollator
 
 RED, SIZE = (200, 30, 40), (24, 16)
 

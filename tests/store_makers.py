@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import voco_plugin as vp
-from voco_plugin.cache.store_names import NameEntry, StoreNames
+from voco_plugin.store.names import NameEntry, StoreNames
 
 MADE_BY = {"model": "a", "rule": "isolated", "num_tokens": 1}
 

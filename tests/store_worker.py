@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from stores import MADE_BY, key, made, same
-from voco_plugin.cache import VoCoCacheStore
+from voco_plugin.store import VoCoCacheStore
 
 
 def numbered(number: int):

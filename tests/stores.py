@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from voco_plugin.cache import VoCoBlock, VoCoCache, VoCoCacheStore
+from voco_plugin.cache import VoCoBlock, VoCoCache
+from voco_plugin.store import VoCoCacheStore
 
 MADE_BY = {
     "model": "m" * 32, "adapter": "none", "processor": "p" * 32, "name": "llava", "dtype": "float32",

@@ -13,7 +13,7 @@ import voco_plugin as vp
 from harness import attached, inputs, plain, text_columns, vocabulary
 from tiny import NAMES, voco_id
 from tiny.processors import processor
-from voco_plugin.layout import LayoutError
+from voco_plugin.core.layout import LayoutError
 
 TEXT_ONLY = [["bos", "t6"], ["bos", "t3"]]
 

@@ -20,8 +20,8 @@ from test_cli import error_of, here, out_of, world  # noqa: F401
 from test_images import bad, odd  # noqa: F401
 from test_training import LORA, bases, losses, trainer  # noqa: F401
 from voco_plugin.cli import main
-from voco_plugin.data.undecoded import name_rows, undecoded
-from voco_plugin.images import BadImageError
+from voco_plugin.data.images import BadImageError
+from voco_plugin.data.lazy_images import name_rows, undecoded
 
 # -- the collator
 

@@ -11,11 +11,11 @@ import torch
 
 import voco_plugin as vp
 from harness import inputs, shared
-from voco_plugin.attention import backends
 from voco_plugin.benchmark import attention, context, inference, serving, shapes, timing, train
 from voco_plugin.cli import main
-from voco_plugin.layout import SequenceLayout
-from voco_plugin.masks import dense_mask
+from voco_plugin.core.attention import backends
+from voco_plugin.core.layout import SequenceLayout
+from voco_plugin.core.masks import dense_mask
 
 GPU = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
 

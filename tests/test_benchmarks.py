@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import voco_plugin as vp
-from voco_plugin.data.gridworld_video import VideoWorld, write_gridworld_video
-from voco_plugin.data.tiny_vlm import build_tiny_vlm
+from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
+from voco_plugin.gridworld.video_dataset import VideoWorld, write_gridworld_video
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -122,7 +122,7 @@ def test_video_needle_counts_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp
         kind = current["types"][asked.index(text)]
         return wrong.get(kind, answers[asked.index(text)])
 
-    monkeypatch.setattr("voco_plugin.video.watching.Watching.ask", ask)
+    monkeypatch.setattr("voco_plugin.inference.streaming.stream.Watching.ask", ask)
     found: dict = {}
     for current in rows:
         for frames, kinds in needle.accuracy(model, processor, [current], tmp_path / "needle", {}).items():

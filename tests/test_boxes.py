@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from voco_plugin.boxes import box_text, iou, located, parse_box
-from voco_plugin.metrics import Question, questions_of, score
+from voco_plugin.evaluation.boxes import box_text, iou, located, parse_box
+from voco_plugin.evaluation.metrics import Question, questions_of, score
 
 
 def counted(first: tuple[int, ...], second: tuple[int, ...]) -> float:
@@ -156,7 +156,7 @@ def test_the_score_of_true_and_of_shifted_boxes(world) -> None:
 
 def test_coordinates_are_single_tokens() -> None:
     pytest.importorskip("sklearn", reason="gridworld draws scikit-learn's digits")
-    from voco_plugin.data.tiny_processor import build_tokenizer
+    from voco_plugin.gridworld.tiny_processor import build_tokenizer
 
     for name in ("words", "terse", "phrases"):
         tokenizer = build_tokenizer(name, boxes=True)

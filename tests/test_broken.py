@@ -29,14 +29,20 @@ import test_segments
 import test_session
 import test_streamed
 from harness import inputs, shared
-from voco_plugin import block_embeddings, isolation, layout, session
-from voco_plugin.attention import backends, dense, segments
-from voco_plugin.block_embeddings import BlockEmbeddings
-from voco_plugin.cache import files, frozen, relocation, stage_one, stage_two, streamed
-from voco_plugin.cache_state import CacheState
-from voco_plugin.families.base import Family
-from voco_plugin.layout import TokenKind
-from voco_plugin.masks import TokenTable, isolation_predicate
+from voco_plugin.cache import file_format as files
+from voco_plugin.cache.compress import stage_one
+from voco_plugin.cache.place import relocation, stage_two
+from voco_plugin.core import block_embeddings, layout
+from voco_plugin.core import forward as isolation
+from voco_plugin.core.attention import backends, dense, segments
+from voco_plugin.core.block_embeddings import BlockEmbeddings
+from voco_plugin.core.kv_cache import CacheState
+from voco_plugin.core.layout import TokenKind
+from voco_plugin.core.masks import TokenTable, isolation_predicate
+from voco_plugin.inference import session
+from voco_plugin.models.families.base import Family
+from voco_plugin.training.two_stage import frozen_blocks as frozen
+from voco_plugin.training.two_stage import streamed
 
 two_stage = test_exactness.test_two_stage_equals_single_pass
 table = test_exactness.test_the_mask_of_every_layer_is_the_table
@@ -213,7 +219,7 @@ def cache_written_in_place(patch):
 
 
 def rows_not_restored(patch):
-    patch.setattr(sys.modules["voco_plugin.modeling.attach"], "restore_rows", lambda model, record: None)
+    patch.setattr(sys.modules["voco_plugin.models.attach"], "restore_rows", lambda model, record: None)
 
 
 def latent_not_turned(patch):

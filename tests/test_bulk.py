@@ -16,13 +16,13 @@ from PIL import Image as PILImage
 import tiny
 import voco_plugin as vp
 from tiny import processors
-from voco_plugin.answering import compress_images
-from voco_plugin.bulk import Processes, compress_dataset
-from voco_plugin.bulk.ahead import map_ahead
-from voco_plugin.cache.shards import read_shards
-from voco_plugin.cache.store_names import NameEntry, StoreNames, caches_by_name
 from voco_plugin.cli import main
-from voco_plugin.images import BadImageError, open_image
+from voco_plugin.data.images import BadImageError, open_image
+from voco_plugin.inference.answering import compress_images
+from voco_plugin.store.bulk import Processes, compress_dataset
+from voco_plugin.store.bulk.prefetch import map_ahead
+from voco_plugin.store.names import NameEntry, StoreNames, caches_by_name
+from voco_plugin.store.shards import read_shards
 
 NAME = "llava_llama"
 COUNT = 7
@@ -55,7 +55,7 @@ def photos(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch):
     """Images that went through the model, counted."""
-    from voco_plugin.bulk import stage
+    from voco_plugin.store.bulk import job as stage
 
     seen: list[int] = []
 
@@ -149,7 +149,7 @@ def test_each_k_has_its_own_cache_under_the_same_name(loaded, photos, tmp_path) 
 
 
 def test_what_was_finished_before_an_error_stays(loaded, photos, tmp_path, ran, monkeypatch) -> None:
-    from voco_plugin.bulk import stage
+    from voco_plugin.store.bulk import job as stage
 
     model, processor, _ = loaded
     counted = stage.compress_images
@@ -330,7 +330,7 @@ def test_names_are_kept_exactly_and_a_changed_entry_is_found(tmp_path) -> None:
 
 
 def test_names_outgrow_their_map(tmp_path, monkeypatch) -> None:
-    from voco_plugin.cache import store_names
+    from voco_plugin.store import names as store_names
 
     monkeypatch.setattr(store_names, "_MAP_BYTES", 1 << 16)
     with StoreNames(tmp_path) as names:

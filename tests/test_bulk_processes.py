@@ -21,7 +21,7 @@ import tiny
 import voco_plugin as vp
 from test_bulk import write_images
 from tiny import processors
-from voco_plugin.cache.store_names import StoreNames, caches_by_name
+from voco_plugin.store.names import StoreNames, caches_by_name
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "bulk_worker.py"
@@ -72,8 +72,8 @@ def report(text: str) -> None:
 
 def check_whole(place: Path, where: Path) -> None:
     """Every image is there exactly once, by content and by name, and what is there is right."""
-    from voco_plugin.answering import compress_images
-    from voco_plugin.images import open_image
+    from voco_plugin.data.images import open_image
+    from voco_plugin.inference.answering import compress_images
 
     model, processor = vp.load(str(place / "model"))
     photos = sorted((place / "photos").iterdir())

@@ -229,8 +229,8 @@ def test_the_picture_shows_the_mask_cell_by_cell(runs: str, rule: str, capsys, t
 
     from voco_plugin import SequenceLayout, TokenVocabulary, VoCoConfig
     from voco_plugin.cli.inspect import parse_runs
-    from voco_plugin.masks import dense_mask
-    from voco_plugin.reporting.mask import HIDDEN
+    from voco_plugin.core.masks import dense_mask
+    from voco_plugin.evaluation.reporting.mask import HIDDEN
 
     picture = tmp_path / "mask.png"
     out_of(capsys, "inspect", "--layout", runs, "--rule", rule, "--out", str(picture))

@@ -16,7 +16,7 @@ from PIL import Image
 import voco_plugin as vp
 from harness import largest_difference
 from tiny.parts import ENCODERS, WIDTH, write_encoder, write_llm
-from voco_plugin.encoders import load_encoder
+from voco_plugin.models.encoders import load_encoder
 
 timm = pytest.importorskip("timm", reason="timm is in the extra `backbones`")
 open_clip = pytest.importorskip("open_clip", reason="open_clip is in the extra `backbones`")
@@ -383,7 +383,7 @@ def test_an_encoder_preset_says_what_its_library_says(name):
 
 @pytest.mark.parametrize("name", vp.registry.llms.list())
 def test_an_llm_preset_has_its_template(name):
-    from voco_plugin.llms import TEMPLATES
+    from voco_plugin.models.llms import TEMPLATES
 
     spec = vp.registry.llms.get(name)
     assert (TEMPLATES / f"{spec.chat_template}.jinja").is_file() and spec.source.count("/") == 1

@@ -10,8 +10,8 @@ import torch
 
 import voco_plugin as vp
 from voco_plugin.cli import main
-from voco_plugin.data.gridworld import write_gridworld
-from voco_plugin.data.tiny_parts import ENCODERS, LLMS, write_tiny_encoder, write_tiny_llm
+from voco_plugin.gridworld.dataset import write_gridworld
+from voco_plugin.gridworld.tiny_parts import ENCODERS, LLMS, write_tiny_encoder, write_tiny_llm
 
 pytest.importorskip("timm", reason="timm is in the extra `backbones`")
 pytest.importorskip("open_clip", reason="open_clip is in the extra `backbones`")

@@ -12,13 +12,13 @@ import voco_plugin as vp
 from harness import CORE, attached, inputs, layout_of, plain, shared, text_columns, trained, vocabulary
 from tiny import NAMES, voco_id
 from voco_plugin import registry
-from voco_plugin.cache import voco_rows
-from voco_plugin.cache.last_layer import NotCut
-from voco_plugin.compressors import build_compressor
-from voco_plugin.compressors.base import regions
-from voco_plugin.compressors.pixel_shuffle import shuffle
-from voco_plugin.compressors.token_merge import merge
-from voco_plugin.layout import TokenKind
+from voco_plugin.cache.compress import voco_rows
+from voco_plugin.cache.compress.last_layer import NotCut
+from voco_plugin.core.layout import TokenKind
+from voco_plugin.models.compressors import build_compressor
+from voco_plugin.models.compressors.base import regions
+from voco_plugin.models.compressors.pixel_shuffle import shuffle
+from voco_plugin.models.compressors.token_merge import merge
 
 OPTIONS = {
     "slots": {"token_init": "slots", "num_tokens": 3},
@@ -347,7 +347,7 @@ def test_packed_rows_are_as_alone(option):
     model = shared_like(name, option)
     talks = [["bos", "t3", "img", "c2", "t4"], ["img", "c2", "t1", "img", "c1", "t5"], ["bos", "t6"]]
     alone = inputs(name, talks)
-    from voco_plugin.packing import pack_batch
+    from voco_plugin.core.packed_rows import pack_batch
 
     packed = pack_batch(alone, [2, 1], pad_token_id=0)
     with torch.no_grad():
@@ -397,7 +397,7 @@ def test_a_saved_model_comes_back(option, tmp_path):
     batch = inputs(name)
     model.save_pretrained(tmp_path)
     assert any(k.startswith("voco_compressor.") for k in _names(tmp_path / "model.safetensors"))
-    from voco_plugin.modeling.compressor_weights import load_compressor, read_compressor
+    from voco_plugin.models.compressor_weights import load_compressor, read_compressor
 
     found = read_compressor(lambda file: str(tmp_path / file) if (tmp_path / file).is_file() else None)
     other = attached(name, **OPTIONS[option]).eval()
@@ -462,7 +462,7 @@ def test_mistakes_are_named(options, says):
 
 
 def test_a_compressor_of_ones_own():
-    from voco_plugin.compressors import Compressor
+    from voco_plugin.models.compressors import Compressor
 
     class First(Compressor):
         """The first k features."""

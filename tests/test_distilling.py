@@ -12,6 +12,7 @@ import torch
 import yaml
 from peft import LoraConfig
 from transformers import HfArgumentParser
+from voco_plugin.training.distillation.config.trainer_part import Distilling, copy_of_student
 
 import test_packing_training as packing
 import test_recipes_train as recipes
@@ -22,10 +23,9 @@ from test_divergence import plain
 from test_training import bases, data, losses, snapshot, trainer  # noqa: F401
 from tiny import processors
 from voco_plugin.cli import main
-from voco_plugin.isolation import Attachment
-from voco_plugin.modeling import unwrap
-from voco_plugin.training import lesson
-from voco_plugin.training.distilling import Distilling, copy_of_student
+from voco_plugin.core.attached import unwrap
+from voco_plugin.core.forward import Attachment
+from voco_plugin.training.distillation.config import step as lesson
 
 recipe_data = recipes.data
 ROWS = (0, 1, 5, 2)  # answers of one, two, two and two words; the third has no image

@@ -10,7 +10,7 @@ import torch
 
 from harness import attached, inputs, largest_difference, shared
 from tiny import NAMES
-from voco_plugin.cache.recut import recut
+from voco_plugin.cache.compress.num_voco_tokens import recut
 from voco_plugin.cli import main
 
 BOTH_WAYS = ("paligemma", "paligemma2")
@@ -115,7 +115,7 @@ def test_k_is_a_whole_number(k):
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small gridworld, a tiny random VLM, and the same with VoCo attached, K = 4."""
     import voco_plugin as vp
-    from voco_plugin.data.tiny_vlm import build_tiny_vlm
+    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
 
     folder = tmp_path_factory.mktemp("elastic")
     assert main(["gridworld", str(folder / "runs/gridworld"), "--num-train", "4", "--num-test", "4"]) == 0
@@ -180,7 +180,7 @@ DATA = ["--data", "runs/gridworld/test.json", "--limit", "2", "--max-new-tokens"
 
 def test_eval_has_a_row_for_each_k(here: Path, capsys, monkeypatch) -> None:
     """Images are compressed once, into the largest K; the answers are those of an evaluation with that K."""
-    from voco_plugin import metrics
+    from voco_plugin.evaluation import metrics
 
     calls, real = [], metrics.compress_rows
     monkeypatch.setattr(
@@ -238,8 +238,8 @@ def test_a_prefix_lm_compresses_again_for_each_k(monkeypatch) -> None:
     """Where VoCo tokens see those after them, `--num-tokens` may not cut a larger compression."""
     from argparse import Namespace
 
-    from voco_plugin import metrics
     from voco_plugin.cli.eval_modes import CutCaches
+    from voco_plugin.evaluation import metrics
 
     made = []
 

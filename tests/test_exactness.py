@@ -12,7 +12,7 @@ from measure import checkpointed, expected_masks, lora_two_stage, relocated
 from reference import base_mask, letters, rule_mask
 from tiny import NAMES, vision_ids, voco_id
 from tiny.wide import BACKBONES, EAGER_ONLY
-from voco_plugin.attention import dense
+from voco_plugin.core.attention import dense
 
 CASES = [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
 ATTENTION_CASES = [
@@ -123,7 +123,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 @torch.no_grad()
 def test_no_leak(name, monkeypatch):
     """Contract 2: with the VoCo tokens' keys removed, other pixels change no text logit by one bit."""
-    from voco_plugin.layout import TokenKind
+    from voco_plugin.core.layout import TokenKind
 
     real = dense.isolation_predicate
 

@@ -16,12 +16,14 @@ from torch.nn.functional import cross_entropy
 import voco_plugin as vp
 from harness import attached, inputs, layout_of
 from test_streamed import everything, fused
-from voco_plugin.cache import VoCoCacheStore, stage_one, stage_two
-from voco_plugin.cache import frozen as frozen_blocks
-from voco_plugin.cache.frozen import IMAGE_KEYS, FrozenBlocks, as_tensor
-from voco_plugin.cache.store_keys import fingerprint_of
+from voco_plugin.cache.compress import stage_one
+from voco_plugin.cache.place import stage_two
+from voco_plugin.store import VoCoCacheStore
+from voco_plugin.store.keys import fingerprint_of
 from voco_plugin.training.adapters import prepare_peft_config
-from voco_plugin.training.stages import Frozen
+from voco_plugin.training.two_stage import frozen_blocks
+from voco_plugin.training.two_stage.frozen_blocks import IMAGE_KEYS, FrozenBlocks, as_tensor
+from voco_plugin.training.two_stage.trainer_part import Frozen
 
 ROWS = [
     ["bos", "t3", "img", "c2", "t4"],
@@ -126,7 +128,7 @@ def test_it_differs_from_stage_one_with_the_adapter_on(monkeypatch):
     labels = labelled(start, batch)
     right = step(peft, batch, labels).item()
     monkeypatch.setattr(stage_one, "starting_weights", lambda model: contextlib.nullcontext())
-    monkeypatch.setattr("voco_plugin.isolation.on_starting_weights", lambda: True)
+    monkeypatch.setattr("voco_plugin.core.forward.on_starting_weights", lambda: True)
     wrong = step(peft, batch, labels).item()
     assert abs(wrong - right) > 1e-3 * right
 

@@ -17,12 +17,13 @@ from test_frozen import by_hand
 from test_streamed_training import videos  # noqa: F401
 from test_training import LORA, bases, losses, picture, snapshot, trainer  # noqa: F401
 from videos import write_video
-from voco_plugin.answering import compress_images, prompt
-from voco_plugin.cache import VoCoCacheStore, stage_one
+from voco_plugin.cache.compress import stage_one
 from voco_plugin.cli import main
-from voco_plugin.data.video_formats import load_video_dataset
-from voco_plugin.modeling import unwrap
+from voco_plugin.core.attached import unwrap
+from voco_plugin.inference.answering import compress_images, prompt
+from voco_plugin.store import VoCoCacheStore
 from voco_plugin.training.parts import VISION, ModelParts
+from voco_plugin.video.dataset_rows import load_video_dataset
 
 FROZEN = {"stage1": "frozen", "train_voco": False, "assistant_only_loss": True}
 
@@ -153,7 +154,7 @@ def test_what_is_saved_says_so_and_reads_as_it_was_trained(starts, videos, tmp_p
         vp.VoCoSession.load(tmp_path / "talk", start, tools)
     # and stage 1 with the adapter on would be another model
     monkeypatch.setattr(stage_one, "starting_weights", lambda model: contextlib.nullcontext())
-    monkeypatch.setattr("voco_plugin.isolation.on_starting_weights", lambda: True)
+    monkeypatch.setattr("voco_plugin.core.forward.on_starting_weights", lambda: True)
     assert float((read(model, processor) - right).abs().max()) > 1e-3
 
 
@@ -212,7 +213,8 @@ def test_a_store_that_cannot_be_written_to_is_read_alone(starts, videos, tmp_pat
         store.put(store.key_of(first), next(compress_images(model, processor, [first])))
     real = os.access
     monkeypatch.setattr(
-        "voco_plugin.training.stages.os.access", lambda path, mode: mode != os.W_OK and real(path, mode)
+        "voco_plugin.training.two_stage.trainer_part.os.access",
+        lambda path, mode: mode != os.W_OK and real(path, mode),
     )
     made = frozen(starts("llava_llama"), tmp_path / "out", videos, stage1_store=str(tmp_path / "store"))
     made.train()

@@ -37,9 +37,9 @@ from flash_kernels import (
 from harness import RULES, attached, inputs, layout_of, rows_for, shared
 from test_packing import LONG, numbered, packed_inputs
 from test_segments import RULE_OPTIONS, Layer, by_loops, dense, tables
-from voco_plugin.attention import ActiveRule, activate, backends, deactivate, flash, flex
-from voco_plugin.layout import TokenKind
-from voco_plugin.masks import isolation_predicate
+from voco_plugin.core.attention import ActiveRule, activate, backends, deactivate, flash, flex
+from voco_plugin.core.layout import TokenKind
+from voco_plugin.core.masks import isolation_predicate
 
 TOLERANCE = 1e-5
 """Of outputs and gradients in fp32, relative to the largest."""

@@ -16,9 +16,9 @@ pytest.importorskip(
     "sklearn", reason="gridworld draws scikit-learn's digits: pip install 'voco_plugin[quickstart]'"
 )
 
-from voco_plugin.data.gridworld import write_gridworld
-from voco_plugin.data.gridworld_questions import Turn, blind_accuracy
 from voco_plugin.data.loaders import load_vision_dataset
+from voco_plugin.gridworld.dataset import write_gridworld
+from voco_plugin.gridworld.questions import Turn, blind_accuracy
 
 TYPES = {"object", "colour", "count", "exists", "relation", "sum"}
 STUDY_TYPES = TYPES | {"only", "cell", "count_in"}
@@ -281,7 +281,7 @@ def test_only_an_earlier_gridworld_is_overwritten(tmp_path):
 
 
 def test_missing_scikit_learn_names_the_extra(monkeypatch, tmp_path):
-    from voco_plugin.data import gridworld_scenes
+    from voco_plugin.gridworld import scenes as gridworld_scenes
 
     gridworld_scenes.digit_images.cache_clear()
     gridworld_scenes.digit_samples.cache_clear()
@@ -293,7 +293,7 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch, tmp_path):
 def test_the_tiny_vlm_is_an_ordinary_checkpoint_that_reads_gridworld(tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from voco_plugin.data.tiny_vlm import write_tiny_vlm
+    from voco_plugin.gridworld.tiny_vlm import write_tiny_vlm
 
     write_gridworld(tmp_path / "world", num_train=2, num_test=2)
     write_tiny_vlm(tmp_path / "vlm", tower_steps=0, text_layers=1)
@@ -315,7 +315,7 @@ def test_the_tiny_vlm_is_an_ordinary_checkpoint_that_reads_gridworld(tmp_path):
 
 
 def test_questions_of_the_short_sets_take_one_word_for_an_answer_and_ask_the_same(tmp_path):
-    from voco_plugin.data.tiny_processor import build_tokenizer
+    from voco_plugin.gridworld.tiny_processor import build_tokenizer
 
     rows = {}
     for name in ("words", "terse"):
@@ -356,7 +356,7 @@ def test_a_level_names_settings_and_each_can_be_overridden(tmp_path):
 
 
 def test_every_word_of_the_world_is_one_token():
-    from voco_plugin.data.tiny_processor import build_tokenizer
+    from voco_plugin.gridworld.tiny_processor import build_tokenizer
 
     tokenizer = build_tokenizer()
     text = " USER: ASSISTANT: purple triangle digit 7 18 a1 c3 yes no further left higher Describe colour"
@@ -365,7 +365,7 @@ def test_every_word_of_the_world_is_one_token():
 
 
 def test_the_tower_learns_what_and_where():
-    from voco_plugin.data.tiny_vlm import build_tiny_vlm, pretrain_tower
+    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm, pretrain_tower
 
     model, processor = build_tiny_vlm(
         image_size=24, patch_size=12, vision_width=64, vision_layers=2, text_layers=1

@@ -15,12 +15,12 @@ pytest.importorskip(
 )
 
 from voco_plugin.cli import main
-from voco_plugin.conversations import TIME_TEXT, image_times
-from voco_plugin.data.gridworld_video import VideoWorld, make_video, write_gridworld_video
-from voco_plugin.data.gridworld_video_guess import guess_accuracy
-from voco_plugin.data.gridworld_video_scenes import sample_pool
+from voco_plugin.data.conversations import TIME_TEXT, image_times
 from voco_plugin.data.loaders import load_vision_dataset
-from voco_plugin.frame_order import frame_order
+from voco_plugin.evaluation.frame_order import frame_order
+from voco_plugin.gridworld.video_dataset import VideoWorld, make_video, write_gridworld_video
+from voco_plugin.gridworld.video_guess import guess_accuracy
+from voco_plugin.gridworld.video_scenes import sample_pool
 
 HUES = {"red": 0, "orange": 30, "yellow": 51, "green": 128, "blue": 224, "purple": 281}
 STORY = {"first", "before", "next", "where", "at", "count"}
@@ -328,7 +328,7 @@ def test_what_cannot_be_written_is_an_error_and_nothing_else_is_removed(tmp_path
 
 
 def test_every_word_about_videos_is_one_token_and_times_are_figures():
-    from voco_plugin.data.tiny_processor import build_tokenizer
+    from voco_plugin.gridworld.tiny_processor import build_tokenizer
 
     tokenizer = build_tokenizer("terse", video=True)
     for _, turn in [*sampled("train", 20), *sampled("train", 3, plot="needle", pool=4)]:

@@ -13,8 +13,8 @@ from odd_images import BAD, ODD, RED, SIZE, collator, talk, two_halves, write_ba
 from test_cli import error_of, here, out_of, world  # noqa: F401
 from test_training import LORA, bases, losses, trainer  # noqa: F401
 from tiny import processors
-from voco_plugin.collator import VoCoDataCollator
-from voco_plugin.images import BadImageError, find_refused, open_image
+from voco_plugin.data.images import BadImageError, find_refused, open_image
+from voco_plugin.training.collator import VoCoDataCollator
 
 
 @pytest.fixture(scope="module")

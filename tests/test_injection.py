@@ -9,8 +9,8 @@ import torch
 
 import tiny
 from voco_plugin.config import VoCoConfig
-from voco_plugin.injection import insert_voco_tokens, truncate
-from voco_plugin.layout import LayoutError, SequenceLayout, TokenVocabulary
+from voco_plugin.core.injection import insert_voco_tokens, truncate
+from voco_plugin.core.layout import LayoutError, SequenceLayout, TokenVocabulary
 
 PAD, BOS = tiny.PAD, tiny.BOS
 STARTS = {"<|vision_start|>", "<img>", "<start_of_image>"}
@@ -222,7 +222,7 @@ def test_truncation_cuts_text_and_never_a_block(name: str) -> None:
 def test_a_line_break_between_two_images_does_not_join_them(name, first, second, newline) -> None:
     """Idefics 3 writes line breaks between the tiles of an image; after its last tile they are the user's."""
     from tiny.processors import processor
-    from voco_plugin.families import vocabulary_for
+    from voco_plugin.models.families import vocabulary_for
 
     if name == "smolvlm":
         pytest.importorskip("num2words", reason="SmolVLMProcessor needs num2words")

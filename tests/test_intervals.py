@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from voco_plugin import intervals
-from voco_plugin.intervals import Resampler, bootstrap, bootstrap_difference, interval
+from voco_plugin.evaluation import intervals
+from voco_plugin.evaluation.intervals import Resampler, bootstrap, bootstrap_difference, interval
 
 RNG = np.random.default_rng(7)
 

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from voco_plugin.judge import PROMPT, SYSTEM, Judge, JudgeError, Verdict, read_verdict, summary
+from voco_plugin.evaluation.judge import PROMPT, SYSTEM, Judge, JudgeError, Verdict, read_verdict, summary
 
 YES = '{"correct": "yes", "score": 5}'
 NO = '{"correct": "no", "score": 1}'

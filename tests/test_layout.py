@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from reference import base_mask, compact_numbers, letters, read, rule_mask
 from voco_plugin import LayoutError, SequenceLayout, TokenVocabulary, VoCoConfig
-from voco_plugin.layout import TokenKind, compact_positions, sequential_positions
-from voco_plugin.masks import TokenTable, dense_mask, draw_mask, isolation_predicate
+from voco_plugin.core.layout import TokenKind, compact_positions, sequential_positions
+from voco_plugin.core.masks import TokenTable, dense_mask, draw_mask, isolation_predicate
 
 V, M, G, C, BOS = 10, 11, 12, 13, 1
 VOCAB = TokenVocabulary(voco_id=C, placeholders=frozenset({V}), markers=frozenset({M}), glue=frozenset({G}))

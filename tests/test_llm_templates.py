@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from voco_plugin.llms import TEMPLATES, fitting_template, template_text
+from voco_plugin.models.llms import TEMPLATES, fitting_template, template_text
 
 TALK = [
     {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},

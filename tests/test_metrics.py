@@ -6,7 +6,7 @@ import pytest
 
 import paper_tables as paper
 from voco_plugin.benchmark import interleaved_medians
-from voco_plugin.metrics import (
+from voco_plugin.evaluation.metrics import (
     Question,
     average_raw_ratio,
     average_retention,

@@ -19,8 +19,8 @@ from harness import largest_difference, plain
 from tiny import vision_ids, voco_id
 from tiny.processors import processor as tiny_processor
 from tiny.vocab import IDS, tokenizer
-from voco_plugin.families import family_of
-from voco_plugin.families.observe import observed_markers
+from voco_plugin.models.families import family_of
+from voco_plugin.models.families.observe import observed_markers
 
 BREAK, END, FAKE = IDS["<unused1>"], IDS["</img>"], IDS["<fake_token_around_image>"]
 

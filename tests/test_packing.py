@@ -15,11 +15,11 @@ from harness import CORE, ROWS, RULES, attached, inputs, rows_for, shared
 from test_segments import both, tables
 from tiny import NAMES, PAD
 from voco_plugin._compat import as_cache, cache_of
-from voco_plugin.attention import backends
-from voco_plugin.layout import TokenKind
-from voco_plugin.masks import TokenTable
-from voco_plugin.packed import prepare_packed
-from voco_plugin.packing import DOCUMENT_IDS, Documents, first_fit_decreasing, pack_batch
+from voco_plugin.core.attention import backends
+from voco_plugin.core.layout import TokenKind
+from voco_plugin.core.masks import TokenTable
+from voco_plugin.core.packed_forward import prepare_packed
+from voco_plugin.core.packed_rows import DOCUMENT_IDS, Documents, first_fit_decreasing, pack_batch
 
 COUNTS = [3, 1, 2]
 LONG = [*ROWS, ["bos", "t9"], ["t1", "img", "c2"]]
@@ -334,7 +334,7 @@ def test_a_single_document_is_an_ordinary_row():
 @torch.no_grad()
 def test_flex_keeps_block_masks_of_packed_rows_apart():
     """The same kinds and blocks with other documents are another mask, also where masks are kept."""
-    from voco_plugin.attention import flex
+    from voco_plugin.core.attention import flex
 
     flex._masks.clear()
     model, reference = (shared("llava_llama", attention=a) for a in ("flex", "dense"))

@@ -17,8 +17,8 @@ import voco_plugin as vp
 from test_distributed import Place
 from test_training import bases, losses, snapshot, trainer  # noqa: F401
 from tiny import processors
-from voco_plugin.images import BadImageError, image_size, open_image
-from voco_plugin.packing import DOCUMENT_IDS
+from voco_plugin.core.packed_rows import DOCUMENT_IDS
+from voco_plugin.data.images import BadImageError, image_size, open_image
 from voco_plugin.training.packing import PackedDataset, pack_dataset, token_counter
 
 SIZES = [(16, 24), (24, 16), (40, 18), (12, 12)]

@@ -318,7 +318,9 @@ def test_the_recipe_says_so_before_data_or_model_load(bases, tmp_path, monkeypat
 
 def test_the_trainer_says_so_before_the_model_loads(bases, data, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("voco_plugin.training.quantization.has_gpu", lambda: False)
-    monkeypatch.setattr("voco_plugin.training.models.create_model_from_path", lambda *a, **k: pytest.fail())
+    monkeypatch.setattr(
+        "voco_plugin.training.model_setup.create_model_from_path", lambda *a, **k: pytest.fail()
+    )
     args = vp.VoCoSFTConfig(str(tmp_path), voco=vp.VoCoConfig())
     with pytest.raises(ValueError, match="load_in_4bit needs a GPU"):
         vp.VoCoSFTTrainer(

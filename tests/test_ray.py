@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch) -> None:
-    from voco_plugin.data.image_items import FileImages
+    from voco_plugin.store.sources.image_items import FileImages
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'voco_plugin\[ray\]'"):
@@ -33,7 +33,7 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch) -> None:
 
 def test_a_source_that_is_read_in_order_is_refused(tmp_path, monkeypatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: voco_plugin[ray]")
-    from voco_plugin.data.tar_images import TarStream
+    from voco_plugin.store.sources.tar_images import TarStream
 
     (tmp_path / "a.tgz").write_bytes(b"")
     with pytest.raises(ValueError, match="by number"):
@@ -42,7 +42,7 @@ def test_a_source_that_is_read_in_order_is_refused(tmp_path, monkeypatch) -> Non
 
 SETUP = """
     import os, pathlib, time
-    from voco_plugin.generation import VoCoGenerationMixin
+    from voco_plugin.inference.mixin import VoCoGenerationMixin
     if os.environ.get("VOCO_TEST_LOG"):
         plain = VoCoGenerationMixin.compress
         def compress(self, *args, **inputs):
@@ -101,7 +101,7 @@ def test_a_killed_ray_worker_leaves_every_image_in_the_store_exactly_once(place,
 @pytest.mark.slow
 def test_ray_workers_resume_write_shards_and_report_bad_images(place, plugin, tmp_path) -> None:  # noqa: F811
     pytest.importorskip("ray", reason="Ray is not installed: voco_plugin[ray]")
-    from voco_plugin.cache.shards import read_shards
+    from voco_plugin.store.shards import read_shards
 
     log, url = tmp_path / "log", f"file://{tmp_path}/shards"
     write_images(tmp_path / "photos", 20)

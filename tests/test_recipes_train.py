@@ -23,10 +23,10 @@ from trl import ModelConfig, get_peft_config
 import tiny
 import voco_plugin as vp
 from tiny import processors
-from voco_plugin.attention.context import active_rule
 from voco_plugin.cli import recipe as recipes
 from voco_plugin.cli.recipe import Recipe, load
 from voco_plugin.cli.recipe_values import read
+from voco_plugin.core.attention.context import active_rule
 from voco_plugin.data.loaders import load_vision_dataset
 
 TWINS = {

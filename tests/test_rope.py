@@ -13,7 +13,7 @@ from harness import inputs, largest_difference, vocabulary
 from measure import moved_batch
 from tiny import build, voco_id
 from tiny.models import config as config_of
-from voco_plugin.cache.relocation import RelocationError
+from voco_plugin.cache.place.relocation import RelocationError
 
 LIMIT = 64
 """Positions up to which the frequencies of `dynamic` and `longrope` stay what they are."""

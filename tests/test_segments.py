@@ -24,11 +24,11 @@ from harness import (
 )
 from tiny import NAMES, voco_id
 from tiny.wide import EAGER_ONLY
-from voco_plugin.attention import ActiveRule, activate, backends, deactivate, flash, flex
-from voco_plugin.attention.segmented import run_plan
-from voco_plugin.attention.segments import SegmentPlan, plan_segments
-from voco_plugin.layout import TokenKind
-from voco_plugin.masks import TokenTable, isolation_predicate
+from voco_plugin.core.attention import ActiveRule, activate, backends, deactivate, flash, flex
+from voco_plugin.core.attention.segmented import run_plan
+from voco_plugin.core.attention.segments import SegmentPlan, plan_segments
+from voco_plugin.core.layout import TokenKind
+from voco_plugin.core.masks import TokenTable, isolation_predicate
 
 RULE_OPTIONS = [
     {"rule": rule, "block_context": context, "hide_prefix": hide, "positions": "sequential"}

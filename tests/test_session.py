@@ -11,8 +11,8 @@ from PIL import Image
 import voco_plugin as vp
 from tiny import build
 from tiny.processors import processor
-from voco_plugin.layout import SequenceLayout, TokenKind
-from voco_plugin.prompts import ask, encode
+from voco_plugin.core.layout import SequenceLayout, TokenKind
+from voco_plugin.inference.prompts import ask, encode
 
 NAMES = ["llava_llama", "llava_mistral", "qwen2_5_vl", "gemma3", "internvl", "idefics3"]
 NEW = {"max_new_tokens": 5}

@@ -17,9 +17,10 @@ import torch
 
 import voco_plugin as vp
 from test_bulk import COUNT, equal, loaded, photos, ran, write_images  # noqa: F401
-from voco_plugin.bulk import compress_dataset
-from voco_plugin.cache.files import cache_to_bytes
-from voco_plugin.cache.shards import (
+from voco_plugin.cache.file_format import cache_to_bytes
+from voco_plugin.store.bulk import compress_dataset
+from voco_plugin.store.names import NameEntry
+from voco_plugin.store.shards import (
     ShardFolder,
     ShardWriter,
     names_hash,
@@ -28,7 +29,6 @@ from voco_plugin.cache.shards import (
     shard_names,
     write_manifest,
 )
-from voco_plugin.cache.store_names import NameEntry
 
 MADE_BY = {"model": "a", "rule": "isolated"}
 

@@ -30,8 +30,8 @@ def test_its_hash_is_the_recorded_one(record, level):
 def test_its_words_are_those_of_the_world_that_is_written_today(level):
     from transformers import AutoTokenizer
 
-    from voco_plugin.data.gridworld_levels import level_of
-    from voco_plugin.data.tiny_processor import build_tokenizer
+    from voco_plugin.gridworld.levels import level_of
+    from voco_plugin.gridworld.tiny_processor import build_tokenizer
 
     shipped = AutoTokenizer.from_pretrained(shipped_base(level))
     assert shipped.get_vocab() == build_tokenizer(level_of(level).question_set).get_vocab()
@@ -41,9 +41,9 @@ def test_it_answers_as_recorded(record, level, tmp_path):
     """On a sample of fresh held-out images, within three standard errors of the recorded accuracy."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from voco_plugin.data.gridworld import write_gridworld
     from voco_plugin.data.loaders import load_vision_dataset
-    from voco_plugin.metrics import evaluate, questions_of
+    from voco_plugin.evaluation.metrics import evaluate, questions_of
+    from voco_plugin.gridworld.dataset import write_gridworld
 
     write_gridworld(tmp_path / "data", num_train=1, num_test=60, seed=3, level=level)
     copy_base(str(tmp_path / "base"), level)

@@ -14,10 +14,10 @@ import pytest
 from datasets import Dataset, DatasetDict, Image, List
 from PIL import Image as PILImage
 
-from voco_plugin.data.image_items import ImageItem
-from voco_plugin.data.image_sources import expand, image_source
-from voco_plugin.data.tar_images import TarImages
-from voco_plugin.images import BadImageError
+from voco_plugin.data.images import BadImageError
+from voco_plugin.store.sources.image_items import ImageItem
+from voco_plugin.store.sources.image_sources import expand, image_source
+from voco_plugin.store.sources.tar_images import TarImages
 
 COUNT = 5
 

@@ -19,10 +19,10 @@ from tiny import NAMES
 from tiny.inputs import image_sizes
 from tiny.wide import BACKBONES
 from voco_plugin._compat import as_cache
-from voco_plugin.cache import last_layer, stage_one
-from voco_plugin.cache.groups import Limits
-from voco_plugin.cache.memory import readable, working_memory
-from voco_plugin.layout import BlockSpan, TokenVocabulary
+from voco_plugin.cache.compress import last_layer, stage_one
+from voco_plugin.cache.compress.batching import Limits
+from voco_plugin.cache.compress.memory import readable, working_memory
+from voco_plugin.core.layout import BlockSpan, TokenVocabulary
 
 SIZED = [
     ["bos", "t3", "img", "c2", "t4"],
@@ -522,7 +522,10 @@ def test_an_argument_of_unknown_meaning_leaves_the_layer_whole(monkeypatch, capl
         lambda module, args, kwargs: (args, {**kwargs, "tile_map": torch.ones(11)}), with_kwargs=True
     )
     try:
-        with watched(monkeypatch) as seen, caplog.at_level(logging.DEBUG, "voco_plugin.cache.last_layer"):
+        with (
+            watched(monkeypatch) as seen,
+            caplog.at_level(logging.DEBUG, "voco_plugin.cache.compress.last_layer"),
+        ):
             cache = model.compress(**batch)
     finally:
         handle.remove()

@@ -14,9 +14,10 @@ from PIL import Image
 import voco_plugin as vp
 from harness import attached, inputs, shared
 from stores import MADE_BY, header_of, key, made, opened, raw_put, same, tensors_of
-from voco_plugin.cache import VoCoCacheError, image_key, quantization_error
-from voco_plugin.cache.files import cache_from_buffer, cache_to_bytes, read_buffer
+from voco_plugin.cache import VoCoCacheError
+from voco_plugin.cache.file_format import cache_from_buffer, cache_to_bytes, read_buffer
 from voco_plugin.cache.fingerprint import fingerprint
+from voco_plugin.store import image_key, quantization_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -63,7 +64,7 @@ def test_it_is_a_collection_of_keys(store):
 
 
 def test_iterating_goes_on_past_a_chunk_of_keys(store, monkeypatch):
-    monkeypatch.setattr("voco_plugin.cache.store._KEYS_AT_ONCE", 3)
+    monkeypatch.setattr("voco_plugin.store.store._KEYS_AT_ONCE", 3)
     store.put_many((key(n), made(n)) for n in range(10))
     assert list(store) == sorted(key(n) for n in range(10))
 
@@ -281,7 +282,7 @@ def test_what_was_used_is_remembered_by_the_next_process(tmp_path):
 
 def test_reading_writes_in_batches_only(store, monkeypatch):
     store.put_many((key(n), made(n)) for n in range(8))
-    monkeypatch.setattr("voco_plugin.cache.store_recency.BATCH", 6)
+    monkeypatch.setattr("voco_plugin.store.recency.BATCH", 6)
 
     def last_transaction():
         return store._env.env.info()["last_txnid"]

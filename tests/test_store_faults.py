@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from stores import MADE_BY, in_a_fork, key, made, opened, raw_put, same
-from voco_plugin.cache import VoCoCacheError, VoCoCacheStore
-from voco_plugin.cache.files import cache_from_buffer, cache_to_bytes
-from voco_plugin.cache.store_pages import damaged_pages
+from voco_plugin.cache import VoCoCacheError
+from voco_plugin.cache.file_format import cache_from_buffer, cache_to_bytes
 from voco_plugin.cli import main
+from voco_plugin.store import VoCoCacheStore
+from voco_plugin.store.pages import damaged_pages
 
 # -- damage
 # ----------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(small_disk):
 
 def test_recency_on_a_full_disk_is_a_warning(small_disk, caplog, monkeypatch):
     """And reading goes on: in a child, since a lock file with holes would end the process."""
-    monkeypatch.setattr("voco_plugin.cache.store_recency.BATCH", 1)
+    monkeypatch.setattr("voco_plugin.store.recency.BATCH", 1)
 
     def work():
         with opened(small_disk / "s") as store:

@@ -18,7 +18,8 @@ import torch
 import store_worker
 from store_worker import numbered
 from stores import in_a_fork, key, made, opened, same
-from voco_plugin.cache import VoCoCacheError, VoCoCacheStore
+from voco_plugin.cache import VoCoCacheError
+from voco_plugin.store import VoCoCacheStore
 
 ROOT = Path(__file__).resolve().parents[1]
 

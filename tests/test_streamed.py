@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 import voco_plugin as vp
 from harness import CORE, attached, inputs, rows_for
-from voco_plugin.layout import SequenceLayout, TokenKind
-from voco_plugin.training.stages import Streamed
+from voco_plugin.core.layout import SequenceLayout, TokenKind
+from voco_plugin.training.two_stage.trainer_part import Streamed
 
 ROWS = [
     ["bos", "t3", "img", "c2", "t4"],

@@ -21,8 +21,8 @@ from test_cli import error_of, out_of
 from test_study import FAKE, journal
 from test_study import here as folder  # noqa: F401  (a fixture)
 from voco_plugin.cli import main
-from voco_plugin.study import children
-from voco_plugin.study.keys import fingerprint
+from voco_plugin.evaluation.study import children
+from voco_plugin.evaluation.study.keys import fingerprint
 
 YAML = """
 # A small study.
@@ -211,7 +211,7 @@ def test_a_shipped_study_plans_and_its_changes_are_accepted(
     import re
 
     from voco_plugin.cli.study_file import load_study, resolve
-    from voco_plugin.study.plan import Planner, units
+    from voco_plugin.evaluation.study.plan import Planner, units
 
     monkeypatch.chdir(tmp_path)
     fingerprint.cache_clear()
@@ -243,7 +243,7 @@ def test_shipped_studies_share_what_they_have_in_common(
     first: str, second: str, shared: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from voco_plugin.cli.study_file import load_study, resolve
-    from voco_plugin.study.plan import Planner
+    from voco_plugin.evaluation.study.plan import Planner
 
     monkeypatch.chdir(tmp_path)
     keys = []
@@ -353,7 +353,7 @@ def test_the_lower_bound_is_the_upper_bounds_checkpoint_under_the_mask(
 ) -> None:
     """Paper, Sec. 4.2: against `load` with the rule written out, question by question."""
     from voco_plugin.data.loaders import load_vision_dataset
-    from voco_plugin.metrics import evaluate, questions_of
+    from voco_plugin.evaluation.metrics import evaluate, questions_of
 
     monkeypatch.chdir(world)
     out_of(capsys, "eval", "runs/upper", *DATA, "--mode", "lower", "--out", "l.json")

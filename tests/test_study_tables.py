@@ -12,10 +12,10 @@ import pytest
 
 from test_study import FAKE, HERE, SMALL, planner, run  # noqa: F401
 from test_study import here as here  # noqa: PLC0414  (the fixture)
-from voco_plugin.study.definition import Study
-from voco_plugin.study.figures import Figures
-from voco_plugin.study.results import read_search, write_results, write_search
-from voco_plugin.study.tables import page, percent, tokens, with_interval
+from voco_plugin.evaluation.study.definition import Study
+from voco_plugin.evaluation.study.figures import Figures
+from voco_plugin.evaluation.study.results import read_search, write_results, write_search
+from voco_plugin.evaluation.study.tables import page, percent, tokens, with_interval
 
 TYPES = ["colour", "colour", "count", "sum"] * 10
 ROWS = [q // 4 for q in range(40)]
@@ -302,7 +302,7 @@ def test_an_empty_study_says_that_nothing_is_finished(here: Path) -> None:  # no
 
 
 def test_pareto_front_keeps_what_nothing_beats() -> None:
-    from voco_plugin.reporting.study_charts import _front
+    from voco_plugin.evaluation.study.charts import _front
 
     points = [(1, 0.3), (2, 0.2), (2, 0.5), (4, 0.5), (8, 0.9)]
     assert _front(points) == [(1, 0.3), (2, 0.5), (8, 0.9)]

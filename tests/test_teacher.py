@@ -10,19 +10,19 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from voco_plugin.training.distillation.config.divergence import Head
+from voco_plugin.training.distillation.config.step import observe_head, plain_prompts
+from voco_plugin.training.distillation.config.teacher import BaseTeacher, load_teacher
 
 import tiny
 import voco_plugin as vp
 from harness import attached, inputs, plain, shared
 from test_training import bases, data  # noqa: F401
 from tiny import processors
-from voco_plugin.attention.context import active_rule
-from voco_plugin.injection import insert_voco_tokens, remove_voco_tokens
-from voco_plugin.modeling import unwrap
-from voco_plugin.training import teacher
-from voco_plugin.training.divergence import Head
-from voco_plugin.training.lesson import observe_head, plain_prompts
-from voco_plugin.training.teacher import BaseTeacher, load_teacher
+from voco_plugin.core.attached import unwrap
+from voco_plugin.core.attention.context import active_rule
+from voco_plugin.core.injection import insert_voco_tokens, remove_voco_tokens
+from voco_plugin.training.distillation.config import teacher
 
 LORA = LoraConfig(
     r=4, target_modules="all-linear", init_lora_weights=False, trainable_token_indices=[5], lora_dropout=0.5

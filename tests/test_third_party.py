@@ -82,7 +82,7 @@ with torch.no_grad():
     single = model(**inputs).logits[0, -2:]
     cached = model(**model.stream_inputs(inputs), voco_cache=model.compress(**inputs)).logits[0, -2:]
 row = next(r for r in entries("encoders") if r["name"] == "my_tiny")
-from voco_plugin.families import family_of
+from voco_plugin.models.families import family_of
 from types import SimpleNamespace
 family = family_of(SimpleNamespace(model_type="my_model"))
 print(json.dumps([float((single - cached).abs().max()), row["licence"], row["num_tokens"],
@@ -108,7 +108,7 @@ def test_each_guide_has_five_steps() -> None:
 def test_a_plugin_file_registers_for_every_command(tmp_path, capsys) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(
-        "from voco_plugin.encoders import EncoderSpec\nfrom voco_plugin.registry import encoders\n"
+        "from voco_plugin.models.encoders import EncoderSpec\nfrom voco_plugin.registry import encoders\n"
         "encoders.register('of_my_file', EncoderSpec('a/b', licence='mit'))\n"
     )
     assert main(["registry", "encoders", "--plugin", str(plugin), "--json"]) == 0

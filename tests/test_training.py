@@ -22,7 +22,7 @@ from trl import SFTConfig
 import tiny
 import voco_plugin as vp
 from tiny import processors
-from voco_plugin.layout import LayoutError
+from voco_plugin.core.layout import LayoutError
 from voco_plugin.training.adapters import prepare_peft_config
 from voco_plugin.training.parts import ModelParts
 
@@ -369,7 +369,7 @@ def test_the_config_survives_json_the_parser_and_a_copy(tmp_path) -> None:
 
 def test_a_model_without_a_backbone_of_its_own_is_refused(data, tmp_path) -> None:
     """Llama 4: TRL's loss calls `base_model`, which is the model itself."""
-    from voco_plugin.training.models import check_backbone
+    from voco_plugin.training.model_setup import check_backbone
 
     for name in tiny.NAMES:
         model = tiny.build(name)

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from voco_plugin.cache import VoCoBlock, VoCoCache
-from voco_plugin.video.budget import POLICIES, Kept, check_policy, keeper, parse_budget, similarity
+from voco_plugin.inference.streaming.budget import (
+    POLICIES,
+    Kept,
+    check_policy,
+    keeper,
+    parse_budget,
+    similarity,
+)
 
 
 def block(seed: int, position: int = 5, tokens: int = 2, like: int | None = None) -> VoCoBlock:

@@ -14,14 +14,14 @@ import tiny
 import voco_plugin as vp
 from tiny import processors
 from videos import write_video
-from voco_plugin.answering import compress_images
-from voco_plugin.bulk import compress_dataset
-from voco_plugin.cache.store_names import StoreNames, caches_by_name
-from voco_plugin.cache.store_series import Series, all_series, read_series, write_series
 from voco_plugin.cli import main
-from voco_plugin.data.image_sources import image_source
-from voco_plugin.data.video_sources import VideoOptions, frame_name, video_source
-from voco_plugin.images import BadImageError
+from voco_plugin.data.images import BadImageError
+from voco_plugin.inference.answering import compress_images
+from voco_plugin.store.bulk import compress_dataset
+from voco_plugin.store.names import StoreNames, caches_by_name
+from voco_plugin.store.sources.image_sources import image_source
+from voco_plugin.store.sources.video_sources import VideoOptions, frame_name, video_source
+from voco_plugin.store.video_series import Series, all_series, read_series, write_series
 from voco_plugin.video import Sampling, read_video
 
 pytest.importorskip("av", reason="PyAV is not installed: pip install 'voco_plugin[video]'")

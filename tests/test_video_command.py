@@ -12,9 +12,9 @@ import pytest
 import voco_plugin as vp
 from video_harness import frames
 from voco_plugin.cli import main
-from voco_plugin.data.tiny_vlm import build_tiny_vlm
-from voco_plugin.session import VoCoSession
-from voco_plugin.video.stage import compress_video
+from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
+from voco_plugin.inference.session import VoCoSession
+from voco_plugin.inference.streaming.compress_frames import compress_video
 
 ASKED = ["--question", "What is at b2?", "--question", "How many?", "--max-new-tokens", "3"]
 

@@ -17,16 +17,17 @@ pytest.importorskip(
 
 import voco_plugin as vp
 from test_judge import Server
-from voco_plugin import answering, metrics, prompts
-from voco_plugin.answering import prompt
 from voco_plugin.cli import main
-from voco_plugin.data.gridworld_video import VideoWorld, write_gridworld_video
+from voco_plugin.data.lazy_images import undecoded
 from voco_plugin.data.loaders import load_vision_dataset
-from voco_plugin.data.tiny_vlm import build_tiny_vlm
-from voco_plugin.data.undecoded import undecoded
-from voco_plugin.frame_order import frame_order, picture_key, row_times, shown_times
-from voco_plugin.metrics import Question, compress_rows, evaluate, questions_of
-from voco_plugin.prompts import ask
+from voco_plugin.evaluation import metrics
+from voco_plugin.evaluation.frame_order import frame_order, picture_key, row_times, shown_times
+from voco_plugin.evaluation.metrics import Question, compress_rows, evaluate, questions_of
+from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
+from voco_plugin.gridworld.video_dataset import VideoWorld, write_gridworld_video
+from voco_plugin.inference import answering, prompts
+from voco_plugin.inference.answering import prompt
+from voco_plugin.inference.prompts import ask
 
 
 @pytest.fixture(scope="module")

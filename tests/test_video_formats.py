@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from test_training import bases, losses, trainer  # noqa: F401
-from voco_plugin.data.video_formats import ReadFrames, VideoRow, as_dataset, is_video_set, load_video_dataset
-from voco_plugin.images import BadImageError
+from voco_plugin.data.images import BadImageError
+from voco_plugin.video.dataset_rows import ReadFrames, VideoRow, as_dataset, is_video_set, load_video_dataset
 
 opened: list[str] = []
 

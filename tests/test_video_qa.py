@@ -9,11 +9,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from PIL import Image
 
-from voco_plugin.data.video_qa import normalise_answer, read_video_qa, same_answer, video_rows
-from voco_plugin.data.video_rows import VideoDataset
-from voco_plugin.frame_order import row_times
-from voco_plugin.images import BadImageError
-from voco_plugin.metrics import Question, questions_of, score
+from voco_plugin.data.images import BadImageError
+from voco_plugin.evaluation.frame_order import row_times
+from voco_plugin.evaluation.metrics import Question, questions_of, score
+from voco_plugin.evaluation.video_qa import normalise_answer, read_video_qa, same_answer, video_rows
+from voco_plugin.evaluation.video_rows import VideoDataset
 
 # as in the published files: key order, integers and all
 MSVD = (

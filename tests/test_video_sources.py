@@ -12,10 +12,10 @@ import pytest
 from PIL import Image, ImageChops
 
 from videos import pictures, write_video
-from voco_plugin.images import open_image
+from voco_plugin.data.images import open_image
 from voco_plugin.video import BadVideoError, probe, read_video
+from voco_plugin.video.image_sequence import natural_key
 from voco_plugin.video.live import GrowingFile
-from voco_plugin.video.stills import natural_key
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:

@@ -9,17 +9,26 @@ import torch
 
 import voco_plugin as vp
 from video_harness import VIDEO_FAMILIES, frames, made, one_pass
-from voco_plugin import prompts
 from voco_plugin.cache import VoCoCache
-from voco_plugin.conversations import time_text
-from voco_plugin.layout import TokenKind
-from voco_plugin.prompts import image_text, keeps_order, render, stream_ids, stream_ids_in_pieces, with_counts
-from voco_plugin.video.frames import Segment
-from voco_plugin.video.layout import (
-    check_layout,
-    video_parts,
+from voco_plugin.core.layout import TokenKind
+from voco_plugin.data.conversations import time_text
+from voco_plugin.inference import prompts
+from voco_plugin.inference.prompts import (
+    image_text,
+    keeps_order,
+    render,
+    stream_ids,
+    stream_ids_in_pieces,
+    with_counts,
 )
-from voco_plugin.video.stage import compress_segments, compress_video, encode_videos, way_of
+from voco_plugin.inference.streaming.compress_frames import (
+    compress_segments,
+    compress_video,
+    encode_videos,
+    way_of,
+)
+from voco_plugin.inference.streaming.video_prompt import check_layout, video_parts
+from voco_plugin.video.frames import Segment
 
 IMAGES = ["llava_llama", "llava_mistral", "gemma3", "internvl", "qwen2_5_vl", "llava_next_video"]
 

@@ -15,9 +15,9 @@ import torch
 
 import voco_plugin as vp
 from video_harness import Turns, frames, made, one_pass
+from voco_plugin.inference.streaming.compress_frames import compress_video
+from voco_plugin.inference.streaming.stream import Watching
 from voco_plugin.video.frames import Frame, Segment, segments
-from voco_plugin.video.stage import compress_video
-from voco_plugin.video.watching import Watching
 
 NEW = {"max_new_tokens": 4}
 

@@ -13,7 +13,7 @@ from harness import largest_difference, plain
 from tiny import NAMES, glue_ids, vision_ids, voco_id
 from tiny.processors import NAMES as PROCESSORS
 from tiny.processors import processor
-from voco_plugin.families import family_of, vocabulary_for
+from voco_plugin.models.families import family_of, vocabulary_for
 
 
 def _processor(name):
@@ -101,7 +101,7 @@ def test_a_stream_made_without_the_image_is_the_stream_of_the_image(name):
     """Answering from a file: the prompt's tokens are those that are left when the real image's are
     dropped.
     """
-    from voco_plugin.prompts import ask, encode, stream_of
+    from voco_plugin.inference.prompts import ask, encode, stream_of
 
     its, model = _processor(name), plain(name)
     vp.attach(model, vp.VoCoConfig(num_tokens=3), its)

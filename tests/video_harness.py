@@ -12,10 +12,10 @@ import voco_plugin as vp
 from tiny import build
 from tiny.processors import _chat_template, processor
 from tiny.vocab import tokenizer
-from voco_plugin.layout import SequenceLayout, TokenKind
-from voco_plugin.prompts import ask, encode
+from voco_plugin.core.layout import SequenceLayout, TokenKind
+from voco_plugin.inference.prompts import ask, encode
+from voco_plugin.inference.streaming.compress_frames import encode_videos, way_of
 from voco_plugin.video.frames import Frame, Segment
-from voco_plugin.video.stage import encode_videos, way_of
 
 VIDEO_FAMILIES = ("llava_next_video", "video_llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 """Families that take videos, and that a segment of two frames is one block of."""

@@ -9,65 +9,63 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+from .models.registration import register_when_loaded
+from .registry import lazy_names
+
 __version__ = "0.1.0"
 
 _NAMES = {
-    "VoCoConfig": "config",
-    "SequenceLayout": "layout",
-    "TokenVocabulary": "layout",
-    "LayoutError": "layout",
-    "attach": "modeling",
-    "detach": "modeling",
-    "is_attached": "modeling",
-    "attachment": "modeling",
-    "load": "modeling",
-    "compose": "modeling",
-    "save_voco_config": "modeling",
-    "VoCoCache": "cache",
-    "VoCoBlock": "cache",
-    "VoCoCacheError": "cache",
-    "VoCoCacheStore": "cache",
-    "VoCoGenerationMixin": "generation",
-    "VoCoSession": "session",
-    "VoCoDataCollator": "collator",
-    "DistillConfig": "training",
-    "VoCoSFTConfig": "training",
-    "VoCoSFTTrainer": "training",
+    "VoCoConfig": ".config",
+    "SequenceLayout": ".core.layout",
+    "TokenVocabulary": ".core.layout",
+    "LayoutError": ".core.layout",
+    "attach": ".models",
+    "detach": ".models",
+    "is_attached": ".core.attached",
+    "attachment": ".core.attached",
+    "load": ".models",
+    "compose": ".models",
+    "save_voco_config": ".models",
+    "VoCoCache": ".cache",
+    "VoCoBlock": ".cache",
+    "VoCoCacheError": ".cache",
+    "VoCoCacheStore": ".store",
+    "VoCoGenerationMixin": ".inference.mixin",
+    "VoCoSession": ".inference.session",
+    "VoCoDataCollator": ".training.collator",
+    "DistillConfig": ".training",
+    "VoCoSFTConfig": ".training",
+    "VoCoSFTTrainer": ".training",
 }
-_MODULES = {"registry", "masks", "metrics"}
+_MODULES = {"registry": ".registry", "masks": ".core.masks", "metrics": ".evaluation.metrics"}
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 
+_load, _ = lazy_names(__name__, _NAMES)
+
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
-        globals()[name] = value
-        return value
     if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(_MODULES[name], __name__)
+    return _load(name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _announce() -> None:
-    from .registration import register_when_loaded
-
-    register_when_loaded()
-
-
-_announce()
+_moved.install()
+register_when_loaded()
 
 if TYPE_CHECKING:
-    from .attached import attachment, is_attached
-    from .cache import VoCoBlock, VoCoCache, VoCoCacheError, VoCoCacheStore
-    from .collator import VoCoDataCollator
+    from .cache import VoCoBlock, VoCoCache, VoCoCacheError
     from .config import VoCoConfig
-    from .generation import VoCoGenerationMixin
-    from .layout import LayoutError, SequenceLayout, TokenVocabulary
-    from .modeling import attach, compose, detach, load, save_voco_config
-    from .session import VoCoSession
+    from .core.attached import attachment, is_attached
+    from .core.layout import LayoutError, SequenceLayout, TokenVocabulary
+    from .inference.mixin import VoCoGenerationMixin
+    from .inference.session import VoCoSession
+    from .models import attach, compose, detach, load, save_voco_config
+    from .store import VoCoCacheStore
     from .training import DistillConfig, VoCoSFTConfig, VoCoSFTTrainer
+    from .training.collator import VoCoDataCollator

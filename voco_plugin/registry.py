@@ -16,12 +16,30 @@ from typing import Any
 from .config import nearest
 
 
+def lazy_names(package: str, names: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package whose names load when first used.
+
+    Args:
+        package: its ``__name__``.
+        names: name → the module that has it, relative (``.attach``).
+    """
+
+    def load(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(names[name], package), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, lambda: sorted({*vars(sys.modules[package]), *names})
+
+
 class Registry:
     """A named set of components of one sort.
 
     A component registers itself in its own file (``@families.register("llava")``), lazily by path
-    (``families.register("llava", "voco_plugin.families.llava:Llava")``), or through the entry-point group
-    ``voco_plugin.<name>`` of another package.
+    (``families.register("llava", "voco_plugin.models.families.llava:Llava")``), or through the entry-point
+    group ``voco_plugin.<name>`` of another package.
 
     Raises:
         ValueError: a name is registered twice, or asked for and unknown (the nearest known one is named).
@@ -54,7 +72,7 @@ class Registry:
         if self._built_in:
             return
         self._built_in = True
-        module = f"voco_plugin.{self.name}"
+        module = f"voco_plugin.models.{self.name}"
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from voco_plugin.benchmark.long_video import long_video
-from voco_plugin.benchmark.record import DTYPES, check_device, record, write
+from voco_plugin.benchmark.result_file import DTYPES, check_device, record, write
 from voco_plugin.benchmark.shapes import SHAPES
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from voco_plugin.bulk import Counts
+from voco_plugin.store.bulk import Counts
 
 _PARCELS_PER_WORKER = 16
 _PARCEL_BATCHES = 32
@@ -133,8 +133,8 @@ class Worker:
         """The images of a parcel; shards are written when it ends, as Ray will not ask for it again. What a
         user can mend is reported, not raised: Ray would wrap it in three tracebacks.
         """
-        from voco_plugin.bulk import compress_dataset
-        from voco_plugin.data.image_items import PickedImages
+        from voco_plugin.store.bulk import compress_dataset
+        from voco_plugin.store.sources.image_items import PickedImages
 
         if self.problem:
             return {"report": [json.dumps({"error": self.problem})]}

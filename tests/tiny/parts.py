@@ -43,8 +43,8 @@ def _dinov3() -> Any:
 
 
 def _open_clip() -> Any:
-    from voco_plugin.encoders.open_clip_model import OpenClipVisionConfig, OpenClipVisionModel
-    from voco_plugin.registration import register
+    from voco_plugin.models.encoders.open_clip_model import OpenClipVisionConfig, OpenClipVisionModel
+    from voco_plugin.models.registration import register
 
     register()
     vision = {"layers": 3, "width": WIDTH, "head_width": 12, "image_size": SIDE, "patch_size": PATCH}

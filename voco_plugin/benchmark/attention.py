@@ -18,11 +18,11 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import ActiveRule, activate, deactivate, register
-from ..attention.backends import NAMES
 from ..config import VoCoConfig
-from ..layout import TokenKind
-from ..masks import TokenTable
+from ..core.attention import ActiveRule, activate, deactivate, register
+from ..core.attention.backends import NAMES
+from ..core.layout import TokenKind
+from ..core.masks import TokenTable
 from .timing import Way, compare, interleaved_times, product_rate, synchronised
 
 PLAIN = "plain causal"

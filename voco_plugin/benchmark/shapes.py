@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..config import VoCoConfig
-from ..modeling import attach
+from ..models import attach
 
 
 def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:

@@ -34,7 +34,7 @@ def stage_two_times(
     """
     import torch
 
-    from ..answering import compress_images, prompt
+    from ..inference.answering import compress_images, prompt
 
     with torch.no_grad():
         whole = prompt(plain, processor, questions, [[image] for image in images])
@@ -64,7 +64,7 @@ def _cached_prefix(
     """
     import torch
 
-    from ..answering import prompt
+    from ..inference.answering import prompt
 
     alone = [prompt(plain, processor, [q], [[i]]) for q, i in zip(questions, images, strict=True)]
     placeholder = plain.config.image_token_id

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..config import VoCoConfig
-from ..modeling import attach
+from ..models import attach
 from . import shapes
 from .memory import peak, reset_peak
 from .timing import Way, compare, flops, interleaved_times, product_rate, synchronised, top_operations

@@ -1,10 +1,17 @@
-"""VoCo caches: the keys and values of compressed images, saved, combined and placed anywhere."""
+"""VoCo caches: the keys and values of compressed images, saved, combined and placed anywhere.
 
+``compress/`` makes them (stage 1), ``place/`` puts them under a prompt (stage 2).
+"""
+
+from typing import Any
+
+from .._moved import moved_name
 from .block import VoCoBlock
 from .cache import VoCoCache
-from .files import VoCoCacheError
-from .store import VoCoCacheStore
-from .store_error import quantization_error
-from .store_keys import image_key
+from .file_format import VoCoCacheError
 
-__all__ = ["VoCoBlock", "VoCoCache", "VoCoCacheError", "VoCoCacheStore", "image_key", "quantization_error"]
+__all__ = ["VoCoBlock", "VoCoCache", "VoCoCacheError"]
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

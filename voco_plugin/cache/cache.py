@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .block import VoCoBlock
-from .files import read_cache, write_cache
+from .file_format import read_cache, write_cache
 from .fingerprint import check_nested, differences
 
 

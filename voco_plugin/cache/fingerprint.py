@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..config import VoCoConfig
-from ..starting_weights import is_tuner
+from ..core.adapter_switch import is_tuner
 
 _WHOLE, _SAMPLE = 1 << 16, 1 << 14
 _RULE_FIELDS = (

@@ -43,10 +43,10 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _, _, _, work = _KINDS[args.what]
     if args.plot:
-        from ..reporting.bench_charts import check_charts
+        from ..benchmark.charts import check_charts
 
         check_charts()
-    from ..benchmark.record import check_device, record, write
+    from ..benchmark.result_file import check_device, record, write
 
     check_device(args.device)
     if args.threads:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         write(result, args.out)
     if args.plot:
-        from ..reporting.bench_charts import draw_benchmark
+        from ..benchmark.charts import draw_benchmark
 
         draw_benchmark(result, args.plot)
     if args.json:
@@ -158,9 +158,9 @@ def _attention_options(parser: Any) -> None:
 
 
 def _attention(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    from ..attention.backends import NAMES
     from ..benchmark.attention import attention
     from ..config import nearest
+    from ..core.attention.backends import NAMES
 
     backends = tuple(part.strip() for part in args.backends.split(",") if part.strip())
     known = sorted({name for name, _ in NAMES})

@@ -14,7 +14,7 @@ from .inputs import add_bad_sample_option, add_model_options, find_images, load_
 from .video_options import add_video_options, check_no_video, video_options
 
 if TYPE_CHECKING:
-    from ..data.image_items import ImageItem, ImageSource
+    from ..store.sources.image_items import ImageItem, ImageSource
 
 
 def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -79,8 +79,8 @@ def _to_files(args: argparse.Namespace) -> int:
     targets = {str(out): out} if single else _targets(out, files)
     model, processor = load_model(args)
 
-    from ..answering import compress_images
     from ..cache import VoCoCache
+    from ..inference.answering import compress_images
 
     opener = Opener(source, skip)
     done: list[str] = []
@@ -150,7 +150,7 @@ class Opener:
         self._next = 0
 
     def __iter__(self) -> Iterator[Any]:
-        from ..images import BadImageError
+        from ..data.images import BadImageError
 
         for item in self.items:
             self.seen += 1
@@ -166,7 +166,7 @@ class Opener:
 
     def refuse(self, number: int, reason: str) -> None:
         """Leave out the ``number``-th image opened: the processor does not take it."""
-        from ..images import BadImageError
+        from ..data.images import BadImageError
 
         name = self.opened[number][0]
         problem = f"image {name} cannot be used: {reason}."
@@ -190,8 +190,8 @@ class Opener:
 def _named_source(args: argparse.Namespace, skip: bool) -> tuple[ImageSource, list[str]]:
     """The images or frames of videos that are named, and the files they are of; what is not there is found
     before a model loads."""
-    from ..data.image_items import FileImages
-    from ..data.video_sources import video_source
+    from ..store.sources.image_items import FileImages
+    from ..store.sources.video_sources import video_source
 
     videos = video_options(args)
     if videos is not None:

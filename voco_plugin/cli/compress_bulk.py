@@ -25,7 +25,7 @@ COUNTED = (
 def run(args: argparse.Namespace, load_model: Callable[[argparse.Namespace], tuple[Any, Any]]) -> int:
     """The whole command; ``load_model`` loads the model that ``args`` name."""
     check_bulk_options(args)
-    from ..bulk.processes import Processes
+    from ..store.bulk.processes import Processes
 
     here = Processes.of()
     if here.world > 1 and args.workers not in (None, here.world):
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace, load_model: Callable[[argparse.Namespace], tup
 
 def open_source(args: argparse.Namespace) -> Any:
     """The images of the command line; what is not there is found before a model loads."""
-    from ..data.image_sources import image_source
-    from ..data.video_sources import video_source
+    from ..store.sources.image_sources import image_source
+    from ..store.sources.video_sources import video_source
 
     missing = args.on_bad_sample == "skip"
     videos = video_options(args)
@@ -76,7 +76,7 @@ def open_store(args: argparse.Namespace, model: Any) -> Any:
     """The store of the command line, for this model; ``None`` where none is asked for."""
     if not args.store:
         return None
-    from ..cache.store import VoCoCacheStore
+    from ..store.store import VoCoCacheStore
 
     values = "int8" if args.int8 else None
     return VoCoCacheStore.for_model(args.store, model, max_bytes=args.max_bytes, values=values)
@@ -91,7 +91,7 @@ def _run_share(args: argparse.Namespace, source: Any, here: Any, load_model: Any
             args.device = f"cuda:{here.local_rank % torch.cuda.device_count()}"
     model, processor = load_model(args)
 
-    from ..bulk import compress_dataset
+    from ..store.bulk import compress_dataset
 
     store = open_store(args, model)
     try:
@@ -155,13 +155,13 @@ def _report(args: argparse.Namespace, reports: Sequence[dict[str, Any]], seconds
     if not result["computed"] + result["hits"]:
         raise ValueError(f"none of the {result['images']} images can be used: {left_out[0]['reason']}")
     if args.store:
-        from ..cache.store import VoCoCacheStore
+        from ..store.store import VoCoCacheStore
 
         with VoCoCacheStore(args.store, readonly=True) as store:
             found = store.stat()
         result["store"] = {k: found[k] for k in ("path", "records", "bytes", "max_bytes", "values")}
     if args.shards:
-        from ..cache.shards import ShardFolder, write_manifest
+        from ..store.shards import ShardFolder, write_manifest
 
         listed = write_manifest(ShardFolder(args.shards))["shards"]
         size = sum(shard["bytes"] for shard in listed.values())

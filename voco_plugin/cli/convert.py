@@ -49,7 +49,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..modeling.official import convert_official
+    from ..models.official import convert_official
 
     made = convert_official(
         args.source,

@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from ..conversations import image_times
+from ..data.conversations import image_times
 from . import output
 from .eval_video import judged
 
@@ -85,11 +85,11 @@ def evaluate_modes(
     """The scores of each mode, those that need VoCo attached first: ``base`` and ``blind`` take it off.
 
     Args:
-        judge: a :class:`~voco_plugin.judge.Judge` of the answers, beside the match.
+        judge: a :class:`~voco_plugin.evaluation.judge.Judge` of the answers, beside the match.
     """
-    from ..attached import is_attached
-    from ..metrics import evaluate, questions_of
-    from ..modeling import detach
+    from ..core.attached import is_attached
+    from ..evaluation.metrics import evaluate, questions_of
+    from ..models import detach
 
     opened = [name for name in ("images", "times") if name in dataset.column_names]
     questions = questions_of(dataset.remove_columns(opened) if opened else dataset)
@@ -181,7 +181,7 @@ class CutCaches:
         under causal attention (a VoCo token sees none after it); a backbone that reads its prompt both ways
         compresses again, and so does a model whose tokens are made for their whole number.
         """
-        from ..metrics import compress_rows
+        from ..evaluation.metrics import compress_rows
 
         largest = max(self.args.num_tokens) if self.args.num_tokens else own_num_tokens(self.parts[0])
         k = largest if k is None else k
@@ -205,7 +205,7 @@ class CutCaches:
 
 def reads_question(model: Any) -> bool:
     """Whether the model's compressor looks at the question before it compresses (LLaMA-VID's)."""
-    from ..attached import attachment
+    from ..core.attached import attachment
 
     embeddings = attachment(model).embeddings
     return embeddings is not None and embeddings.compressor.reads_question
@@ -224,7 +224,7 @@ def is_nested(fingerprint: dict[str, Any]) -> bool:
 
 def own_num_tokens(model: Any) -> int:
     """K of an attached model."""
-    from ..attached import attachment
+    from ..core.attached import attachment
 
     return attachment(model).config.num_tokens
 
@@ -233,7 +233,7 @@ def set_num_tokens(model: Any, num_tokens: int) -> None:
     """Let an attached model put ``num_tokens`` VoCo tokens after each image of a prompt."""
     import dataclasses
 
-    from ..attached import attachment
+    from ..core.attached import attachment
 
     state = attachment(model)
     state.config = dataclasses.replace(state.config, num_tokens=num_tokens)

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from ..frame_order import FRAMES, check_frames
+from ..evaluation.frame_order import FRAMES, check_frames
 from . import output
 from .inputs import positive
 
@@ -92,8 +92,8 @@ def check(args: argparse.Namespace) -> None:
 
 def load_videos(args: argparse.Namespace, skip: bool) -> Any:
     """The rows of a published set; no video is opened yet."""
-    from ..data.video_qa import read_video_qa, video_rows
-    from ..data.video_rows import VideoDataset
+    from ..evaluation.video_qa import read_video_qa, video_rows
+    from ..evaluation.video_rows import VideoDataset
 
     items = read_video_qa(args.data, args.video_qa, answers=args.answers, mapping=args.mapping)
     count = args.num_frames or (None if args.fps else 8)
@@ -109,7 +109,7 @@ def judge_of(args: argparse.Namespace) -> Any:
     """
     if args.judge is None:
         return None
-    from ..judge import KEY_VARIABLE, Judge
+    from ..evaluation.judge import KEY_VARIABLE, Judge
 
     return Judge(
         args.judge, args.judge_model, cache=args.judge_cache, key=os.environ.get(KEY_VARIABLE),
@@ -119,7 +119,7 @@ def judge_of(args: argparse.Namespace) -> Any:
 
 def judged(judge: Any, questions: Any, answers: list[str], name: str, quiet: bool) -> dict[str, Any]:
     """The judge's summary of one mode's answers."""
-    from ..judge import summary
+    from ..evaluation.judge import summary
 
     with output.progress(total=len(questions), unit="answer", quiet=quiet) as bar:
         bar.set_description(f"judging {name}")

@@ -130,8 +130,8 @@ def checkpoints(args: argparse.Namespace) -> dict[int | None, str]:
 
 def load_rows(args: argparse.Namespace) -> Any:
     """The rows asked for, their images not decoded yet."""
+    from ..data.lazy_images import undecoded
     from ..data.loaders import load_vision_dataset
-    from ..data.undecoded import undecoded
 
     skip = args.on_bad_sample == "skip"
     if args.video_qa is not None:
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         import json
 
-        from ..benchmark.record import environment
+        from ..benchmark.result_file import environment
         from ..files import atomic_write_text
 
         result["environment"] = environment(str(next(model.parameters()).device))
@@ -232,8 +232,8 @@ def without(dataset: Any, skipped: dict[int, str], name: str) -> Any:
 
 def bad_rows(dataset: Any, processor: Any) -> dict[int, str]:
     """Rows with an image that cannot be read, or that the image processor refuses: row → reason."""
-    from ..images import BadImageError, find_refused
-    from ..metrics import images_of
+    from ..data.images import BadImageError, find_refused
+    from ..evaluation.metrics import images_of
 
     found: dict[int, str] = {}
     for number in range(len(dataset)):

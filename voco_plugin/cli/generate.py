@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
         names, items = _chosen(args, names), _chosen(args, items)
     model, processor = load_model(args)
 
-    from ..answering import answer
     from ..cache import VoCoCache
+    from ..inference.answering import answer
 
     if args.store:
         items = _from_store(args, model, names)
@@ -149,8 +149,8 @@ def _check_store_options(args: argparse.Namespace) -> None:
 
 def _from_store(args: argparse.Namespace, model: Any, names: list[str]) -> list[Any]:
     """The cache of each image, by its name or by the content of its file."""
-    from ..cache.store import VoCoCacheStore
-    from ..cache.store_names import caches_by_name
+    from ..store.names import caches_by_name
+    from ..store.store import VoCoCacheStore
 
     with VoCoCacheStore.for_model(args.store, model, readonly=True) as store:
         if args.name:

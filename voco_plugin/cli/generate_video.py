@@ -78,13 +78,13 @@ def run_video(args: argparse.Namespace, questions: list[str], caches: list[Any],
     if args.num_beams > 1:
         raise ValueError("--num-beams is not for a video; leave it out.")
     source: Any = None if args.store or caches else _source(args.video)
-    from ..video.budget import check_policy, parse_budget
+    from ..inference.streaming.budget import check_policy, parse_budget
 
     check_policy(args.policy, args.budget)  # before the model loads
     parse_budget(args.budget)
     model, processor = load_model(args)
 
-    from ..session import VoCoSession
+    from ..inference.session import VoCoSession
 
     reading = (
         {} if source is None else {("count" if n == "frames" else n): getattr(args, n) for n in _READING}
@@ -141,10 +141,10 @@ def _timed(caches: list[Any], fps: float) -> Iterator[tuple[VoCoCache, float]]:
 
 def _stored(args: argparse.Namespace, model: Any) -> Iterator[tuple[VoCoCache, float]]:
     """The blocks of a video that ``voco compress --store`` has put into a store, by its name."""
-    from ..cache.store import VoCoCacheStore
-    from ..cache.store_names import caches_by_name
-    from ..cache.store_series import all_series, read_series
     from ..config import nearest
+    from ..store.names import caches_by_name
+    from ..store.store import VoCoCacheStore
+    from ..store.video_series import all_series, read_series
 
     with VoCoCacheStore.for_model(args.store, model, readonly=True) as store:
         tokens = args.num_tokens if args.num_tokens is not None else store.fingerprint["num_tokens"]

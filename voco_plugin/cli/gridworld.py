@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     gridworld_video.check(args)
     if args.video:
         return gridworld_video.run(args)
-    from ..data.gridworld import write_gridworld
+    from ..gridworld.dataset import write_gridworld
 
     args.num_train = NUM_TRAIN if args.num_train is None else args.num_train
     args.num_test = NUM_TEST if args.num_test is None else args.num_test
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         result["model"] = args.model
         result["pre-trained"] = _write_model(args, meta["settings"])
     if args.parts:
-        from ..data.tiny_parts import write_tiny_parts
+        from ..gridworld.tiny_parts import write_tiny_parts
 
         more = {} if args.tower_steps is None else {"tower_steps": args.tower_steps}
         world = _world(args, meta["settings"])
@@ -144,7 +144,7 @@ def shipped_base(level: str = "quickstart") -> Path:
     """
     if level not in SHIPPED:
         raise ValueError(f"no base VLM is shipped for level {level!r}: train one, --model FOLDER starts it.")
-    folder = Path(__file__).resolve().parents[1] / "data" / "assets" / SHIPPED[level]
+    folder = Path(__file__).resolve().parents[1] / "gridworld" / "assets" / SHIPPED[level]
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"the shipped base VLM is not at {folder}; train one: voco gridworld DATA --level {level} "
@@ -171,14 +171,14 @@ def copy_base(folder: str, level: str = "quickstart") -> None:
 
 def _world(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     """What a tiny model must know of the set that was written."""
-    from ..data.gridworld_levels import level_of
+    from ..gridworld.levels import level_of
 
     names = ("grid", "num_colors", "cell_pixels", "question_set", "boxes")
     return {name: settings[name] for name in names} | {"patch_size": level_of(args.level).patch_size}
 
 
 def _write_model(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    from ..data.tiny_vlm import write_tiny_vlm
+    from ..gridworld.tiny_vlm import write_tiny_vlm
 
     given = {"tower_steps": args.tower_steps, "align_steps": args.align_steps}
     steps = {name: number for name, number in given.items() if number is not None}

@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data.gridworld_video import VideoWorld, write_gridworld_video
+    from ..gridworld.video_dataset import VideoWorld, write_gridworld_video
 
     given = {
         "num_train": args.num_train, "num_test": args.num_test, "seed": args.seed, "num_frames": args.frames,
@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _write_model(args: argparse.Namespace, world: Any) -> Any:
     """The tiny VLM of the image world with 2 x 2 cells, with the words of videos."""
-    from ..data.gridworld_video_scenes import GRID
-    from ..data.tiny_vlm import write_tiny_vlm
+    from ..gridworld.tiny_vlm import write_tiny_vlm
+    from ..gridworld.video_scenes import GRID
 
     given = {"tower_steps": args.tower_steps, "align_steps": args.align_steps}
     steps = {name: number for name, number in given.items() if number is not None}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.image_items import IMAGE_SUFFIXES
 from ..registry import load_plugin
+from ..store.sources.image_items import IMAGE_SUFFIXES
 from .train import check_model_path
 
 
@@ -34,7 +34,7 @@ def load_model(args: argparse.Namespace, voco: Any = None, source: str | None = 
     check_model_path(source)
     import torch
 
-    from ..modeling import load
+    from ..models import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return load(source, voco, dtype=args.dtype, device=device)
@@ -77,12 +77,12 @@ def find_images(sources: Sequence[str], missing: bool = False) -> list[Path]:
 
 
 def open_image(path: str | Path) -> Any:
-    """The image as RGB; see :func:`voco_plugin.images.open_image`.
+    """The image as RGB; see :func:`voco_plugin.data.images.open_image`.
 
     Raises:
         BadImageError: the file is missing, no image, or a broken one.
     """
-    from ..images import open_image as opened
+    from ..data.images import open_image as opened
 
     return opened(path)
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         config, layout, positions = _from_model(args)
 
-    from ..reporting.mask import caption, draw_mask_png, mask_text
+    from ..evaluation.reporting.mask import caption, draw_mask_png, mask_text
 
     if args.out:
         draw_mask_png(config, layout, args.out)
@@ -106,7 +106,7 @@ def _config(args: argparse.Namespace, **base: Any) -> VoCoConfig:
 def _from_runs(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
     import torch
 
-    from ..layout import SequenceLayout, TokenVocabulary, compact_positions, sequential_positions
+    from ..core.layout import SequenceLayout, TokenVocabulary, compact_positions, sequential_positions
 
     runs = parse_runs(args.layout)
     ids_of = {"t": 0, "v": 1, "c": 2, "p": 0}
@@ -134,11 +134,11 @@ def _from_model(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
     from transformers import AutoConfig, AutoProcessor
 
     from ..config import CONFIG_NAME
-    from ..families import vocabulary_for
-    from ..injection import insert_voco_tokens
-    from ..layout import SequenceLayout, compact_positions, sequential_positions
-    from ..modeling.tokens import add_token
-    from ..prompts import ask, encode
+    from ..core.injection import insert_voco_tokens
+    from ..core.layout import SequenceLayout, compact_positions, sequential_positions
+    from ..inference.prompts import ask, encode
+    from ..models.families import vocabulary_for
+    from ..models.token_rows import add_token
 
     saved: dict[str, Any] = {}
     if Path(args.model).is_dir() and (Path(args.model) / CONFIG_NAME).is_file():

@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..composition import KEYS, check_names
 from ..config import VoCoConfig, nearest
+from ..models.composition import KEYS, check_names
 from ..registry import load_plugin
 from . import recipe_values
 from .recipe_values import RecipeError
@@ -242,7 +242,7 @@ def _check_distill(given: dict[str, Any], where: Mapping[str, str]) -> None:
     """The ``distill`` section: every key, its type, and what ``DistillConfig`` says of their values."""
     if "distill" not in given:
         return
-    from ..training.distillation import DistillConfig
+    from ..training.distillation.config import DistillConfig
 
     place = where.get("distill", "")
     section = recipe_values.plain(given["distill"])

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _stat(args: argparse.Namespace) -> int:
-    from ..cache import VoCoCacheStore
+    from ..store import VoCoCacheStore
 
     with VoCoCacheStore(args.store, readonly=True) as store:
         facts = store.stat()
@@ -79,7 +79,7 @@ def _stat(args: argparse.Namespace) -> int:
 
 def _error_line(error: dict[str, Any] | None) -> str:
     if not error:
-        return "error of 8 bits: not measured (voco_plugin.cache.quantization_error, store.note_error)"
+        return "error of 8 bits: not measured (voco_plugin.store.quantization_error, store.note_error)"
     return (
         f"error of 8 bits, over {error.get('tokens')} tokens: logits differ by at most "
         f"{error.get('max_abs_logit', 0):.4f}, on average {error.get('mean_abs_logit', 0):.5f}; "
@@ -88,8 +88,8 @@ def _error_line(error: dict[str, Any] | None) -> str:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..cache import VoCoCacheStore
-    from ..cache.store_pages import damaged_pages
+    from ..store import VoCoCacheStore
+    from ..store.pages import damaged_pages
 
     pages = damaged_pages(args.store)
     if pages:  # a process that writes can look like damage: what is wrong twice is wrong
@@ -125,7 +125,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from ..cache import VoCoCacheStore
+    from ..store import VoCoCacheStore
 
     if args.max_bytes is None:
         raise ValueError("`voco store prune` needs --max-bytes: what may stay.")
@@ -144,7 +144,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ..cache import VoCoCacheStore
+    from ..store import VoCoCacheStore
 
     with VoCoCacheStore(args.store, readonly=True) as store:
         count = store.export(Path(args.folder).expanduser())
@@ -153,8 +153,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from ..cache import VoCoCacheStore
-    from ..cache.store_transfer import maker_of
+    from ..store import VoCoCacheStore
+    from ..store.transfer import maker_of
 
     folder = Path(args.folder).expanduser()
     made: dict[str, Any] = {} if (Path(args.store) / "data.mdb").exists() else maker_of(folder)

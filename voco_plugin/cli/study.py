@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     path, study = load_study(args.study, args.changes)
     results = Path(args.out or Path("runs/results") / path.stem)
-    from ..study.keys import fingerprint
-    from ..study.plan import Planner
-    from ..study.results import read_search
+    from ..evaluation.study.keys import fingerprint
+    from ..evaluation.study.plan import Planner
+    from ..evaluation.study.results import read_search
 
     if args.tables_only:
         rows, tried = read_search(results)
@@ -91,9 +91,9 @@ def _by_name(source: str) -> str:
 
 
 def _run(args: argparse.Namespace, planner: Any, results: Path, path: Path) -> int:
-    from ..study.children import Children, terminated_as_interrupted
-    from ..study.results import read_search, write_search
-    from ..study.runner import Runner
+    from ..evaluation.study.children import Children, terminated_as_interrupted
+    from ..evaluation.study.results import read_search, write_search
+    from ..evaluation.study.runner import Runner
 
     check_inputs(planner)
     if planner.study.search is None:
@@ -121,7 +121,7 @@ def _finish(
     """Tables and pictures of what is finished; printed, or as JSON."""
     import dataclasses
 
-    from ..study.results import TABLES, write_results
+    from ..evaluation.study.results import TABLES, write_results
 
     command = "voco study " + " ".join([path.stem, *(f"--set {change}" for change in args.changes)])
     result = write_results(
@@ -173,8 +173,8 @@ def check_inputs(planner: Any) -> None:
 
 
 def _list(planner: Any, args: argparse.Namespace) -> int:
-    from ..study.records import finished, has_checkpoint, trained
-    from ..study.runner import choose, matches
+    from ..evaluation.study.records import finished, has_checkpoint, trained
+    from ..evaluation.study.runner import choose, matches
 
     candidates = planner.candidates()
     chosen, _ = choose(candidates)

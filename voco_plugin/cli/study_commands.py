@@ -14,9 +14,9 @@ from .recipe import RecipeArguments, load
 
 def print_commands(planner: Any, args: argparse.Namespace) -> int:
     """Per training one line, and one for each reading of it; what is finished is left out."""
-    from ..study.plan import units
-    from ..study.records import command, trained, was_read
-    from ..study.runner import choose, matches
+    from ..evaluation.study.plan import units
+    from ..evaluation.study.records import command, trained, was_read
+    from ..evaluation.study.runner import choose, matches
 
     for source in dict.fromkeys((planner.model, planner.data)):
         if source and "/" in str(source) and not Path(source).expanduser().exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import nearest
-from ..study.definition import Study
+from ..evaluation.study.definition import Study
 from . import recipe_values
 from .recipe import load, recipe_folder
 from .recipe_values import RecipeError, Text, plain

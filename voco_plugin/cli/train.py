@@ -195,7 +195,7 @@ def _videos(arguments: RecipeArguments, name: str | None, config: Any) -> Any:
     Raises:
         RecipeError: the data are videos, and nothing says which frames are read.
     """
-    from ..data.video_formats import is_video_set, load_video_dataset
+    from ..video.dataset_rows import is_video_set, load_video_dataset
 
     sampling: dict[str, Any] = {
         "count": arguments.video_frames, "fps": arguments.video_fps, "max_frames": arguments.video_max_frames,
@@ -220,7 +220,7 @@ def write_results(trainer: Any, outcome: Any, resumed_at: int) -> None:
     """
     import json
 
-    from ..benchmark.record import TRAINING_PACKAGES, environment
+    from ..benchmark.result_file import TRAINING_PACKAGES, environment
     from ..files import atomic_write_text
 
     trained, total = trainer.trained_and_all
@@ -252,7 +252,7 @@ def _compose(section: dict[str, Any], model_config: Any, config: Any) -> tuple[A
     names as its base."""
     from accelerate import PartialState
 
-    from ..modeling import compose
+    from ..models import compose
 
     if not config.train_projector:
         output.note(

@@ -54,7 +54,7 @@ def video_options(args: argparse.Namespace) -> Any:
             f"--frames-per-block {args.frames_per_block}: frames that a model reads as images are a block "
             "each, since a block ends where the next image begins; give 1."
         )
-    from ..data.video_sources import VideoOptions
+    from ..store.sources.video_sources import VideoOptions
     from ..video import Sampling
 
     return VideoOptions(Sampling(**{name: getattr(args, name) for name in _SAMPLING}), args.rate)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from voco_plugin.conversations import PLACEHOLDER, llava_to_messages
-from voco_plugin.conversations import split_placeholders as plain_parts
+from voco_plugin.data.conversations import PLACEHOLDER, llava_to_messages
+from voco_plugin.data.conversations import split_placeholders as plain_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

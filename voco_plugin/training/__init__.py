@@ -8,8 +8,18 @@ Reading order: ``config`` (the arguments), ``parts`` (which part of a model a pa
 
 from __future__ import annotations
 
-from .config import VoCoSFTConfig
-from .distillation import DistillConfig
-from .trainer import VoCoSFTTrainer
+from typing import TYPE_CHECKING
+
+from ..registry import lazy_names
 
 __all__ = ["DistillConfig", "VoCoSFTConfig", "VoCoSFTTrainer"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {"DistillConfig": ".distillation.config", "VoCoSFTConfig": ".config", "VoCoSFTTrainer": ".trainer"},
+)
+
+if TYPE_CHECKING:
+    from .config import VoCoSFTConfig
+    from .distillation.config import DistillConfig
+    from .trainer import VoCoSFTTrainer

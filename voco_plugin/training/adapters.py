@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..block_embeddings import NAME
+from ..core.block_embeddings import NAME
 from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, is_token_row
 
 _ALL = "all-linear"

@@ -9,10 +9,10 @@ from typing import Any
 from transformers.utils import is_torch_cuda_available, is_torch_npu_available, is_torch_xpu_available
 from trl import SFTConfig
 
-from ..collator import check_range
 from ..config import VoCoConfig, nearest, read_section
-from ..images import ON_BAD_SAMPLE, check_on_bad_sample
-from .distillation import as_distill_config
+from ..data.images import ON_BAD_SAMPLE, check_on_bad_sample
+from .collator import check_range
+from .distillation.config import as_distill_config
 
 STAGE1 = ("joint", "streamed", "frozen")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -55,7 +55,7 @@ class VoCoSFTConfig(SFTConfig):
             ``frozen``: by the model training starts from, without gradient; only a LoRA adapter that reads
             the blocks trains (``train_voco: false``), and the saved model compresses without it.
         stage1_chunk: images (blocks) a chunk of ``streamed`` and ``frozen``; ``None``: 8.
-        stage1_store: folder of a :class:`~voco_plugin.cache.store.VoCoCacheStore` for ``frozen``: blocks that
+        stage1_store: folder of a :class:`~voco_plugin.store.store.VoCoCacheStore` for ``frozen``: blocks that
             it holds are read, others computed and, unless it cannot be written to, put there. One that ``voco
             compress --store`` filled with the starting model will do. ``None`` computes every block at every
             step.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..conversations import llava_to_messages
-from ..data.undecoded import name_rows, undecoded
+from ..data.conversations import llava_to_messages
+from ..data.lazy_images import name_rows, undecoded
 
 _IMAGES = {"image", "images"}
 

@@ -17,13 +17,13 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 
-from ..attached import attachment, unwrap
-from ..collator import VoCoDataCollator
-from ..images import BadImageError
-from ..packed import check_packs
-from ..packing import first_fit_decreasing
-from ..trl_rows import as_trl_row
-from .blank import blank_image, without_pixels
+from ..core.attached import attachment, unwrap
+from ..core.packed_forward import check_packs
+from ..core.packed_rows import first_fit_decreasing
+from ..data.images import BadImageError
+from ..data.trl_rows import as_trl_row
+from .collator import VoCoDataCollator
+from .token_counting import blank_image, without_pixels
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..block_embeddings import NAME
+from ..core.block_embeddings import NAME
 
 LANGUAGE, PROJECTOR, VISION = "language model", "projector", "vision tower"
 COMPRESSOR = "compressor"

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..collator import SKIPPED
+from .collator import SKIPPED
 
 
 class SkipCounter(TrainerCallback, ExportableState):

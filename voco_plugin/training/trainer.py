@@ -23,11 +23,10 @@ from .._compat import (
     name_present_layers,
     token_rows_on_any_device,
 )
-from ..attached import attachment, is_attached, unwrap
-from ..collator import SKIPPED, VoCoDataCollator
-from ..layout import SequenceLayout, TokenKind
-from ..modeling import save_voco_config
-from ..packing import DOCUMENT_IDS, Documents
+from ..core.attached import attachment, is_attached, unwrap
+from ..core.layout import SequenceLayout, TokenKind
+from ..core.packed_rows import DOCUMENT_IDS, Documents
+from ..models import save_voco_config
 from .adapters import (
     check_adapter,
     prepare_peft_config,
@@ -37,11 +36,13 @@ from .adapters import (
 )
 from .card import write_card
 from .checkpoints import AtomicCheckpoints, SaveAtSteps
+from .collator import SKIPPED, VoCoDataCollator
 from .config import VoCoSFTConfig
 from .datasets import has_images, prepare_dataset
-from .distilling import Distilling, copy_of_student
+from .distillation.trainer_part import Distilling, copy_of_student
 from .launch import check_launch, check_sharded_head
-from .models import (
+from .load_weights import load_whole_weights
+from .model_setup import (
     as_voco_args,
     attach_as_asked,
     check_backbone,
@@ -54,8 +55,7 @@ from .packing import check_packing, pack_dataset, without_trls
 from .parts import count_trainable, describe_trainable
 from .quantization import check_quantization
 from .skipping import SkipCounter
-from .stages import Staged
-from .weights import load_whole_weights
+from .two_stage.trainer_part import Staged
 
 logger = logging.getLogger(__name__)
 

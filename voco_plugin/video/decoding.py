@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from .errors import BadVideoError
-from .shots import Shot
+from .lazy_frames import Shot
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..images import BadImageError
+from ..data.images import BadImageError
 
 
 class BadVideoError(BadImageError):

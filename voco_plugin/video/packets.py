@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .decoding import VideoFile, pyav, slack_of
-from .shots import Shot
+from .lazy_frames import Shot
 
 _ONE_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg")
 """Codecs whose packets are one shown frame each. VP8's may be a hidden one."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from .decoding import VideoFile
 from .frames import Frame
+from .lazy_frames import Shot
 from .packets import PacketTable, packet_table
 from .sampling import Sampling, at_times, within
 from .scenes import scene_changes
 from .seeking import UnsoundError, shots_at
-from .shots import Shot
 from .sources import VideoSource
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .errors import BadVideoError
+from .lazy_frames import Shot
 from .scenes import scene_changes
-from .shots import Shot
 
 
 @dataclass(frozen=True)

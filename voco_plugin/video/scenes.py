@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from .shots import Shot
+from .lazy_frames import Shot
 
 _SIDE = 32
 

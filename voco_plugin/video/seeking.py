@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .decoding import VideoFile
+from .lazy_frames import Shot
 from .packets import PacketTable
-from .shots import Shot
 
 _WORTH_A_SEEK = 8
 """Frames that must be saved: a seek empties the decoder."""

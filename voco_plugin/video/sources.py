@@ -10,11 +10,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from . import live, stills
+from . import image_sequence as stills
+from . import live
 from .decoding import VideoFile
 from .errors import BadVideoError
+from .lazy_frames import Shot
 from .sampling import exact
-from .shots import Shot
 
 _DEFAULT_RATE = 1.0
 

@@ -1,0 +1,281 @@
+"""Stage 1 (paper, Sec. 3.3, Fig. 4): ``[vision, VoCo]`` through the backbone; the VoCo tokens' keys and
+values stay.
+
+With ``block_context="self"`` every block is a row of its own, whatever prompt it stood in: nothing of the
+text is computed, the LM head never runs, and the last layer runs over the VoCo tokens alone. Blocks of one
+length share a forward, in chunks of a size the caller may limit, each with its own rows of the vision inputs:
+nothing is padded. With ``"prefix"`` the stream before a block belongs to what it computes, so the rows run as
+they are, up to the last block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ..._compat import as_cache, cache_names
+from ...core.adapter_switch import starting_weights
+from ...core.kv_cache import CacheState
+from ...core.layout import BlockSpan, SequenceLayout, compact_positions
+from ..block import VoCoBlock
+from ..cache import VoCoCache
+from ..fingerprint import block_fingerprint
+from .batching import Limits, chunks_of
+from .last_layer import NotCut, last_rows
+from .last_slots import LastSlotsCache
+from .num_voco_tokens import recut
+from .vision_inputs import VisionInputs, is_per_token, vision_inputs
+from .voco_rows import voco_rows_only
+
+_log = logging.getLogger(__name__)
+
+_DROPPED = (
+    "labels",
+    "use_cache",
+    *cache_names(),
+    "position_ids",
+    "logits_to_keep",
+    "return_dict",
+    "inputs_embeds",
+)
+
+
+@dataclass
+class Batch:
+    """What a batch's blocks are cut from. ``tokens``: the per-token inputs by name, ``(R, N)``.
+
+    ``replayed``: whether layers may run a second time, in a backward pass that recomputes them.
+    """
+
+    model: torch.nn.Module
+    state: Any
+    tokens: dict[str, torch.Tensor]
+    vision: VisionInputs
+    layout: SequenceLayout
+    positions: torch.Tensor
+    first_real: torch.Tensor
+    replayed: bool = False
+
+
+def _pad_id(model: torch.nn.Module, vocab: Any) -> int:
+    """An id for padding that no image feature is scattered to."""
+    special = vocab.placeholders | vocab.markers
+    for token in (getattr(model.config.get_text_config(), "pad_token_id", None), 0, 1, 2):
+        if isinstance(token, int) and token >= 0 and token not in special:
+            return token
+    return vocab.voco_id
+
+
+def _blocks_as_rows(
+    tokens: dict[str, torch.Tensor], spans: list[BlockSpan], positions: torch.Tensor, pad: int
+) -> dict[str, torch.Tensor]:
+    """Each block's tokens as one row, right-padded where lengths differ: inputs, mask ``(b, M)`` and
+    positions ``(…, b, M)``.
+    """
+    ids = tokens["input_ids"]
+    longest = max(s.stop - s.start for s in spans)
+    offsets = torch.arange(longest, device=ids.device)
+    starts = torch.tensor([s.start for s in spans], device=ids.device)
+    lengths = torch.tensor([s.stop - s.start for s in spans], device=ids.device)
+    rows = torch.tensor([s.row for s in spans], device=ids.device)[:, None]
+    mask = (offsets < lengths[:, None]).long()
+    columns = (starts[:, None] + offsets).clamp_max(ids.shape[1] - 1)
+
+    def take(value: torch.Tensor) -> torch.Tensor:
+        return value[..., rows, columns]
+
+    gathered = {name: take(value) * mask.to(value.dtype) for name, value in tokens.items()}
+    gathered["input_ids"] = torch.where(mask.bool(), take(ids), pad)
+    gathered["attention_mask"] = mask
+    gathered["position_ids"] = take(positions)
+    return gathered
+
+
+def compress(
+    model: torch.nn.Module,
+    state: Any,
+    inputs: dict[str, Any],
+    num_tokens: int | None = None,
+    limits: Limits | None = None,
+) -> VoCoCache:
+    """Compress every block of a batch; see
+    :meth:`~voco_plugin.inference.mixin.VoCoGenerationMixin.compress`.
+    """
+    if not state.config.isolates:
+        raise ValueError(
+            "rule='causal' lets text read the vision tokens, so there is nothing to compress; use "
+            "rule='isolated'."
+        )
+    state.check_reusable("compress")
+    if inputs.get("input_ids") is None:
+        raise ValueError("compress needs input_ids that hold the vision and VoCo tokens.")
+    layout = SequenceLayout.from_ids(inputs["input_ids"], inputs.get("attention_mask"), state.vocab)
+    if num_tokens is not None:
+        inputs = recut(inputs, layout, num_tokens, _pad_id(model, state.vocab))
+        layout = SequenceLayout.from_ids(inputs["input_ids"], inputs.get("attention_mask"), state.vocab)
+    made_by = block_fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+    if state.family.prefix_lm:
+        made_by["attention"] = attention_of(inputs)
+    if not layout.spans:
+        return VoCoCache([], [], inputs["input_ids"].shape[0], made_by)
+    whole = state.config.block_context == "prefix"
+    if whole and made_by.get("attention") == "prefix":
+        raise ValueError(
+            "block_context='prefix' cannot be cached for a backbone that reads its prompt both ways: what a "
+            "block sees before it has read the text after it; use block_context='self'."
+        )
+    batch = read_batch(model, state, inputs, layout)
+    vision = batch.vision
+    limits = limits or Limits()
+    blocks: list[VoCoBlock | None] = [None] * len(layout.spans)
+    if whole:
+        limits.check_whole(model, layout, vision)
+        for number, block in enumerate(_run_prefix(batch)):
+            blocks[number] = block
+    else:
+        for chunk in chunks_of(model, layout.spans, vision, limits):
+            numbers = [n for first, stop in chunk for n in range(first, stop)]
+            for number, block in zip(numbers, run_alone(batch, chunk, numbers)[0], strict=True):
+                blocks[number] = block
+    made = [block for block in blocks if block is not None]
+    return VoCoCache(made, [s.row for s in layout.spans], inputs["input_ids"].shape[0], made_by)
+
+
+def attention_of(inputs: dict[str, Any]) -> str:
+    """How a prefix-LM reads these inputs: ``prefix`` (both ways), or ``causal`` without token types."""
+    return "causal" if inputs.get("token_type_ids") is None else "prefix"
+
+
+def read_batch(model: torch.nn.Module, state: Any, inputs: dict[str, Any], layout: SequenceLayout) -> Batch:
+    """The inputs of a forward, ready to be cut into blocks: positions in this prompt, and whose pixels are
+    whose.
+    """
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    backbone = state.family.backbone(model)
+    sequential = state.family.sequential(backbone, ids, mask, inputs).to(ids.device)
+    compact = state.config.positions == "compact"
+    positions = compact_positions(layout, sequential) if compact else sequential
+    shape = (ids.shape[0], ids.shape[1])
+    given = {k: v for k, v in inputs.items() if k not in _DROPPED and v is not None}
+    tokens = {k: v for k, v in given.items() if is_per_token(k, v, shape)}
+    others = {k: v for k, v in given.items() if k not in tokens}
+    if state.config.block_context == "prefix":
+        vision = VisionInputs(
+            others, {}, [0, len(layout.spans)], "block_context='prefix' computes whole rows"
+        )
+    else:
+        vision = vision_inputs({**others, "input_ids": ids}, layout.spans, state.vocab, model.config,
+                               by_row=state.family.images_by_row)  # fmt: skip
+    first_real = mask.long().argmax(dim=1)  # left padding is no part of the sequence
+    return Batch(model, state, {**tokens, "attention_mask": mask}, vision, layout, positions, first_real)
+
+
+def run_alone(
+    batch: Batch, chunk: list[tuple[int, int]], numbers: list[int], read_on: bool = False
+) -> tuple[list[VoCoBlock], torch.Tensor | None]:
+    """One forward over the blocks of ``chunk``, each a row of its own.
+
+    Args:
+        read_on: whether the backbone's output is read too, and the last layer runs whole.
+
+    Returns:
+        the blocks; with ``read_on`` the last hidden states ``(b, M, d)``, else ``None``.
+    """
+    state, model = batch.state, batch.model
+    spans = [batch.layout.spans[n] for n in numbers]
+    run: dict[str, Any] = _blocks_as_rows(batch.tokens, spans, batch.positions, _pad_id(model, state.vocab))
+    run |= batch.vision.take(chunk)
+    length, kept = spans[0].stop - spans[0].start, spans[0].num_voco
+    even = all((s.stop - s.start, s.num_voco) == (length, kept) for s in spans)
+    slim = even and not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    longest = max(s.stop - s.start for s in spans)
+    if slim or batch.replayed:
+        cache: DynamicCache = LastSlotsCache(kept if slim else longest, batch.replayed)
+    else:
+        cache = DynamicCache()  # a config-built one would crop windowed layers
+    chunked = state.family.chunk_size(model) is not None
+    if chunked:  # chunks are cut where the block stands in its prompt
+        orders = [s.start - int(batch.first_real[s.row]) for s in spans]
+        CacheState.starting_at(torch.tensor(orders, device=batch.positions.device)).put_on(cache)
+    # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
+    text, config = state.family.text_model(model), state.config
+    plain = even and not chunked and config.rule == "isolated" and _is_causal(text)
+    hidden = None
+    if not (plain and slim and not config.reads_vision and _ran_short(batch, run, cache, kept, length)):
+        # a hook inside a layer would not be there when that layer is recomputed
+        cut = slim and not read_on
+        with last_rows(text, kept, length, not batch.replayed) if cut else contextlib.nullcontext():
+            own_mask = plain and config.reads_vision
+            hidden = _forward(state, model, run, cache, "alone" if own_mask else "trust")
+    found = []
+    for row, span in enumerate(spans):
+        start = 0 if slim else span.num_vision
+        found.append(_block(batch, span, cache, row, start))
+    return found, hidden if read_on else None
+
+
+def _ran_short(batch: Batch, run: dict[str, Any], cache: LastSlotsCache, kept: int, length: int) -> bool:
+    """Run a rival's tokens alone, the vision tokens left out of the LLM; whether that could be done."""
+    text = batch.state.family.text_model(batch.model)
+    try:
+        with voco_rows_only(text, kept, length):
+            _forward(batch.state, batch.model, dict(run), cache, "alone")
+    except NotCut as problem:
+        _log.debug("vision tokens not left out: %s", problem)
+        return False
+    return True
+
+
+def _is_causal(text_model: torch.nn.Module) -> bool:
+    """Whether every attention layer is causal where it is given no mask, as sdpa reads it (PaliGemma's is
+    not).
+    """
+    layers = getattr(text_model, "layers", text_model)
+    return all(getattr(module, "is_causal", True) for module in layers.modules())
+
+
+def _run_prefix(batch: Batch) -> list[VoCoBlock]:
+    """One forward over the rows of the batch as they are, up to the last block."""
+    stop = max(s.stop for s in batch.layout)
+    run: dict[str, Any] = {k: v[:, :stop] for k, v in batch.tokens.items()}
+    run |= batch.vision.shared
+    run["position_ids"] = batch.positions[..., :stop]
+    cache = DynamicCache()
+    _forward(batch.state, batch.model, run, cache, "trust")
+    return [_block(batch, span, cache, span.row, span.voco) for span in batch.layout]
+
+
+def _forward(
+    state: Any, model: torch.nn.Module, run: dict[str, Any], cache: DynamicCache, policy: str
+) -> torch.Tensor | None:
+    backbone = state.family.backbone(model)
+    run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
+    # asked for a cache where layers are checkpointed, transformers warns that it makes none; it takes ours
+    own = not getattr(cache, "replayed", False)
+    frozen = starting_weights(model) if state.config.frozen_stage1 else contextlib.nullcontext()
+    with state.positions(policy), frozen:
+        output = backbone(**run, **as_cache(cache), use_cache=own)
+    return getattr(output, "last_hidden_state", None)  # Llama 4 is its own backbone, and gives logits
+
+
+def _block(batch: Batch, span: BlockSpan, cache: DynamicCache, row: int, start: int) -> VoCoBlock:
+    """The block whose VoCo tokens stand at the slots from ``start`` on of ``row``."""
+    flat = batch.positions if batch.positions.dim() == 2 else batch.positions[0]
+    first = int(flat[span.row, span.voco])
+    slots = slice(start, start + span.num_voco)
+    return VoCoBlock(
+        keys=tuple(layer.keys[row, :, slots].clone() for layer in cache.layers),
+        values=tuple(layer.values[row, :, slots].clone() for layer in cache.layers),
+        position=first,
+        extent=first - int(batch.positions[..., span.row, span.start].amax()),
+        num_vision=span.num_vision,
+        relocatable=batch.state.config.block_context == "self",
+        order=span.voco - int(batch.first_real[span.row]),
+    )

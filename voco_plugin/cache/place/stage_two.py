@@ -1,0 +1,349 @@
+"""Stage 2 (paper, Sec. 3.3, Fig. 4): the blocks' keys and values as a KV prefix, the text after them.
+
+Per row the KV cache holds ``[padding, C of every block, text …]``: the blocks come first whatever their place
+in the stream. Where each stands in the sequence is kept beside the cache, so that a text token sees only
+blocks before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache, DynamicCache
+
+from ...core.kv_cache import CacheState
+from ...core.layout import TokenKind
+from ...core.masks import TokenTable
+from ..block import VoCoBlock
+from ..cache import VoCoCache
+from ..fingerprint import differences, fingerprint, of_blocks
+from .relocation import relocator_for
+from .row_plan import RowPlan, plan_row
+
+MADE_BY = "_voco_made_by"
+"""Attribute of a KV cache: the fingerprint of what made it."""
+
+
+@dataclass
+class Placed:
+    """What stage 2 runs on. ``B`` rows, ``S`` stream tokens, ``T`` text tokens (left-padded), ``P`` cached
+    slots.
+
+    Attributes:
+        input_ids: ``(B, T)``, the stream without its VoCo tokens.
+        attention_mask: ``(B, P + T)``.
+        position_ids: ``(B, T)``.
+        past: the placed blocks.
+        columns: ``(B, T)``, the stream column of each text token; -1 for padding.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    past: DynamicCache
+    columns: torch.Tensor
+
+
+def made_by(model, state) -> dict[str, Any]:
+    """The fingerprint of this attached model as it reads now."""
+    return fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+
+
+def blocks_made_by(model, state) -> dict[str, Any]:
+    """The fingerprint of the blocks that this attached model makes now."""
+    return of_blocks(made_by(model, state))
+
+
+def check_cache(model, state, cache: VoCoCache) -> dict[str, Any]:
+    """The model's fingerprint (as it reads); refuses a cache that this model did not make under this rule.
+
+    Raises:
+        ValueError: it says what differs.
+    """
+    if not state.config.isolates:
+        raise ValueError(
+            "rule='causal' has no cached inference: text reads the vision tokens; use rule='isolated'."
+        )
+    mine = made_by(model, state)
+    if not len(cache):
+        return mine
+    if not cache.fingerprint:
+        raise ValueError(
+            "this cache has no fingerprint, so it cannot be told which model made it; make it with "
+            "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
+        )
+    expected = of_blocks(mine)
+    if state.family.prefix_lm and "attention" in cache.fingerprint:
+        expected["attention"] = cache.fingerprint["attention"]  # told by stage 1's inputs, not by the model
+    wrong = differences(expected, cache.fingerprint)
+    if wrong:
+        raise ValueError(
+            f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images "
+            "again."
+        )
+    return mine
+
+
+def _rows_of_blocks(cache: VoCoCache, rows: int) -> list[list[VoCoBlock]]:
+    if cache.num_rows == rows:
+        return [[b for b, r in zip(cache.blocks, cache.rows, strict=True) if r == row] for row in range(rows)]
+    if cache.num_rows == 1:
+        return [list(cache.blocks)] * rows  # one set of images, many prompts
+    raise ValueError(
+        f"the cache holds {cache.num_rows} rows and input_ids {rows}; give one row of blocks per prompt."
+    )
+
+
+def place(
+    model,
+    state,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: VoCoCache,
+    token_types: torch.Tensor | None = None,
+    before: Cache | None = None,
+    trusted: bool = False,
+) -> Placed:
+    """Put ``cache`` under the stream ``input_ids`` ``(B, S)``.
+
+    Args:
+        token_types: ``(B, S)``, a prefix-LM's ``token_type_ids`` of the stream; ``None`` takes all of it for
+            the prefix where stage 1 was given token types, as the processor does for a prompt.
+        before: a KV cache that the stream goes on from (of ``model.prefix_cache``, or of an earlier turn), of
+            one row or ``B``; it is not changed. ``P`` counts its slots.
+        trusted: whether the blocks were made by this model a moment ago, in the forward that runs (training),
+            or were checked before: neither fingerprint nor dtype is compared, and under autocast they differ.
+
+    Raises:
+        ValueError: another model's cache, another K, blocks and VoCo tokens that do not match, vision tokens
+            in the stream, a row without text, or a block that cannot be moved to where the prompt puts it.
+    """
+    mine = {} if trusted else check_cache(model, state, cache)
+    rows, columns = input_ids.shape
+    device = input_ids.device
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if tuple(mask.shape) != (rows, columns):
+        raise ValueError(f"attention_mask must be 2-D of shape {(rows, columns)}, not {tuple(mask.shape)}.")
+    kinds = _kinds(state.vocab, input_ids, mask)
+    per_row = _rows_of_blocks(cache, rows)
+    past = _Past.of(before, mine, rows)
+    compact = state.config.positions == "compact"
+    plans = [
+        plan_row(r, kinds[r], per_row[r], compact, past.next_position[r], past.next_order[r])
+        for r in range(rows)
+    ]
+    empty = next((r for r, plan in enumerate(plans) if not len(plan.columns)), None)
+    if empty is not None:
+        raise ValueError(
+            f"sample {empty}: the prompt holds no text token to answer from; add one after the images."
+        )
+
+    text_length = max(len(plan.columns) for plan in plans)
+    slots = max((sum(b.num_tokens for b in blocks) for blocks in per_row), default=0)
+    text = np.full((3, rows, text_length), 0, dtype=np.int64)  # source column, position, order
+    text[0] = -1
+    held = np.zeros((3, rows, slots), dtype=np.int64)  # kind, block, order of the blocks' slots
+    held[0], held[1] = TokenKind.PAD, -1
+    for row, plan in enumerate(plans):
+        pad = text_length - len(plan.columns)
+        text[:, row, pad:] = plan.columns, plan.positions, plan.orders
+        counts = np.array([b.num_tokens for b in per_row[row]], dtype=np.int64)
+        slot = slots - int(counts.sum())
+        held[0, row, slot:] = TokenKind.VOCO
+        held[1, row, slot:] = np.repeat(np.arange(len(counts)), counts) + past.num_blocks[row]
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        held[2, row, slot:] = np.repeat(plan.block_orders, counts) + np.arange(counts.sum()) - first
+    if before is None:
+        # a chunked backbone counts its chunks from the mask's first real slot, and slots before it as order
+        filled = np.concatenate([held[0] != TokenKind.PAD, text[0] >= 0], axis=1)
+        leading = filled.argmax(axis=1)[:, None]
+        held[2] += leading
+        text[2] += leading
+    dtype = None if trusted else model.get_input_embeddings().weight.dtype
+    _check_reach(model, state, plans, per_row, int(text[1].max()), int(text[2].max()) + 1, dtype)
+    key_values = _key_values(model, state, per_row, plans, slots, before)
+
+    source, position_ids, orders = torch.from_numpy(text).to(device)
+    table = past.table.append(TokenTable(*torch.from_numpy(held))).to(device)
+    text_kind = torch.where(source >= 0, TokenKind.TEXT, TokenKind.PAD)
+    planned = TokenTable(text_kind, torch.full_like(text_kind, -1), orders)
+    ids = torch.where(source >= 0, input_ids.gather(1, source.clamp_min(0)), _any_text_id(input_ids, kinds))
+    counted = [len(blocks) for blocks in per_row]
+    CacheState(
+        table=table,
+        next_position=torch.tensor([plan.end for plan in plans], device=device),
+        next_order=orders[:, -1] + 1,
+        num_blocks=torch.from_numpy(past.num_blocks + counted).to(device),
+        planned=planned,
+        planned_positions=position_ids,
+        planned_prefix=_prefix(state, cache, table, source, token_types),
+        settled=past.settled and not (state.config.hide_prefix or state.family.windowed(model)),
+    ).put_on(key_values)
+    setattr(key_values, MADE_BY, mine)
+    full_mask = torch.cat([table.kind != TokenKind.PAD, source >= 0], dim=1).long()
+    return Placed(ids, full_mask, position_ids, key_values, source)
+
+
+def _kinds(vocab, input_ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """:class:`TokenKind` of the stream's tokens ``(B, S)``, on the CPU."""
+    ids, real = input_ids.cpu().numpy(), mask.cpu().numpy().astype(bool)
+    vision = np.isin(ids, sorted(vocab.placeholders)) & real
+    if vision.any():
+        row, column = (int(v) for v in np.argwhere(vision)[0])
+        raise ValueError(
+            f"sample {row}, position {column}: the stream holds an image token; with voco_cache the prompt "
+            "holds only text and VoCo tokens (model.stream_inputs drops the vision tokens)."
+        )
+    kinds = np.where(real, TokenKind.TEXT, TokenKind.PAD)
+    return np.where((ids == vocab.voco_id) & real, TokenKind.VOCO, kinds).astype(np.int64)
+
+
+@dataclass
+class _Past:
+    """What stands in the KV cache before the stream: ``B`` rows, on the CPU."""
+
+    table: TokenTable
+    next_position: np.ndarray
+    next_order: np.ndarray
+    num_blocks: np.ndarray
+    settled: bool
+
+    @classmethod
+    def of(cls, before: Cache | None, mine: dict[str, Any], rows: int) -> _Past:
+        if before is None:
+            none = torch.zeros(rows, 0, dtype=torch.long)
+            zeros = np.zeros(rows, dtype=np.int64)
+            return cls(TokenTable(none, none, none), zeros, zeros, zeros, True)
+        held = CacheState.of(before)
+        if held is None:
+            raise ValueError(
+                "prefix_cache holds a KV cache of which nothing is known; make it with model.prefix_cache."
+            )
+        wrong = differences(mine, getattr(before, MADE_BY, {}))
+        if wrong:
+            raise ValueError(
+                f"prefix_cache was not made by this model under this rule: {'; '.join(wrong)}; make it again "
+                "with model.prefix_cache."
+            )
+        if held.table.num_rows not in (1, rows):
+            raise ValueError(f"prefix_cache holds {held.table.num_rows} rows and input_ids {rows}.")
+        held = held.synced(before.get_seq_length(), rows)
+        if held.planned is not None:
+            raise ValueError("prefix_cache belongs to a prompt that has not been read to its end.")
+        return cls(
+            held.table.to("cpu"),
+            *(v.cpu().numpy() for v in (held.next_position, held.next_order, held.num_blocks)),
+            held.settled,
+        )
+
+
+def _prefix(state, cache: VoCoCache, table: TokenTable, source: torch.Tensor, token_types) -> Any:
+    """``(B, P + T)`` bool, what sees each other both ways; ``None`` outside a prefix-LM's bidirectional
+    prompt.
+    """
+    if cache.fingerprint.get("attention") != "prefix" or not table.length:
+        return None
+    text = source >= 0
+    if token_types is not None:
+        text = text & state.family.prefix(token_types.to(source.device).gather(1, source.clamp_min(0)))
+    return torch.cat([table.kind == TokenKind.VOCO, text], dim=1)
+
+
+def _any_text_id(input_ids: torch.Tensor, kinds: np.ndarray) -> torch.Tensor:
+    """An id of the batch that is plain text: what the left padding is filled with (it is masked)."""
+    row, column = np.argwhere(kinds == TokenKind.TEXT)[0]
+    return input_ids[row, column]
+
+
+def _check_reach(
+    model, state, plans: list[RowPlan], per_row, last: int, tokens: int, dtype: torch.dtype | None
+) -> None:
+    """Refuse what no rotation can give. ``last`` is the largest position of the prompt, ``tokens`` its length
+    with vision tokens, ``dtype`` what blocks must be in (``None``: anything).
+    """
+    if not any(per_row):
+        return
+    relocator = relocator_for(state, state.family.text_model(model), state.family.backbone(model))
+    chunk = state.family.chunk_size(model)
+    example = next(b for blocks in per_row for b in blocks)
+    far = max(b.position + b.num_tokens - 1 for blocks in per_row for b in blocks)
+    relocator.check_range(max(last, far))
+    relocator.check_length(tokens)
+    for row, (plan, blocks) in enumerate(zip(plans, per_row, strict=True)):
+        for number, block in enumerate(blocks):
+            position, order = int(plan.block_positions[number]), int(plan.block_orders[number])
+            if block.num_layers != example.num_layers or block.dtype != (dtype or block.dtype):
+                raise ValueError(
+                    f"sample {row}, block {number}: {block.num_layers} layers in {block.dtype}, the model "
+                    f"has {example.num_layers} in {dtype}; compress with this model, or cast with "
+                    "cache.to(dtype)."
+                )
+            if position != block.position and not block.relocatable:
+                raise ValueError(
+                    f"sample {row}, block {number}: made with block_context='prefix' at position "
+                    f"{block.position}, so it cannot stand at {position}; use the same prompt up to it, or "
+                    "block_context='self'."
+                )
+            if chunk is not None and block.cuts(chunk, order) != block.cuts(chunk, block.order):
+                raise ValueError(
+                    f"sample {row}, block {number}: this backbone attends in chunks of {chunk} tokens, which "
+                    f"cut the image differently at token {order} than at token {block.order}, where it was "
+                    "compressed; compress it in this prompt."
+                )
+
+
+def _key_values(
+    model, state, per_row, plans: list[RowPlan], slots: int, before: Cache | None
+) -> DynamicCache:
+    """``before`` and the relocated blocks of every row, left-padded to ``slots``; fresh tensors, what was
+    given stays as it is.
+    """
+    past = DynamicCache()
+    device = model.get_input_embeddings().weight.device
+    if before is not None:
+        for index, layer in enumerate(before.layers):
+            rows = len(per_row) // layer.keys.shape[0]
+            past.update(layer.keys.repeat_interleave(rows, 0), layer.values.repeat_interleave(rows, 0), index)
+    # a block that stands at one place in many rows is moved once
+    columns: dict[tuple[int, int], int] = {}
+    chosen: list[VoCoBlock] = []
+    deltas: list[int] = []
+    index = np.full((len(per_row), slots), -1, dtype=np.int64)
+    for row, (blocks, plan) in enumerate(zip(per_row, plans, strict=True)):
+        slot = slots - sum(b.num_tokens for b in blocks)
+        for block, position in zip(blocks, plan.block_positions.tolist(), strict=True):
+            count = block.num_tokens
+            start = columns.setdefault((id(block), position), len(deltas))
+            if start == len(deltas):
+                chosen.append(block)
+                deltas += [position - block.position] * count
+            index[row, slot : slot + count] = np.arange(start, start + count)
+            slot += count
+    if not chosen:
+        return past
+    layers = range(chosen[0].num_layers)
+    tensors = tuple(
+        [torch.cat([getattr(b, name)[layer].to(device) for b in chosen], dim=1) for layer in layers]
+        for name in ("keys", "values")
+    )
+    if any(deltas):
+        relocator = relocator_for(state, state.family.text_model(model), state.family.backbone(model))
+        tensors = relocator.move(tensors, torch.tensor(deltas, device=device))
+    gather = torch.from_numpy(np.where(index < 0, len(deltas), index)).to(device)
+    in_order = len(per_row) == 1 and bool((index == np.arange(slots)).all())
+    for layer in layers:
+        past.update(*(_laid_out(t[layer], gather, in_order) for t in tensors), layer)
+    return past
+
+
+def _laid_out(flat: torch.Tensor, gather: torch.Tensor, in_order: bool) -> torch.Tensor:
+    """``(B, H, slots, D)`` of the tokens ``flat`` ``(H, T, D)`` that ``gather`` ``(B, slots)`` names; ``T``
+    stands for padding.
+    """
+    if in_order:
+        return flat[None]
+    padded = torch.nn.functional.pad(flat, (0, 0, 0, 1))
+    return padded[:, gather].transpose(0, 1).contiguous()

@@ -1,0 +1,136 @@
+"""The VoCo tokens' input embeddings, where these are more than the token's row: made of each block's image.
+
+A second hook sits on the decoder stack, where the image features are merged in already, whatever the
+family. It reads off them what the compressor wants and writes what it makes to the blocks' VoCo slots. Stage
+1 and the single pass go through the same hook; stage 2 holds no block and passes it by.
+
+Shapes: ``B`` rows, ``N`` tokens a row, ``G`` blocks of one size, ``n`` image features and ``k`` VoCo tokens
+of each, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .layout import BlockSpan, SequenceLayout, TokenKind, TokenVocabulary
+
+if TYPE_CHECKING:
+    from ..models.compressors import Compressor
+
+NAME = "voco_compressor"
+"""The module's name on the model, so the prefix of its weights in a checkpoint."""
+QUESTION_MASK = "question_mask"
+"""The batch key: ``(B, N)``, 1 where a token belongs to a question; wanted where labels hide an answer."""
+
+
+@dataclass
+class Places:
+    """Where the blocks of one forward stand.
+
+    Attributes:
+        vision: per block, its row and the columns of its image features ``(n,)``.
+        voco: per block, the columns of its VoCo tokens ``(k,)``.
+        question: per block, the columns of the question behind it; empty where nothing reads it.
+        written: whether the hook has run.
+    """
+
+    vision: list[tuple[int, torch.Tensor]]
+    voco: list[torch.Tensor]
+    question: list[torch.Tensor]
+    written: bool = False
+
+
+class BlockEmbeddings:
+    """Writes a compressor's embeddings; the compressor is a submodule of ``model``, so that it is saved,
+    moved and trained with it.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    @property
+    def compressor(self) -> Compressor:
+        return getattr(self.model, NAME)
+
+    def places(
+        self,
+        ids: torch.Tensor,
+        layout: SequenceLayout,
+        vocab: TokenVocabulary,
+        question: torch.Tensor | None = None,
+    ) -> Places | None:
+        """The blocks of ``layout`` in ``ids`` ``(B, N)``; ``None`` where there are none.
+
+        Args:
+            question: ``(B, N)``, which tokens are the question's; ``None``: all text behind a block.
+
+        Raises:
+            ValueError: the compressor reads the question, the model trains, and no one says which tokens
+                are the question's (an answer would be read with it).
+        """
+        if not layout.spans:
+            return None
+        reads = self.compressor.reads_question
+        if reads and question is None and self.model.training:
+            raise ValueError(
+                f"this compressor reads the question, and without {QUESTION_MASK} it would read the answers "
+                "with it; let VoCoDataCollator make the batch."
+            )
+        features = torch.isin(ids.cpu(), torch.tensor(sorted(vocab.placeholders)))
+        text = layout.kind == TokenKind.TEXT
+        if question is not None:
+            text = text & question.cpu().bool()
+        vision, voco, asked = [], [], []
+        for span in layout:
+            vision.append((span.row, _columns(features[span.row], span, span.start, span.voco)))
+            voco.append(torch.arange(span.voco, span.stop))
+            behind = _columns(text[span.row], span, span.stop, ids.shape[1]) if reads else torch.arange(0)
+            asked.append(behind)
+        return Places(vision, voco, asked)
+
+    def write(self, places: Places, embeddings: torch.Tensor) -> torch.Tensor:
+        """``(B, N, D)`` with every block's VoCo slots written anew."""
+        sizes: dict[tuple[int, int], list[int]] = {}
+        for number, ((_, columns), voco) in enumerate(zip(places.vision, places.voco, strict=True)):
+            sizes.setdefault((len(columns), len(voco)), []).append(number)
+        rows, columns, made = [], [], []
+        device = embeddings.device
+        for members in sizes.values():
+            row = torch.tensor([places.vision[m][0] for m in members], device=device)[:, None]
+            seen = torch.stack([places.vision[m][1] for m in members]).to(device)
+            slots = torch.stack([places.voco[m] for m in members]).to(device)
+            question = None
+            if self.compressor.reads_question:
+                question = [embeddings[places.vision[m][0], places.question[m].to(device)] for m in members]
+            own = embeddings[row[0], slots[0]]
+            new = self.compressor(embeddings[row, seen], own, question)
+            rows.append(row.expand_as(slots).reshape(-1))
+            columns.append(slots.reshape(-1))
+            made.append(new.reshape(-1, new.shape[-1]).to(embeddings.dtype))
+        places.written = True
+        return embeddings.index_put((torch.cat(rows), torch.cat(columns)), torch.cat(made))
+
+
+def _columns(wanted: torch.Tensor, span: BlockSpan, start: int, stop: int) -> torch.Tensor:
+    """The columns from ``start`` to ``stop`` that ``wanted`` ``(N,)`` names."""
+    return torch.nonzero(wanted[start:stop]).flatten() + start
+
+
+def in_packed_rows(spans: Sequence[BlockSpan], documents: Any) -> list[BlockSpan]:
+    """The blocks of documents laid out alone, where they stand in the packed rows (``packing.Documents``)."""
+    starts: list[int] = []
+    filled: dict[int, int] = {}
+    for row, size in zip(documents.row.tolist(), documents.sizes, strict=True):
+        real = documents.real[row].nonzero().flatten()
+        starts.append(int(real[filled.get(row, 0)]))
+        filled[row] = filled.get(row, 0) + size
+    found = []
+    for span in spans:
+        row, shift = int(documents.row[span.row]), starts[span.row]
+        moved = (span.start + shift, span.voco + shift, span.stop + shift)
+        found.append(BlockSpan(row, len(found), *moved))
+    return found

@@ -1,0 +1,209 @@
+"""Questions in words → answers in words: with the image in the prompt, from a cache, or with no image at all.
+
+What `voco compress`, `voco generate` and `voco eval` stand on. Everything is batched; rows are padded on the
+left.
+
+Shapes: ``B`` prompts of a batch, ``K`` VoCo tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..cache import VoCoCache
+from ..core.attached import is_attached
+from ..data.images import BadImageError, find_refused
+from .prompts import Messages, ask, check_times, encode, stream_of
+
+Tick = Callable[[int], Any]
+
+
+@torch.no_grad()
+def compress_images(
+    model: Any,
+    processor: Any,
+    images: Iterable[Any],
+    *,
+    num_tokens: int | None = None,
+    batch_size: int = 8,
+    max_memory: int | None = None,
+    tick: Tick | None = None,
+    refused: Callable[[int, str], Any] | None = None,
+) -> Iterator[VoCoCache]:
+    """Each image compressed alone (paper, Sec. 3.3, stage 1): a cache of one block, in order.
+
+    Args:
+        images: PIL images; read as they are needed.
+        num_tokens: K; ``None`` takes the model's.
+        batch_size: images read and prepared at a time; those of one size run together.
+        max_memory: bytes of working memory that one forward may take (``model.compress``); fewer images then
+            run together.
+        tick: called with the number of images just done.
+        refused: called with the number of an image that the image processor does not take, and the reason;
+            it is left out. ``None``: it raises.
+
+    Raises:
+        BadImageError: the image processor does not take an image.
+        ValueError: ``max_memory`` is below what one image takes.
+    """
+    before = 0
+    for whole in _chunks(images, batch_size):
+        chunk, inputs = _encode_images(processor, whole, before, refused)
+        before += len(whole)
+        if not chunk:
+            continue
+        inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
+        cache = model.compress(**on_device(model, inputs), max_memory=max_memory)
+        for row in range(len(chunk)):
+            yield cache.row(row)
+        if tick is not None:
+            tick(len(chunk))
+
+
+def _encode_images(
+    processor: Any, images: list[Any], before: int, refused: Callable[[int, str], Any] | None
+) -> tuple[list[Any], dict[str, Any]]:
+    """The images that the processor takes, and its output for them, each in a prompt of its own.
+
+    Args:
+        before: images before these, for their numbers.
+    """
+
+    def encoded(kept: list[Any]) -> dict[str, Any]:
+        return encode(processor, [ask("") for _ in kept], [[image] for image in kept]) if kept else {}
+
+    try:
+        return images, encoded(images)
+    except Exception:
+        bad = find_refused(getattr(processor, "image_processor", processor), images)
+        if not bad:
+            raise
+    for number, reason in bad.items():
+        if refused is None:
+            raise BadImageError(f"image number {before + number + 1} cannot be used: {reason}.")
+        refused(before + number, reason)
+    kept = [image for number, image in enumerate(images) if number not in bad]
+    return kept, encoded(kept)
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    *,
+    images: Sequence[Sequence[Any]] | None = None,
+    caches: Sequence[VoCoCache] | None = None,
+    times: Sequence[Sequence[str | None]] | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    tick: Tick | None = None,
+    **generate: Any,
+) -> list[str]:
+    """The model's answers, greedy unless ``generate`` says otherwise.
+
+    Args:
+        questions: ``Q`` questions, each asked alone.
+        images: per question its images. An attached model compresses them, a plain one reads every vision
+            token.
+        caches: instead of images: per question the cache of its images, which are not opened again.
+        times: per question the time text before each image (frames of a video), or ``None``.
+        generate: passed to ``model.generate``.
+
+    Raises:
+        ValueError: images and caches are both given, their number is not that of the questions, a plain
+            model is to answer from a cache, or the chat template does not keep times before their images.
+    """
+    if images is not None and caches is not None:
+        raise ValueError("give images or caches, not both.")
+    for name, given in (("images", images), ("caches", caches), ("times", times)):
+        if given is not None and len(given) != len(questions):
+            raise ValueError(
+                f"{len(given)} {name} for {len(questions)} questions; give one entry per question."
+            )
+    if caches is not None and not is_attached(model):
+        raise ValueError(
+            "a model without VoCo attached cannot answer from a cache; load it with voco_plugin.load."
+        )
+    if times is not None and any(when is not None for row in times for when in row):
+        check_times(processor)
+    generate.setdefault("do_sample", False)
+    out: list[str] = []
+    with evaluating(model):
+        for start in range(0, len(questions), batch_size):
+            part = slice(start, start + batch_size)
+            shown = (_part(images, part), _part(caches, part), _part(times, part))
+            inputs = prompt(model, processor, questions[part], *shown)
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)
+            fresh = ids[:, inputs["input_ids"].shape[1] :]
+            out += [text.strip() for text in processor.batch_decode(fresh, skip_special_tokens=True)]
+            if tick is not None:
+                tick(len(questions[part]))
+    return out
+
+
+def prompt(
+    model: Any,
+    processor: Any,
+    questions: Sequence[str],
+    images: Sequence[Sequence[Any]] | None = None,
+    caches: Sequence[VoCoCache] | None = None,
+    times: Sequence[Sequence[str | None]] | None = None,
+) -> dict[str, Any]:
+    """The arguments of ``model(...)`` or ``model.generate(...)`` for a batch of questions; see
+    :func:`answer`."""
+    if caches is not None:
+        stacked = VoCoCache.stack(caches)
+        batch = _asked(questions, caches, times)
+        return on_device(model, {**stream_of(model, processor, batch, stacked), "voco_cache": stacked})
+    if images is None:
+        return on_device(model, encode(processor, [ask(q, 0) for q in questions], None))
+    batch = _asked(questions, images, times)
+    inputs = encode(processor, batch, images)
+    return on_device(model, model.insert_voco_tokens(inputs) if is_attached(model) else inputs)
+
+
+def _asked(questions: Sequence[str], shown: Sequence[Any], times: Any) -> list[Messages]:
+    """Each question after its images (or cached ones)."""
+    told = [None] * len(questions) if times is None else times
+    return [ask(q, len(row), when) for q, row, when in zip(questions, shown, told, strict=True)]
+
+
+def _part(items: Any, part: slice) -> Any:
+    return None if items is None else items[part]
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def on_device(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs`` on the model's device, pixels in its dtype."""
+    device, dtype = model.device, model.dtype
+    return {
+        key: value.to(device, dtype) if torch.is_tensor(value) and value.is_floating_point()
+        else value.to(device) if torch.is_tensor(value) else value
+        for key, value in inputs.items()
+    }  # fmt: skip
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode (a cache is the same whenever it is made), and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,199 @@
+"""``generate`` on placed blocks: what stands between transformers' decoding loops and a KV cache whose first
+slots have no token ids.
+
+Stock ``generate`` takes a KV cache with input ids that follow it. That is enough for greedy search, sampling
+and beams. A static cache and an assistant model count on ids for every slot: they get a head start, that is,
+the prompt is read first, under the rule, and generation goes on from its last token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, StaticCache
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+
+from .._compat import as_cache, cache_of, given_cache
+from ..cache.place.stage_two import Placed
+from ..core.forward import Attachment
+
+_WHOLE_IDS = "_voco_whole_ids"
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_DYNAMIC = (None, "dynamic", "dynamic_full")
+
+
+def setting(model: Any, args: tuple, kwargs: dict, name: str, default: Any = None) -> Any:
+    """A generation setting: of the call, of the generation config given, or of the model's."""
+    config = (
+        kwargs.get("generation_config")
+        or (args[0] if args else None)
+        or getattr(model, "generation_config", None)
+    )
+    value = kwargs.get(name)
+    if value is None:
+        value = getattr(config, name, None)
+    return default if value is None else value
+
+
+def expansion(model: Any, args: tuple, kwargs: dict) -> int:
+    """How often ``generate`` repeats each row."""
+    beams = setting(model, args, kwargs, "num_beams", 1)
+    returned = setting(model, args, kwargs, "num_return_sequences", 1)
+    return max(beams, returned)
+
+
+def is_assisted(model: Any, args: tuple, kwargs: dict) -> bool:
+    return any(setting(model, args, kwargs, name) is not None for name in _ASSISTED)
+
+
+def check_draft(model: Any, kwargs: dict) -> None:
+    """An assistant model needs as many rows as the model, which got one for the VoCo token.
+
+    Raises:
+        ValueError: it has another number, and no tokenizers were given to translate; or it cannot read the
+            positions of a multi-axis family.
+    """
+    draft = kwargs.get("assistant_model")
+    if draft is not None and hasattr(model.base_model, "get_rope_index"):
+        if not hasattr(draft.base_model, "get_rope_index"):
+            raise ValueError(
+                f"assistant_model is a {type(draft).__name__}, which counts positions on one axis, and "
+                f"{type(model).__name__} on three; use a small model of the same family."
+            )
+    if draft is None or kwargs.get("assistant_tokenizer") is not None:
+        return
+    mine, its = (m.config.get_text_config().vocab_size for m in (model, draft))
+    if mine != its:
+        raise ValueError(
+            f"assistant_model has {its} token rows and this model {mine} (the VoCo token took one); with the "
+            f"same tokenizer, call assistant_model.resize_token_embeddings({mine}); with another, give "
+            "tokenizer and assistant_tokenizer."
+        )
+
+
+def static_kind(args: tuple, kwargs: dict) -> str | None:
+    """The static ``cache_implementation`` asked for, or ``None`` for a dynamic cache.
+
+    Raises:
+        ValueError: a cache that is neither.
+    """
+    kind = setting(None, args, kwargs, "cache_implementation")
+    if kind in _DYNAMIC:
+        return None
+    if kind == "static":
+        return "static"
+    wrong = "offloads or quantises" if kind not in ALL_STATIC_CACHE_IMPLEMENTATIONS else "cuts"
+    raise ValueError(
+        f"cache_implementation={kind!r} {wrong} its slots, which a cache of placed blocks does not; use "
+        "'static', or leave it out."
+    )
+
+
+def refuse_static_in_one_pass(args: tuple, kwargs: dict) -> None:
+    """A single pass masks the vision tokens in every step, which only a dynamic cache lets it do."""
+    kind = setting(None, args, kwargs, "cache_implementation")
+    if kind not in _DYNAMIC:
+        raise ValueError(
+            f"cache_implementation={kind!r} builds its masks outside the model, where the isolation rule is "
+            "not seen; answer from a cache (model.compress), or leave it out."
+        )
+
+
+def shift_lengths(args: tuple, kwargs: dict, by: int) -> None:
+    """``max_length`` and ``min_length`` count the prompt that the caller sees; ``by`` is what the prompt that
+    generate sees has more.
+    """
+    for name in ("max_length", "min_length"):
+        value = kwargs.get(name)
+        if value is None:
+            given = kwargs.get("generation_config") or (args[0] if args else None)
+            value = getattr(given, name, None)
+            if given is None or not value or (name == "max_length" and given.max_new_tokens is not None):
+                continue
+        kwargs[name] = max(value + by, 0)
+
+
+def head_start(
+    model: Any, state: Attachment, placed: Placed, types: torch.Tensor | None, read: Any
+) -> dict[str, Any]:
+    """Read the prompt under the rule; what ``generate`` goes on from: ``input_ids`` ``(B, P + T)`` (any text
+    id stands for a slot of a block), ``attention_mask`` and the KV cache up to the last token.
+
+    Args:
+        read: the model's forward.
+    """
+    more = {} if types is None else {"token_type_ids": types}
+    with state.positions("own"):
+        output = read(
+            input_ids=placed.input_ids,
+            attention_mask=placed.attention_mask,
+            use_cache=True,
+            logits_to_keep=1,
+            **as_cache(placed.past),
+            **more,
+        )
+    past = cache_of(output)
+    past.crop(-1)
+    slots = placed.attention_mask.shape[1] - placed.input_ids.shape[1]
+    filler = placed.input_ids[:, -1:].expand(-1, slots)
+    setattr(past, _WHOLE_IDS, True)
+    return {
+        "input_ids": torch.cat([filler, placed.input_ids], dim=1),
+        "attention_mask": placed.attention_mask,
+        **as_cache(past),
+    }
+
+
+def to_static(
+    model: Any, state: Attachment, started: dict[str, Any], positions: torch.Tensor, max_length: int
+) -> dict[str, Any]:
+    """``started`` with a static cache of ``max_length`` slots, which ``generate`` may compile for.
+
+    From here on the backbone's own mask says all there is to say, so the static cache is a plain one; only
+    the positions are the rule's.
+
+    Args:
+        positions: ``(B,)``, of the prompt's last token.
+
+    Raises:
+        ValueError: windows, chunks, ``hide_prefix`` or a prefix-LM need the rule in every step.
+    """
+    why = (
+        "hide_prefix=True" if state.config.hide_prefix
+        else "sliding or chunked attention" if state.family.windowed(model)
+        else "a prefix-LM's own count of positions" if state.family.prefix_lm
+        else None
+    )  # fmt: skip
+    if why is not None:
+        raise ValueError(
+            f"cache_implementation='static' builds masks and positions outside the model, and with {why} the "
+            "rule has a say in every step; leave it out."
+        )
+    static = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=max_length)
+    for index, layer in enumerate(given_cache(started).layers):
+        static.update(layer.keys, layer.values, index)
+    total = started["input_ids"].shape[1]
+    steps = torch.arange(1 - total, 1, device=positions.device)
+    own = (positions[:, None] + steps).clamp_min(0)  # only the last one is used
+    shaped = state.family.shape_positions(state.family.backbone(model), own)
+    return {**started, **as_cache(static), "position_ids": shaped}
+
+
+def only_new(past: Cache | None, input_ids: torch.Tensor) -> int | None:
+    """How many of ``input_ids`` are not in ``past`` yet, where the ids stand for its slots too."""
+    if past is None or not getattr(past, _WHOLE_IDS, False):
+        return None
+    return input_ids.shape[1] - int(past.get_seq_length())
+
+
+def with_prompt(output: Any, shown: torch.Tensor, prompt_length: int) -> Any:
+    """The caller's ids in place of the ``prompt_length`` ids at the head of the generated sequences."""
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    new = sequences[:, prompt_length:]
+    times = sequences.shape[0] // shown.shape[0]
+    joined = torch.cat([shown.repeat_interleave(times, dim=0).to(new.device), new], dim=1)
+    if isinstance(output, torch.Tensor):
+        return joined
+    output.sequences = joined
+    return output

@@ -1,0 +1,395 @@
+"""``VoCoGenerationMixin``: compress once, answer any number of prompts (paper, Sec. 3.3, Fig. 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+
+from .._compat import as_cache, cache_names, cache_of, given_cache
+from ..cache import VoCoCache
+from ..cache.compress.batching import Limits
+from ..cache.compress.stage_one import compress
+from ..cache.place.stage_two import place
+from ..core.forward import Attachment
+from ..core.injection import insert_voco_tokens
+from ..core.kv_cache import CacheState
+from ..core.layout import SequenceLayout
+from .generate_from_blocks import (
+    check_draft,
+    expansion,
+    head_start,
+    is_assisted,
+    only_new,
+    refuse_static_in_one_pass,
+    setting,
+    shift_lengths,
+    static_kind,
+    to_static,
+    with_prompt,
+)
+
+
+class VoCoGenerationMixin:
+    """The methods that ``attach`` gives a model. It stands before the model's own class in the method
+    order.
+    """
+
+    _voco_attachment: Attachment
+
+    # -- stage 1
+    # -------------------------------------------------------------------------------------------------
+
+    def insert_voco_tokens(self, inputs: dict[str, Any], num_tokens: int | None = None) -> dict[str, Any]:
+        """A processor's output with K VoCo tokens after every image (and the block sinks, where the rule has
+        them).
+
+        Args:
+            inputs: ``input_ids`` ``(B, N)``, ``attention_mask`` and the processor's other tensors.
+            num_tokens: K; by default the config's.
+        """
+        state = self._voco_attachment
+        mask = inputs.get("attention_mask")
+        left = mask is not None and bool((mask[:, 0] == 0).any())
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
+        return insert_voco_tokens(
+            dict(inputs),
+            state.vocab,
+            num_tokens or state.config.num_tokens,
+            pad_token_id=pad if isinstance(pad, int) and pad >= 0 else 0,
+            padding_side="left" if left else "right",
+        )
+
+    @torch.no_grad()
+    def compress(
+        self,
+        num_tokens: int | None = None,
+        max_memory: int | None = None,
+        max_batch_tokens: int | None = None,
+        **inputs: Any,
+    ) -> VoCoCache:
+        """Stage 1: the keys and values of every block's VoCo tokens. Blocks of one length share a forward.
+
+        Args:
+            num_tokens: the K each block gets, whatever number the inputs hold (elastic K, paper, Table 4);
+                ``None`` takes what they hold.
+            max_memory: bytes that one forward may take on top of the weights, as estimated from the config
+                (``cache/memory.py``); blocks run in chunks that fit. ``None``: no limit.
+            max_batch_tokens: vision and VoCo tokens that one forward may hold.
+            inputs: what the model's forward takes: ``input_ids`` ``(B, N)`` with vision and VoCo tokens,
+                ``attention_mask``, pixels.
+
+        Returns:
+            one :class:`~voco_plugin.cache.VoCoBlock` per block, in order, each with its batch row. Text
+            around the images changes nothing under ``block_context="self"``.
+
+        Raises:
+            LayoutError: the ids do not form blocks.
+            ValueError: the rule does not isolate, or a limit is below what one block (or the images that
+                cannot be told apart) takes.
+        """
+        return compress(self, self._voco_attachment, inputs, num_tokens, Limits(max_memory, max_batch_tokens))
+
+    def stream_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The compressed stream of ``inputs``: ``input_ids`` and ``attention_mask`` (and a prefix-LM's
+        ``token_type_ids``) without the vision tokens, left-padded.
+        """
+        state = self._voco_attachment
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        layout = SequenceLayout.from_ids(ids, mask, state.vocab)
+        keep = layout.in_stream.to(ids.device)
+        longest = int(keep.sum(dim=1).max())
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
+        stream = ids.new_full((ids.shape[0], longest), pad if isinstance(pad, int) and pad >= 0 else 0)
+        stream_mask = torch.zeros_like(stream)
+        types = inputs.get("token_type_ids") if state.family.prefix_lm else None
+        stream_types = None if types is None else torch.zeros_like(stream)
+        for row in range(ids.shape[0]):
+            kept = ids[row, keep[row]]
+            stream[row, longest - len(kept) :] = kept
+            stream_mask[row, longest - len(kept) :] = 1
+            if types is not None:
+                stream_types[row, longest - len(kept) :] = types[row, keep[row]]
+        out = {"input_ids": stream, "attention_mask": stream_mask}
+        return out if types is None else {**out, "token_type_ids": stream_types}
+
+    # -- stage 2
+    # -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefix_cache(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        voco_cache: VoCoCache | None = None,
+        prefix_cache: Cache | None = None,
+    ) -> DynamicCache:
+        """The keys and values of what many prompts begin with (a system prompt, or a conversation so far),
+        read once. ``forward`` and ``generate`` take it as ``prefix_cache``, with any blocks after it.
+
+        Args:
+            input_ids: ``(B, S)``, its stream; ``B`` is 1 where the prompts share it.
+            attention_mask: ``(B, S)``.
+            voco_cache: the blocks of its VoCo tokens, if it has any.
+            prefix_cache: what stands before it, if anything does; it is not changed.
+
+        Returns:
+            a transformers ``DynamicCache`` that remembers its rows' positions and what made it.
+        """
+        output = self._stage_two(
+            VoCoCache() if voco_cache is None else voco_cache, input_ids, attention_mask,
+            prefix_cache=prefix_cache, logits_to_keep=1,
+        )  # fmt: skip
+        return cache_of(output)
+
+    def forward(
+        self,
+        *args: Any,
+        voco_cache: VoCoCache | None = None,
+        prefix_cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward; with ``voco_cache``, stage 2.
+
+        Args:
+            voco_cache: the compressed images. ``input_ids`` ``(B, S)`` is then the stream, text and VoCo
+                tokens; the VoCo runs say where each block goes.
+            prefix_cache: what the stream goes on from (:meth:`prefix_cache`); it is not changed.
+
+        Returns:
+            the model's own output. With ``voco_cache``, ``logits`` has a row per stream token, ``(B, S,
+            vocabulary)``; those of VoCo tokens and padding are NaN: they were computed in stage 1, or never.
+        """
+        if voco_cache is None and prefix_cache is None:
+            return super().forward(*args, **kwargs)
+        voco_cache = VoCoCache() if voco_cache is None else voco_cache
+        return self._stage_two(voco_cache, *args, prefix_cache=prefix_cache, **kwargs)
+
+    def _stage_two(
+        self,
+        voco_cache: VoCoCache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        prefix_cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        decided = (*cache_names(), "inputs_embeds", "position_ids")
+        _refuse(kwargs, decided)
+        labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
+        return_dict = kwargs.pop("return_dict", None)
+        types = kwargs.pop("token_type_ids", None)
+        placed = place(
+            self, self._voco_attachment, input_ids, attention_mask, voco_cache, types, prefix_cache
+        )
+        if types is not None:
+            kwargs["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))
+        state = self._voco_attachment
+        last = placed.columns[:, -1] == input_ids.shape[1] - 1
+        if isinstance(keep, int) and keep == 1 and labels is None and bool(last.all()):
+            kwargs["logits_to_keep"] = 1  # the head on one token only
+        with state.positions("own"):
+            output = self._read(
+                input_ids=placed.input_ids,
+                attention_mask=placed.attention_mask,
+                use_cache=True,
+                **as_cache(placed.past),
+                **{k: v for k, v in kwargs.items() if k != "use_cache" and k not in decided},
+            )
+        logits = output.logits
+        if logits.shape[1] == 1 and kwargs.get("logits_to_keep"):
+            return output if return_dict is not False else output.to_tuple()
+        full = logits.new_full((*input_ids.shape, logits.shape[-1]), float("nan"))
+        row, column = (placed.columns >= 0).nonzero(as_tuple=True)
+        full = full.index_put((row, placed.columns[row, column]), logits[row, column])
+        if labels is not None:
+            output["loss"] = self.loss_function(logits=full, labels=labels, vocab_size=full.shape[-1])
+        output["logits"] = full[:, -keep:] if isinstance(keep, int) and keep else full
+        return output if return_dict is not False else output.to_tuple()
+
+    def _read(self, **kwargs: Any) -> Any:
+        """The model's own forward on placed blocks, through the hook where the model is its own backbone."""
+        hooked_here = self._voco_attachment.family.backbone(self) is self
+        return self.__call__(**kwargs) if hooked_here else super().forward(**kwargs)
+
+    # -- both
+    # ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        voco_cache: VoCoCache | None = None,
+        two_stage: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate, with everything transformers' ``generate`` takes.
+
+        Args:
+            voco_cache: answer from these blocks; ``input_ids`` is the stream. The cache is not changed.
+                ``prefix_cache`` (see :meth:`prefix_cache`) stands before it.
+                ``cache_implementation="static"`` decodes on a static cache (compiled where transformers
+                compiles).
+            two_stage: without ``voco_cache`` and with images: compress first, then answer from the blocks.
+                ``False`` keeps the vision tokens' keys in memory and masks them (the reference; the same
+                tokens), as does a compressor that reads the question.
+
+        Returns:
+            as ``generate``: the given ``input_ids`` followed by the new tokens.
+        """
+        if inputs is not None and kwargs.get("input_ids") is None:
+            kwargs["input_ids"] = inputs
+        ids = kwargs.get("input_ids")
+        state = self._voco_attachment
+        prefix = kwargs.pop("prefix_cache", None)
+        if voco_cache is None and prefix is None and (ids is None or not state.config.isolates):
+            return super().generate(*args, **kwargs)
+        if ids is None:
+            raise ValueError("generate(voco_cache=…) needs input_ids: the stream of text and VoCo tokens.")
+        if voco_cache is None:
+            past = given_cache(kwargs)
+            layout = SequenceLayout.from_ids(ids, _mask_of(kwargs, ids), state.vocab)
+            asks_first = state.embeddings is not None and state.embeddings.compressor.reads_question
+            if prefix is None and (not layout.spans or past is not None or not two_stage or asks_first):
+                if layout.spans or CacheState.of(past) is not None:
+                    refuse_static_in_one_pass(args, kwargs)
+                    self._suppress(kwargs, args)
+                with state.positions("own"):
+                    return super().generate(*args, **kwargs)
+            if layout.spans:
+                vision = {k: v for k, v in kwargs.items() if _is_model_input(k, v)}
+                stream = self.stream_inputs(vision)
+                rest = {k: v for k, v in kwargs.items() if k not in vision}
+                return self._generate_from(self.compress(**vision), stream, ids, args, rest, prefix)
+            voco_cache = VoCoCache()
+        stream = {"input_ids": ids, "attention_mask": _mask_of(kwargs, ids)}
+        rest = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
+        return self._generate_from(voco_cache, stream, ids, args, rest, prefix)
+
+    def _generate_from(
+        self, cache: VoCoCache, stream: dict, shown: torch.Tensor, args: tuple, kwargs: dict, prefix: Any
+    ) -> Any:
+        """Stock ``generate`` on the placed blocks; the output starts with the ids the caller gave."""
+        _refuse(kwargs, cache_names())
+        state = self._voco_attachment
+        static, assisted = static_kind(args, kwargs), is_assisted(self, args, kwargs)
+        if assisted:
+            check_draft(self, kwargs)
+        if len(cache) or prefix is not None:
+            self._suppress(kwargs, args)
+        if not _last_is_text(state, stream["input_ids"], stream["attention_mask"]):
+            raise ValueError(
+                "a prompt ends with an image, and its answer would follow from a VoCo token that was read in "
+                "stage 1; put text after the image, or use generate(…, two_stage=False)."
+            )
+        types = stream.get("token_type_ids", kwargs.pop("token_type_ids", None))
+        placed = place(self, state, stream["input_ids"], stream["attention_mask"], cache, types, prefix)
+        if types is not None:
+            types = types.gather(1, placed.columns.clamp_min(0))
+        times = expansion(self, args, kwargs)
+        if static is not None or assisted:
+            start = head_start(self, state, placed, types, self._read)
+        else:
+            start = {
+                "input_ids": placed.input_ids,
+                "attention_mask": placed.attention_mask,
+                **as_cache(placed.past),
+            }
+            if types is not None:
+                kwargs["token_type_ids"] = types
+        length = start["input_ids"].shape[1]
+        shift_lengths(args, kwargs, length - shown.shape[1])
+        if times > 1 and given_cache(start).get_seq_length():
+            given_cache(start).batch_repeat_interleave(times)
+        if static is not None:
+            kwargs["cache_implementation"] = None
+            most = setting(self, args, kwargs, "max_new_tokens")
+            most = length + most if most is not None else setting(self, args, kwargs, "max_length", 0)
+            most = max(most, length + 1, setting(self, args, kwargs, "max_cache_len", 0))
+            kwargs.pop("max_cache_len", None)
+            start = to_static(self, state, start, placed.position_ids[:, -1], most)
+        with state.positions("own"):
+            output = super().generate(*args, **start, **kwargs)
+        return with_prompt(output, shown, length)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; ids that stand for cached slots are left out."""
+        if kwargs.get("next_sequence_length") is None:
+            kwargs["next_sequence_length"] = only_new(given_cache(kwargs), input_ids)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _suppress(self, kwargs: dict, args: tuple) -> None:
+        """VoCo and image tokens are input only: after images they are never generated."""
+        vocab = self._voco_attachment.vocab
+        listed = setting(self, args, kwargs, "suppress_tokens", [])
+        kwargs["suppress_tokens"] = sorted({*listed, vocab.voco_id, *vocab.placeholders})
+
+    # -- saving
+    # --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """An ordinary transformers checkpoint, ``voco_config.json`` and, where one was given, the
+        processor.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            state = self._voco_attachment
+            state.save(save_directory)
+            if state.processor is not None:
+                state.processor.save_pretrained(save_directory)
+
+
+_GENERATION_ONLY = {
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "suppress_tokens",
+    *cache_names(),
+    "prefix_cache",
+    "tokenizer",
+}
+
+
+def _refuse(kwargs: dict, names: tuple[str, ...]) -> None:
+    """Refuse what the blocks decide."""
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} cannot be given together with voco_cache, which decides it; leave it out."
+            )
+
+
+def _last_is_text(state: Attachment, ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the last real token of every row is text."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    last = mask.long().cumsum(dim=1).argmax(dim=1, keepdim=True)
+    return bool((ids.gather(1, last) != state.vocab.voco_id).all())
+
+
+def _is_model_input(name: str, value: Any) -> bool:
+    if name in _GENERATION_ONLY:
+        return False
+    tensors = isinstance(value, torch.Tensor) or (
+        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, torch.Tensor) for v in value)
+    )
+    return tensors or name in ("mm_encoder_outputs", "vision_feature_layer", "vision_feature_select_strategy")
+
+
+def _mask_of(kwargs: dict, ids: torch.Tensor) -> torch.Tensor:
+    mask = kwargs.get("attention_mask")
+    past = given_cache(kwargs)
+    if mask is None:
+        return torch.ones_like(ids)
+    return mask[:, -ids.shape[1] :] if past is not None else mask
+
+
+__all__ = ["VoCoGenerationMixin"]

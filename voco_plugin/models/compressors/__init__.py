@@ -1,0 +1,25 @@
+"""What a block's K tokens are when they enter the language model; one thing per file.
+
+    inside the LLM    voco            the VoCo token's row; vision is read by attention (the paper's)
+                      + token_init    slots: a row for each slot; pooled: seeded with the mean of the image
+    outside it        avg_pool  qformer  llama_vid  pixel_shuffle  token_merge  matryoshka
+
+A rival outside the LLM makes K embeddings of the vision tokens, which stand where the VoCo tokens stand; the
+rule then hides the vision tokens from these too. So each trains, caches and is evaluated as VoCo is.
+"""
+
+from ...registry import compressors
+from .base import Compressor, build_compressor
+
+for _name, _class in {
+    "voco": "voco:VoCo",
+    "avg_pool": "avg_pool:AveragePool",
+    "qformer": "qformer:QFormer",
+    "llama_vid": "llama_vid:LlamaVid",
+    "pixel_shuffle": "pixel_shuffle:PixelShuffle",
+    "token_merge": "token_merge:TokenMerge",
+    "matryoshka": "matryoshka:Matryoshka",
+}.items():
+    compressors.register(_name, f"voco_plugin.models.compressors.{_class}")
+
+__all__ = ["Compressor", "build_compressor"]

@@ -1,0 +1,162 @@
+"""``load``: an existing VLM, a saved VoCo model, or a LoRA checkpoint, by path or hub id alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import CONFIG_NAME, VoCoConfig
+from ..core.attached import attachment
+from ..core.block_embeddings import NAME
+from ..core.layout import TokenVocabulary
+from .attaching import attach
+from .compressor_weights import expected_by, load_compressor, read_compressor
+
+
+def save_voco_config(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
+    """Write ``voco_config.json`` of an attached model into ``folder``: the rule and the ids it is read by."""
+    return attachment(model).save(folder)
+
+
+def find_file(source: str, name: str, **hub: Any) -> str | None:
+    """A file of a local folder or a hub repository; ``None`` where it has none."""
+    if os.path.isdir(source):
+        path = Path(source) / name
+        return str(path) if path.is_file() else None
+    from transformers.utils import cached_file
+
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
+    sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
+    return TokenVocabulary(**{k: frozenset(v) if k in sets else v for k, v in values.items()})
+
+
+def _made_alike(config: VoCoConfig, saved: VoCoConfig) -> bool:
+    """Whether both say the same of how the VoCo tokens' embeddings are made."""
+    fields = ("compressor", "compressor_options", "token_init")
+    return all(getattr(config, name) == getattr(saved, name) for name in fields)
+
+
+def auto_class(source: str, **options: Any) -> Any:
+    """The auto class that loads the checkpoint: a few vision-language models (Phi-4) are registered as causal
+    language models only.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source, **options)
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    if not known and hasattr(config, "vision_config") and type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
+def load(
+    source: str | os.PathLike,
+    voco: VoCoConfig | dict | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **model_kwargs: Any,
+) -> tuple[torch.nn.Module, Any]:
+    """Load a model with VoCo attached, and its processor.
+
+    Args:
+        source: path or hub id of an existing VLM, of a model saved by this package, or of a PEFT adapter
+            trained by it (its base model is loaded from where ``adapter_config.json`` says).
+        voco: the rule for an existing VLM; for a saved model, ``None`` keeps the rule it was saved with, and
+            a config given here replaces it (another K or rule on the same weights; ``frozen_stage1`` stays
+            what it was).
+        dtype: of the weights; ``None`` keeps the checkpoint's.
+        device: where to put the model.
+        model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …).
+
+    Returns:
+        ``(model, processor)``; the model is in eval mode.
+
+    Raises:
+        FileNotFoundError: the path does not exist, or an adapter's base model is gone.
+        ValueError: the model cannot take the rule.
+    """
+    from transformers import AutoProcessor
+
+    source = os.fspath(source)
+    if not os.path.isdir(source) and (os.sep in source and source.count("/") != 1 or source.startswith(".")):
+        raise FileNotFoundError(f"{source} does not exist; give a checkpoint folder or a hub id.")
+    hub = {"revision": revision} if revision else {}
+    if isinstance(voco, dict):
+        voco = VoCoConfig.from_dict(voco)
+    saved, vocabulary, make_row = None, None, None
+    config_file = find_file(source, CONFIG_NAME, **hub)
+    if config_file is not None:
+        saved, extra = VoCoConfig.load(Path(config_file).parent)
+        vocabulary = _vocabulary(extra["vocabulary"]) if "vocabulary" in extra else None
+    adapter_file = find_file(source, "adapter_config.json", **hub)
+    common = {"trust_remote_code": trust_remote_code, **hub}
+    if dtype is not None:
+        common["dtype"] = dtype
+    base = source
+    if adapter_file is not None:
+        base = json.loads(Path(adapter_file).read_text()).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(
+                f"{adapter_file} names no base model; merge the adapter, or add base_model_name_or_path."
+            )
+        local = os.path.isabs(base) or base.startswith(".") or base.count("/") > 1  # a hub id has one slash
+        if local and not os.path.isdir(base):
+            seen = "" if os.path.isabs(base) else f" seen from {os.getcwd()}"
+            raise FileNotFoundError(
+                f"the adapter at {source} was trained on {base}, which does not exist{seen}; put the base "
+                f"model back, or change base_model_name_or_path in {adapter_file}."
+            )
+        common.pop("revision", None)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    remote = {k: v for k, v in common.items() if k != "dtype"}
+    loader = auto_class(base, **remote)
+    config = voco or saved or VoCoConfig()
+    if saved is not None and voco is not None:
+        if voco.frozen_stage1 and not saved.frozen_stage1:
+            raise ValueError(
+                f"{source} was not trained with stage1: frozen, so it compresses with all its weights; leave "
+                "frozen_stage1 out."
+            )
+        # facts of the weights, whatever rule they are read under
+        facts = {name: getattr(saved, name) for name in ("token", "token_id", "frozen_stage1")}
+        config = VoCoConfig.from_dict({**voco.to_dict(), **facts})
+    same = saved is not None and _made_alike(config, saved)
+    asked = config.num_tokens
+    if same and config.makes_embeddings:  # built with the K it was trained with; read at the K asked for
+        config = dataclasses.replace(config, num_tokens=saved.num_tokens)
+    with expected_by(loader, base, config.makes_embeddings, **remote):
+        model = loader.from_pretrained(base, **common, **model_kwargs)
+    if adapter_file is not None and find_file(base, CONFIG_NAME) is None:
+        make_row = extra.get("row_made") if saved is not None else None
+    if vocabulary is not None and config.block_sink != saved.block_sink:
+        vocabulary = None
+    attach(model, config, processor, vocabulary=vocabulary, initialize_token=make_row)
+    attachment(model).config.num_tokens = asked
+    if adapter_file is not None and saved is not None and not same:
+        raise ValueError(
+            f"the adapter at {source} was trained with compressor={saved.compressor!r}, "
+            f"token_init={saved.token_init!r}; leave voco out, or give a config with these."
+        )
+    if hasattr(model, NAME) and same:
+        own = {k: v for k, v in hub.items() if adapter_file is None}
+        found = read_compressor(lambda name: find_file(base, name, **own))
+        if found or adapter_file is None:  # an adapter brings its own
+            load_compressor(model, found, base)
+    if adapter_file is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source, **hub)
+    if device is not None:
+        model = model.to(device)
+    return model.eval(), processor

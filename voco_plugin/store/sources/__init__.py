@@ -1,0 +1,1 @@
+"""Where the images of a large job come from: folders, archives, datasets, videos."""

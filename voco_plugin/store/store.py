@@ -1,0 +1,338 @@
+"""``VoCoCacheStore``: compressed images by the content of the image, on disk, for many processes at once.
+
+An LMDB folder. A record is the bytes of a saved cache, so that a store and a file are read by the same
+checks; its key says which pixels, model, adapter, processor, rule and K made it (:mod:`.store_keys`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.cache import VoCoCache
+from ..cache.container import VoCoCacheError
+from ..cache.file_format import cache_to_bytes, read_buffer
+from . import transfer as store_transfer
+from . import verify as store_care
+from .env import MAP_SIZE, Environment
+from .index import Index
+from .keys import fingerprint_of, image_key, key_bytes
+from .meta import StoreMeta, open_meta
+from .put import check_maker, put_records
+from .recency import Recency
+from .view import StoreView
+
+_KEYS_AT_ONCE = 10_000
+
+
+class VoCoCacheStore:
+    """Caches by key, all of one model, adapter, processor and rule. Use it as a context manager, or close it.
+
+    Any number of processes may read and write it; one writes at a time, the others wait. A put is on the disk
+    when it returns, whole or not at all. After a fork, and when it is pickled to another process, it opens
+    the folder again by itself. Threads may share it.
+
+    Args:
+        path: the folder; made where it is not there (with a ``fingerprint``).
+        fingerprint: what makes the caches (:func:`~voco_plugin.cache.fingerprint.fingerprint`). A store that
+            is there must be of the same. ``None`` takes a store as it is.
+        readonly: never write, not even what was used last.
+        max_bytes: bytes its records may take; those used longest ago make room. Kept in the store; ``None``
+            leaves what it says (no limit for a new one).
+        values: ``"keep"`` (bit for bit) or ``"int8"`` for a new store; ``None`` leaves what it says
+            (``"keep"`` for a new one).
+        lock: ``False`` to read a store whose folder gives no permission to lock it, when nobody writes it.
+        map_size: bytes of address space at first; grows by itself.
+
+    Raises:
+        VoCoCacheError: the folder is no store, or one of another model (the message says in what), of another
+            ``values`` or of another format version.
+        OSError: it is not there, or cannot be read, written or locked.
+        ImportError: the lmdb package is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        fingerprint: dict[str, Any] | None = None,
+        readonly: bool = False,
+        max_bytes: int | None = None,
+        values: str | None = None,
+        lock: bool = True,
+        map_size: int = MAP_SIZE,
+    ) -> None:
+        self.path, self.readonly = Path(path), readonly
+        self._options: dict[str, Any] = {"fingerprint": fingerprint, "max_bytes": max_bytes, "values": values}
+        self._lock, self._map_size = lock, map_size
+        if not lock and not readonly:
+            raise ValueError("lock=False is for reading only: add readonly=True.")
+        if readonly and max_bytes is not None:
+            raise ValueError("a store opened with readonly=True keeps its limit; leave max_bytes out.")
+        self._closed = False
+        self._env: Environment | None = None
+        self._meta: StoreMeta
+        self._reopen()
+
+    @classmethod
+    def for_model(cls, path: str | os.PathLike, model: torch.nn.Module, **options: Any) -> VoCoCacheStore:
+        """The store of what ``model`` (attached) compresses under its present weights, adapter and rule.
+
+        Raises:
+            ValueError: the model is not attached.
+        """
+        return cls(path, fingerprint=fingerprint_of(model), **options)
+
+    # -- what it is
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What its caches were made by; ``num_tokens`` is the K that :meth:`key_of` takes by itself."""
+        own = self._options["fingerprint"] or {}
+        return {**self._meta.fingerprint, **{k: v for k, v in own.items() if k == "num_tokens"}}
+
+    @property
+    def values(self) -> str:
+        """``"keep"`` or ``"int8"``."""
+        return self._meta.values
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Bytes its records may take, as it was when the store was opened."""
+        return self._meta.max_bytes
+
+    def key_of(self, image: Any, num_tokens: int | None = None) -> str:
+        """The key of an image (PIL, path, bytes) compressed into ``num_tokens`` by this store's model.
+
+        Raises:
+            BadImageError: the image cannot be read.
+            ValueError: ``num_tokens`` is left out and the store was opened without a fingerprint.
+        """
+        return image_key(image, self.fingerprint, num_tokens)
+
+    # -- writing
+
+    def put(self, key: str, cache: VoCoCache) -> bool:
+        """Keep ``cache``; ``False`` where the key is there already (a key stands for its content).
+
+        Raises:
+            VoCoCacheError: made by another model or rule, larger than ``max_bytes``, or not finite in a store
+                of 8 bits.
+            OSError: the disk is full, or the store is opened for reading.
+        """
+        return self.put_many([(key, cache)]) == 1
+
+    def put_many(self, items: Iterable[tuple[str, VoCoCache]]) -> int:
+        """Keep several in one transaction, all or none; how many were new. Their bytes are held in memory
+        until then.
+
+        Raises:
+            VoCoCacheError: as :meth:`put`; all of them together must fit ``max_bytes``.
+        """
+        records: dict[bytes, bytes] = {}
+        makers: list[dict[str, Any]] = []
+        for key, cache in items:
+            raw = key_bytes(key)
+            check_maker(self.path, self._meta, cache.fingerprint, f"the cache for {key}")
+            if cache.fingerprint not in makers:
+                makers.append(cache.fingerprint)
+            if raw not in records:
+                records[raw] = cache_to_bytes(cache, self.values)
+        return self._put_records(records, makers)
+
+    def _put_records(self, records: Mapping[bytes, bytes], makers: Sequence[dict[str, Any]]) -> int:
+        env = self._writable()
+        if not records:
+            return 0
+        count, self._meta = put_records(env, self.path, records, makers, self._recency.take())
+        return count
+
+    def delete(self, keys: Iterable[str]) -> int:
+        """Remove records; how many were there."""
+        env, raw = self._writable(), [key_bytes(key) for key in keys]
+
+        def work(txn: Any) -> int:
+            index = Index(txn, env.dbs)
+            count = sum(index.remove(key) for key in raw)
+            index.save()
+            return count
+
+        return env.write(work)
+
+    def prune(self, max_bytes: int) -> int:
+        """Remove the records used longest ago until the rest takes at most ``max_bytes``; how many went. The
+        room is used by the next puts; the file does not shrink.
+        """
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes={max_bytes} is negative; give the bytes that may stay.")
+        env, touched = self._writable(), self._recency.take()
+
+        def work(txn: Any) -> int:
+            index = Index(txn, env.dbs)
+            index.touch(touched)
+            count = index.evict(max_bytes)
+            index.save()
+            return count
+
+        return env.write(work)
+
+    # -- reading
+
+    def get(self, key: str, device: str | torch.device = "cpu") -> VoCoCache:
+        """The cache of a key, checked and copied out of the map.
+
+        Raises:
+            KeyError: it is not there.
+            VoCoCacheError: the record was changed on the disk; the message names it.
+        """
+        return self.get_many([key], device)[0]
+
+    def get_many(self, keys: Sequence[str], device: str | torch.device = "cpu") -> list[VoCoCache]:
+        """Several, from one snapshot."""
+        with self._environment().read() as txn:
+            found = [self._read(txn, key, copy=True)[0] for key in keys]
+        self._touch(keys)
+        return found if str(device) == "cpu" else [cache.to(device) for cache in found]
+
+    @contextlib.contextmanager
+    def view(self) -> Iterator[StoreView]:
+        """Reads without copies: inside the block, ``view[key]`` is a cache whose tensors lie in the memory
+        map. They are read-only (writing to one ends the process) and end with the block: copy what must stay
+        (``cache.to("cuda")``, ``tensor.clone()``). See :class:`~voco_plugin.store.view.StoreView`.
+        """
+        view = None
+        try:
+            with self._environment().read() as txn:
+                view = StoreView(lambda key: self._read(txn, key, copy=False))
+                try:
+                    yield view
+                finally:
+                    view.close()
+        finally:
+            if view is not None and not self._closed:
+                self._touch(view.used)
+
+    def _read(self, txn: Any, key: str, copy: bool) -> tuple[VoCoCache, int]:
+        """A cache, and how many of its tensors a read without copies had to copy."""
+        record = txn.get(key_bytes(key), db=self._environment().dbs["blocks"])
+        if record is None:
+            raise KeyError(key)
+        where = f"record {key} of store {self.path}"
+        parts = read_buffer(record, where, copy)
+        check_maker(self.path, self._meta, parts.fingerprint, where)
+        return VoCoCache(*parts[:4]), parts.copied
+
+    def __contains__(self, key: str) -> bool:
+        with self._environment().read() as txn:
+            return key_bytes(key) in Index(txn, self._environment().dbs)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys that are not there, in the order given, each once."""
+        wanted = dict.fromkeys(keys)
+        with self._environment().read() as txn:
+            index = Index(txn, self._environment().dbs)
+            return [key for key in wanted if key_bytes(key) not in index]
+
+    def __len__(self) -> int:
+        with self._environment().read() as txn:
+            return len(Index(txn, self._environment().dbs))
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys in order; those put or removed meanwhile may or may not be among them."""
+        after: bytes | None = None
+        while True:
+            chunk = []
+            with self._environment().read() as txn:
+                for key in Index(txn, self._environment().dbs).keys(after):
+                    chunk.append(key)
+                    if len(chunk) == _KEYS_AT_ONCE:
+                        break
+            if not chunk:
+                return
+            yield from (key.hex() for key in chunk)
+            after = chunk[-1]
+
+    # -- care
+
+    def stat(self) -> dict[str, Any]:
+        """What is in it: records, bytes, limit, fingerprint, the measured error of 8 bits, readers."""
+        return store_care.stat(self)
+
+    def verify(self, progress: Callable[[int], Any] | None = None) -> dict[str, Any]:
+        """Read every record with every check: ``{"records", "bytes", "bad": [{"key", "reason"}], "index"}``.
+
+        Args:
+            progress: called with the number of records just read.
+        """
+        return store_care.verify(self, progress)
+
+    def note_error(self, error: dict[str, Any]) -> None:
+        """Keep a measured error (:func:`~voco_plugin.store.quantization_error.quantization_error`) in the
+        store, for :meth:`stat`."""
+        store_care.note_error(self, error)
+
+    def export(self, path: str | os.PathLike, keys: Iterable[str] | None = None) -> int:
+        """Write each record (or those of ``keys``) as ``path/KEY.safetensors``; how many."""
+        return store_transfer.export(self, path, keys)
+
+    def import_(self, path: str | os.PathLike) -> int:
+        """Take in a folder that :meth:`export` wrote, each file checked; how many were new."""
+        return store_transfer.import_(self, path)
+
+    # -- opening and closing
+
+    def close(self) -> None:
+        """Write down what was used last, and give the folder back. A closed store cannot be used."""
+        if self._closed:
+            return
+        if self._env is not None:
+            if not self.readonly and self._env.pid == os.getpid():
+                self._recency.write(self._env)
+            self._env.release()
+        self._env, self._closed = None, True
+
+    def __enter__(self) -> VoCoCacheStore:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_env": None, "_recency": None}
+
+    def _environment(self) -> Environment:
+        """The environment of this process; opened again after a fork or in another process."""
+        if self._closed:
+            raise VoCoCacheError(f"store {self.path} is closed; open it again.")
+        if self._env is None or self._env.pid != os.getpid():
+            self._reopen()
+        assert self._env is not None
+        return self._env
+
+    def _reopen(self) -> None:
+        self._recency = Recency()
+        self._env, self._meta = open_meta(
+            self.path, readonly=self.readonly, lock=self._lock, map_size=self._map_size, **self._options
+        )
+
+    def _writable(self) -> Environment:
+        if self.readonly:
+            raise PermissionError(
+                errno.EACCES, f"store {self.path} was opened with readonly=True; open it for writing"
+            )
+        return self._environment()
+
+    def _touch(self, keys: Iterable[str]) -> None:
+        if self._env is None or self._env.pid != os.getpid():
+            return  # a child leaves its parent's view
+        if not self.readonly and self._recency.note(bytes.fromhex(key) for key in keys):
+            self._recency.write(self._environment())
+
+    def __repr__(self) -> str:
+        return f"VoCoCacheStore({str(self.path)!r}, values={self.values!r}, max_bytes={self.max_bytes})"

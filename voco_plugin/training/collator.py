@@ -1,0 +1,338 @@
+"""``VoCoDataCollator``: TRL's vision collator, with VoCo tokens after each image.
+
+rows (messages | prompt + completion | text | LLaVA's conversations)
+  → copies in TRL's own format → TRL's collator, without a length limit → VoCo tokens in → cut to max_length
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from ..config import VoCoConfig
+from ..core.block_embeddings import QUESTION_MASK
+from ..core.injection import insert_voco_tokens, truncate
+from ..core.layout import TokenVocabulary
+from ..core.packed_rows import pack_batch
+from ..data.images import BadImageError, check_on_bad_sample, describe, find_refused
+from ..data.trl_rows import as_trl_row, check_same_kind, name_of
+from ..models.families import family_of_processor
+from ..registry import compressors
+from ..store.keys import image_key
+from .two_stage.frozen_blocks import IMAGE_KEYS, as_tensor
+
+logger = logging.getLogger(__name__)
+
+SKIPPED = "skipped_samples"
+_DRAWS = 16
+"""Rows drawn in the place of a bad one before the data set is taken to be bad itself."""
+
+
+@dataclass
+class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
+    """Batches of a vision dataset with K VoCo tokens after each image, labelled -100.
+
+    Every row is one of TRL's vision formats (``messages``, ``prompt`` and ``completion``, or ``text``) or
+    LLaVA's ``conversations``, with ``image`` or ``images``: PIL images, paths, lists of them, or none. Rows
+    are not mutated. Where the examples are lists of such rows, each list is packed into one row of the batch
+    (:func:`~voco_plugin.core.packed_rows.pack_batch`).
+
+    The tokenizer of ``processor`` must know the VoCo token (:func:`voco_plugin.attach` adds it).
+
+    Differs from TRL's collator: ``max_length`` never cuts through an image, which raises;
+    ``pad_to_multiple_of`` holds for prompt-completion rows too; rows with and without images may be mixed.
+
+    Args:
+        voco: what is compressed; ``None`` is TRL's collator as it is, without VoCo tokens (``vocab``,
+            ``num_tokens`` and ``seed`` are then unused).
+        vocab: the ids by which sequences are read; ``None`` derives it from ``processor``.
+        num_tokens: K; ``None`` takes ``voco.num_tokens``; ``(low, high)`` draws one K per batch, both ends
+            included. The draw depends on the batch's ids, ``seed`` and the epoch only, so that neither
+            workers, processes nor a resumed run change it.
+        seed: seed of that draw, and of the rows that stand in for bad ones.
+        on_bad_sample: ``raise``, or ``skip``: a row whose image cannot be read, or that the image processor
+            refuses, is named in a warning and another takes its place, so that batches stay full. Which one
+            depends on the bad row's content and ``seed`` only. Faults of format always raise. Of a packed row
+            it is left out; only where nothing else is in it, another takes its place.
+        pool: the data set the other row is drawn from; without one, a good row of the same batch comes twice.
+        count_skipped: put ``skipped_samples`` ``(B,)`` into the batch: how many bad ones each row had.
+        made_by: the fingerprint of a store's blocks: put the images' keys in that store into the batch,
+            ``voco_image_keys`` ``(B, I, 32)`` (``I`` images of the row with most). Not of packed rows.
+
+    Returns:
+        a dict with ``input_ids``, ``attention_mask``, ``labels`` ``(B, M)``, type ids where the processor
+        gives them, and its pixel arguments; of packed rows also ``document_ids``.
+
+    Raises:
+        ValueError: a row's format is unknown or differs from its neighbours', images and placeholders differ
+            in number, a cut at ``max_length`` would go through an image, or packed rows are longer than that.
+        BadImageError: an image is unusable and ``on_bad_sample`` is ``raise``, or nothing good was found in
+            its place.
+    """
+
+    voco: VoCoConfig | None = None
+    vocab: TokenVocabulary | None = None
+    num_tokens: int | tuple[int, int] | None = None
+    seed: int = 0
+    on_bad_sample: str = "raise"
+    pool: Any = None
+    count_skipped: bool = False
+    made_by: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_on_bad_sample(self.on_bad_sample)
+        self._named: set[str] = set()
+        # shared memory, so that workers that outlive an epoch see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if self.voco is None:
+            return
+        if self.vocab is None:
+            from ..models.families import vocabulary_for
+
+            self.vocab = vocabulary_for(processor=self.processor, config=None, voco=self.voco)
+        if self.num_tokens is None:
+            self.num_tokens = self.voco.num_tokens
+        if not isinstance(self.num_tokens, int):
+            self.num_tokens = check_range(self.num_tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch it is: a K drawn from a range differs between epochs."""
+        self._epoch.fill_(int(epoch))
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of ``examples``; see the class."""
+        packed: list[int] | None = None
+        places = list(range(len(examples)))  # the batch's row of each conversation
+        if examples and isinstance(examples[0], (list, tuple)):
+            # one list under two names: a conversation that is left out leaves it too
+            places = packed = [place for place, group in enumerate(examples) for _ in group]
+            examples = list(itertools.chain.from_iterable(examples))
+        names = [name_of(example, row) for row, example in enumerate(examples)]
+        problems: dict[int, str] = {}
+        rows: list[Any] = [
+            self._row(e, n, problems, i) for i, (e, n) in enumerate(zip(examples, names, strict=True))
+        ]
+        bad = [places[number] for number in problems]
+        size = 1 + max(places, default=-1)
+        self._replace(problems, examples, rows, names, packed)
+        check_same_kind(rows, self.dataset_text_field, names)
+        try:
+            with _plain_offsets(self.processor):
+                batch = self._collate([dict(row) for row in rows], names, packed)
+        except Exception:
+            refused = self._refused(rows, names)
+            if not refused:
+                raise
+            bad += [places[number] for number in refused]
+            self._replace(refused, examples, rows, names, packed)
+            with _plain_offsets(self.processor):
+                batch = self._collate([dict(row) for row in rows], names, packed)
+        if self.count_skipped:
+            batch[SKIPPED] = torch.bincount(torch.tensor(bad, dtype=torch.long), minlength=size)
+        return batch
+
+    # -- bad samples
+
+    def _row(self, example: Any, name: str, problems: dict[int, str], number: int) -> dict[str, Any] | None:
+        """The row of ``example``; where its image is bad, the reason goes to ``problems``."""
+        try:
+            return as_trl_row(example, self.dataset_text_field, name)
+        except BadImageError as error:
+            problems[number] = str(error)
+            return None
+
+    def _refused(self, rows: list[dict[str, Any]], names: list[str]) -> dict[int, str]:
+        """The rows with an image that the image processor does not take."""
+        image_processor = getattr(self.processor, "image_processor", None)
+        if image_processor is None:
+            return {}
+        refused = {}
+        for number, row in enumerate(rows):
+            found = find_refused(image_processor, row["images"])
+            if found:
+                which, reason = next(iter(found.items()))
+                refused[number] = f"{names[number]}: image {which} cannot be used: {reason}."
+        return refused
+
+    def _replace(
+        self,
+        problems: dict[int, str],
+        examples: list[Any],
+        rows: list[Any],
+        names: list[str],
+        packed: list[int] | None = None,
+    ) -> None:
+        """Put another row where each of ``problems`` is, or raise. A packed row goes on without it, if it has
+        others."""
+        if problems and self.on_bad_sample == "raise":
+            raise BadImageError(next(iter(problems.values())))
+        good = [number for number in range(len(rows)) if number not in problems]
+        kept = set() if packed is None else {packed[number] for number in good}
+        out = []
+        for number, problem in problems.items():
+            if packed is not None and packed[number] in kept:
+                out.append(number)
+                if problem not in self._named:
+                    self._named.add(problem)
+                    logger.warning("%s Skipped; its packed row goes on without it.", problem)
+                continue
+            if packed is not None:
+                kept.add(packed[number])
+            rows[number], other = self._stand_in(
+                examples[number], problem, [(rows[g], names[g]) for g in good]
+            )
+            if problem not in self._named:
+                self._named.add(problem)
+                logger.warning("%s Skipped; %s takes its place.", problem, other)
+            names[number] = f"{other}, in the place of {names[number]},"
+        for number in sorted(out, reverse=True):
+            for held in (examples, rows, names, packed):
+                del held[number]
+
+    def _stand_in(self, example: Any, problem: str, good: list[tuple[dict, str]]) -> tuple[dict, str]:
+        """A good row instead of ``example``, and its name; the draw depends on ``example`` and the seed."""
+        identity = hashlib.blake2b(digest_size=16)
+        _digest(example, identity)
+        for attempt in range(_DRAWS):
+            key = identity.digest() + f"{self.seed}/{attempt}".encode()
+            draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+            if self.pool is None:
+                if good:
+                    row, name = good[draw % len(good)]
+                    return dict(row), name
+                break
+            index = draw % len(self.pool)
+            drawn = {key: value for key, value in self.pool[index].items() if key in example}
+            name = f"row {index}" + (f" (id {drawn['id']!r})" if "id" in drawn else "")
+            try:
+                row = as_trl_row(drawn, self.dataset_text_field, name)
+            except BadImageError:
+                continue
+            if not self._refused([row], [name]):
+                return row, name
+        tried = f"{_DRAWS} rows drawn" if self.pool is not None else "every other row of its batch"
+        raise BadImageError(f"{problem} on_bad_sample=skip found no row in its place: {tried} are bad too.")
+
+    def _collate(
+        self, rows: list[dict[str, Any]], names: list[str], packed: list[int] | None = None
+    ) -> dict[str, Any]:
+        """The batch of ``rows``; ``packed`` says which go side by side, or ``None``."""
+        if self.voco is None:
+            if packed is not None:
+                raise ValueError(
+                    "packing needs VoCo on: nothing else keeps packed conversations apart in the model; set "
+                    "voco (rule: causal isolates nothing else), or leave packing off."
+                )
+            return super().torch_call(rows)
+        images = [len(row["images"]) for row in rows]
+        # TRL's limit cuts through images, and its padding is undone by the insertion: both come after it
+        plain = copy.copy(self)
+        plain.max_length = plain.pad_to_multiple_of = None
+        batch = super(VoCoDataCollator, plain).torch_call(rows)
+        shape = {
+            "pad_token_id": self.processor.tokenizer.pad_token_id,
+            "padding_side": "right",
+            "pad_to_multiple_of": self.pad_to_multiple_of if packed is None else None,
+            "names": names,
+        }
+        count = self.draw_num_tokens(batch["input_ids"])
+        batch = insert_voco_tokens(dict(batch), self.vocab, count, images_per_row=images, **shape)
+        if packed is not None:
+            return pack_batch(
+                batch,
+                [len(list(group)) for _, group in itertools.groupby(packed)],
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+                max_length=self.max_length,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                images_by_row=family_of_processor(self.processor).images_by_row,
+                names=names,
+            )
+        if self.made_by is not None:
+            batch[IMAGE_KEYS] = as_tensor(
+                [[image_key(image, self.made_by, count) for image in row["images"]] for row in rows]
+            )
+        if self.max_length is not None and int(batch["attention_mask"].sum(1).max()) > self.max_length:
+            batch = truncate(batch, self.vocab, self.max_length, **shape)
+        if not self.voco.reads_vision and compressors.get(self.voco.compressor).reads_question:
+            asked = batch["attention_mask"].bool() & (batch["labels"] == -100)
+            batch[QUESTION_MASK] = asked.to(batch["attention_mask"].dtype)
+        return batch
+
+    def draw_num_tokens(self, input_ids: torch.Tensor) -> int:
+        """K for the batch of ``input_ids`` ``(B, N)``, before the VoCo tokens are in."""
+        if isinstance(self.num_tokens, int):
+            return self.num_tokens
+        low, high = self.num_tokens
+        key = f"{self.seed}/{int(self._epoch)}/{tuple(input_ids.shape)}/".encode()
+        digest = hashlib.blake2b(
+            key + input_ids.cpu().numpy().astype("<i8").tobytes(), digest_size=8
+        ).digest()
+        return low + int.from_bytes(digest, "little") % (high - low + 1)
+
+
+@contextlib.contextmanager
+def _plain_offsets(processor: Any) -> Iterator[None]:
+    """Give the processor its offset mapping as lists while it marks the answers, as long as the block lasts.
+
+    transformers compares every token's offsets with every answer's in a Python loop, one tensor element at a
+    time: most of a batch's preparation (0.2 s for 32 conversations of 150 tokens). Lists give the same masks.
+    """
+    name = "_adjust_assistant_masks_indices"
+    stock = getattr(processor, name, None)
+    if stock is None or name in vars(processor):
+        yield
+        return
+
+    def adjust(processed: dict[str, Any], *args: Any) -> Any:
+        offsets = processed.get("offset_mapping")
+        if isinstance(offsets, torch.Tensor):
+            processed["offset_mapping"] = offsets.tolist()
+        return stock(processed, *args)
+
+    setattr(processor, name, adjust)
+    try:
+        yield
+    finally:
+        delattr(processor, name)
+
+
+def check_range(value: Sequence[int]) -> tuple[int, int]:
+    """``(low, high)`` with ``1 <= low <= high``, or ``ValueError``."""
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    if len(values) != 2 or not whole or not 1 <= values[0] <= values[1]:
+        raise ValueError(
+            f"num_tokens range {value!r} must be two integers [low, high] with 1 <= low <= high."
+        )
+    return values
+
+
+def _digest(value: Any, into: Any) -> None:
+    """Feed what tells a row from others into a hash: text, numbers, file names and bytes; of an open image
+    only what it is called, for its address in memory would differ between runs."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            into.update(f"{key}=".encode())
+            _digest(value[key], into)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _digest(item, into)
+    elif isinstance(value, (bytes, bytearray)):
+        into.update(value)
+    elif isinstance(value, (str, int, float, bool, os.PathLike)) or value is None:
+        into.update(f"{value}|".encode())
+    else:
+        into.update(
+            describe(value).encode() if isinstance(value, Image.Image) else type(value).__name__.encode()
+        )

@@ -1,0 +1,124 @@
+"""What a trainer starts from: its arguments, model and processor, attached and frozen as asked."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoProcessor, TrainingArguments
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from ..config import CONFIG_NAME, VoCoConfig
+from ..core.attached import attachment, is_attached
+from ..core.layout import TokenVocabulary
+from ..models import attach, load
+from .config import VoCoSFTConfig
+from .parts import freeze
+from .quantization import language_model_only
+from .rows import HoldRows
+
+
+def as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
+    if isinstance(args, VoCoSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return VoCoSFTConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-VoCo-SFT")
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(f"args is a {type(args).__name__}; give a VoCoSFTConfig.")
+    return VoCoSFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
+
+
+def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tuple[Any, Any]:
+    """The model at ``source``; its processor too where this package saved it (else ``None``)."""
+    options = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in options:
+            raise ValueError(
+                "quantization_config is given twice, in args.model_init_kwargs too; leave one out."
+            )
+        options["quantization_config"] = language_model_only(quantization_config, source, **options)
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
+        return create_model_from_path(source, **options), None
+    options.setdefault("dtype", "float32")
+    model, processor = load(source, voco=args.voco, **options)
+    if hasattr(model, "peft_config"):  # loaded for inference: train on
+        model.set_adapter(model.active_adapter)
+    return model.train(), processor
+
+
+def check_backbone(model: Any) -> None:
+    """Refuse a model whose backbone cannot be run below its LM head, as TRL's loss does.
+
+    Raises:
+        ValueError: the class has no such backbone (Llama 4 in transformers 5.23).
+    """
+    inner = model.get_base_model() if is_peft(model) else model
+    if inner.base_model is inner:
+        raise ValueError(
+            f"{type(inner).__name__} has no backbone of its own below its LM head, and TRL's loss runs just "
+            "that; train it with another loop (model(**batch).logits is under the rule), or another model."
+        )
+
+
+def is_peft(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def freeze_as_asked(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | None) -> HoldRows | None:
+    """What ``args`` leaves frozen in a model that trains without PEFT; what holds single rows, if any."""
+    freeze(
+        model,
+        language=args.train_language,
+        projector=args.train_projector,
+        vision_tower=args.train_vision_tower,
+        compressor=args.train_voco,
+    )
+    hold = None
+    if vocab is not None and args.train_voco != args.train_language:
+        hold = HoldRows(model, vocab.voco_id, only=args.train_voco)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "nothing trains: train_language, train_projector, train_vision_tower and train_voco are all "
+            "false, or train_voco alone is true and there are no VoCo tokens (voco: null); let a part train."
+        )
+    return hold
+
+
+def processor_of(model: Any, args: VoCoSFTConfig) -> Any:
+    """The processor the model was attached with, or the one beside its weights."""
+    if is_attached(model) and attachment(model).processor is not None:
+        return attachment(model).processor
+    source = get_config_model_id(model.config)
+    if not source:
+        raise ValueError("the model was not loaded from a path; give its processor as processing_class.")
+    options = {"revision": (args.model_init_kwargs or {}).get("revision")}
+    return AutoProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code, **options)
+
+
+def attach_as_asked(model: Any, voco: VoCoConfig | None, processor: Any) -> VoCoConfig | None:
+    """Attach ``model`` where asked and not done yet; the config in force, or ``None`` for a plain model."""
+    if not is_attached(model):
+        if voco is None:
+            return None
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "the model is a PeftModel without VoCo: the token's row must be there before PEFT; attach "
+                "the base model first and give peft_config here."
+            )
+        attach(model, voco, processor=processor)
+        return attachment(model).config
+    state = attachment(model)
+    if voco is not None:
+        own, asked = state.config.to_dict(), voco.to_dict()
+        asked.pop("frozen_stage1")  # the model's own affair (stages.py)
+        different = [k for k in asked if asked[k] != own[k] and not (k == "token_id" and asked[k] is None)]
+        if different:
+            named = ", ".join(f"{k}={asked[k]!r} (attached: {own[k]!r})" for k in different)
+            raise ValueError(
+                f"args.voco differs from what the model is attached with: {named}; detach it first."
+            )
+    return state.config
