@@ -12,7 +12,6 @@ import torch
 import yaml
 from peft import LoraConfig
 from transformers import HfArgumentParser
-from voco_plugin.training.distillation.config.trainer_part import Distilling, copy_of_student
 
 import test_packing_training as packing
 import test_recipes_train as recipes
@@ -25,7 +24,8 @@ from tiny import processors
 from voco_plugin.cli import main
 from voco_plugin.core.attached import unwrap
 from voco_plugin.core.forward import Attachment
-from voco_plugin.training.distillation.config import step as lesson
+from voco_plugin.training.distillation import step as lesson
+from voco_plugin.training.distillation.trainer_part import Distilling, copy_of_student
 
 recipe_data = recipes.data
 ROWS = (0, 1, 5, 2)  # answers of one, two, two and two words; the third has no image

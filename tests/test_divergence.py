@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from voco_plugin.training.distillation.config.divergence import Comparison, Head, divergence
 
-from voco_plugin.training.distillation.config import divergence as module
+from voco_plugin.training.distillation import divergence as module
+from voco_plugin.training.distillation.divergence import Comparison, Head, divergence
 
 N, D, V = 23, 8, 50
 KINDS = ("forward", "reverse", "jsd")

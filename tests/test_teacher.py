@@ -10,9 +10,6 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from voco_plugin.training.distillation.config.divergence import Head
-from voco_plugin.training.distillation.config.step import observe_head, plain_prompts
-from voco_plugin.training.distillation.config.teacher import BaseTeacher, load_teacher
 
 import tiny
 import voco_plugin as vp
@@ -22,7 +19,10 @@ from tiny import processors
 from voco_plugin.core.attached import unwrap
 from voco_plugin.core.attention.context import active_rule
 from voco_plugin.core.injection import insert_voco_tokens, remove_voco_tokens
-from voco_plugin.training.distillation.config import teacher
+from voco_plugin.training.distillation import teacher
+from voco_plugin.training.distillation.divergence import Head
+from voco_plugin.training.distillation.step import observe_head, plain_prompts
+from voco_plugin.training.distillation.teacher import BaseTeacher, load_teacher
 
 LORA = LoraConfig(
     r=4, target_modules="all-linear", init_lora_weights=False, trainable_token_indices=[5], lora_dropout=0.5
