@@ -2,8 +2,8 @@
 
     python benchmarks/backbones.py --out docs/backbones.md [--only llava_llama gemma3]
 
-Random models of the real transformers classes (tests/tiny), rows with no, one and two images, both padding
-sides.
+Random models of the real transformers classes (tests/helpers/tiny), rows with no, one and two images, both
+padding sides.
 Nothing is typed in by hand: a cell is what this run measured.
 """
 
@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import torch  # noqa: E402
 

@@ -1,0 +1,60 @@
+"""The examples run, at tiny size, as their first lines say."""
+
+# ruff: noqa: F811  (the fixture of another test file)
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+from test_cli import world  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch):
+    """An example's `main`."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the processes that it starts
+    return lambda name: importlib.import_module(name).main
+
+
+@pytest.fixture
+def model_and_images(world: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    monkeypatch.chdir(world)
+    (model,) = {p.parent for p in (world / "runs").glob("*/voco_config.json")}
+    return str(model), next((world / "runs/gridworld/images").rglob("*.png")).parent
+
+
+def test_answer_from_store(example, model_and_images, tmp_path):
+    model, images = model_and_images
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(images.iterdir())[:5]:
+        (few / path.name).write_bytes(path.read_bytes())
+    (few / "again.png").write_bytes((few / sorted(p.name for p in few.iterdir())[0]).read_bytes())
+    words = [model, str(few), "--store", str(tmp_path / "store"), "--question", "What?", "--question", "Why?"]
+    first = example("answer_from_store")(words)
+    second = example("answer_from_store")(words)
+    assert (first["images"], first["compressed"], second["compressed"]) == (6, 5, 0)
+    assert len(first["answers"]) == 12 and first["answers"] == second["answers"]
+
+
+def test_mix_runs(example, model_and_images, tmp_path):
+    model, images = model_and_images
+    paths = [str(p) for p in sorted(images.iterdir())[:3]]
+    found = example("mix_runs")([model, *paths, "--folder", str(tmp_path / "caches"), "--orders", "6"])
+    assert found["files"] == 3 and found["orders"] == 6
+    assert found["difference"] <= 1e-4
+
+
+def test_long_chat(example, model_and_images, tmp_path, capsys):
+    model, images = model_and_images
+    words = [model, str(images), "--images", "50", "--store", str(tmp_path / "store")]
+    found = example("long_chat")([*words, "--max-new-tokens", "3"])
+    assert found["turns"] == 11 - 1 and found["images"] == 50
+    later = found["read"][1:]
+    assert max(later) <= min(later) + 4, "a turn reads its own tokens, however long the conversation is"
+    assert "saved and restored" in capsys.readouterr().out

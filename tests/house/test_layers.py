@@ -1,0 +1,185 @@
+"""Imports point down: a module sees its own layer and lower ones, what stands outside only the public API.
+
+Function-level imports count too (being lazy is no excuse); only those under `if TYPE_CHECKING` do not.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "voco_plugin"
+
+LAYERS: dict[int, tuple[str, ...]] = {
+    0: ("config", "registry", "files"),
+    1: ("core",),
+    2: ("data",),
+    3: ("video",),
+    4: ("cache",),
+    5: ("inference",),
+    6: ("models",),
+    7: ("store",),
+    8: ("training",),
+    9: ("evaluation",),
+    10: ("benchmark",),
+    11: ("gridworld",),
+    12: ("serving",),
+    13: ("cli",),
+}
+ANYWHERE = ("_compat", "_moved")
+OUTSIDE = ("examples", "recipes", "integrations")
+PUBLIC_MODULES = (
+    "config",
+    "answering",
+    "prompts",
+    "images",
+    "session",
+    "registry",
+    "metrics",
+    "data",
+    "reporting",
+    "cli",
+    "training",
+    "benchmark",
+    "bulk",
+    "video",
+)
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
+
+
+def imports_of(source: str, module: str, is_package: bool) -> list[tuple[int, str]]:
+    """`(line, dotted name)` of each import of `voco_plugin` in `source`; `from a import b` gives `a.b`."""
+    found: list[tuple[int, str]] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and _is_type_checking(node.test):
+            for child in node.orelse:
+                visit(child)
+            return
+        if isinstance(node, ast.Import):
+            found.extend((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + (1 if is_package else 0)]
+                base = ".".join([*parts, base] if base else parts)
+            found.extend((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return [(line, name) for line, name in found if name.split(".")[0] == "voco_plugin"]
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def layer_errors(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What `source`, the text of `module`, imports against the direction."""
+    own = LAYER_OF[module.split(".")[1]]
+    errors = []
+    for line, name in imports_of(source, module, is_package):
+        part = name.split(".")[1] if "." in name else ""
+        if part in ANYWHERE:
+            continue
+        if part not in LAYER_OF:
+            errors.append(
+                f"{module}:{line} imports {name}: use the module itself, not the package's public names"
+            )
+        elif LAYER_OF[part] > own:
+            errors.append(f"{module}:{line} (layer {own}) imports {name} (layer {LAYER_OF[part]})")
+    return errors
+
+
+def outside_errors(source: str, where: str, public: tuple[str, ...]) -> list[str]:
+    """What `source`, a file of examples, recipes or integrations, imports besides the public API."""
+    errors = []
+    for line, name in imports_of(source, where, False):
+        parts = name.split(".")[1:]
+        private = any(part.startswith("_") and not part.startswith("__") for part in parts)
+        # a bridge's own files may see each other, under the name they have once installed
+        known = not parts or parts[0] in (*public, *PUBLIC_MODULES, *OUTSIDE, "__version__")
+        if private or not known:
+            errors.append(f"{where}:{line} imports {name}, which is not public")
+    return errors
+
+
+def _modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_module_imports_only_its_own_layer_and_lower_ones(path: Path) -> None:
+    module = _module_name(path)
+    part = module.split(".")[1]
+    if part in (*ANYWHERE, "__main__"):
+        return
+    assert part in LAYER_OF, f"{module} has no layer: put it into LAYERS and into docs/architecture.md"
+    assert layer_errors(path.read_text(encoding="utf-8"), module, path.name == "__init__.py") == []
+
+
+def _outside() -> list[Path]:
+    return sorted(p for folder in OUTSIDE for p in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", _outside(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_recipes_and_integrations_see_only_the_public_api(path: Path) -> None:
+    import voco_plugin
+
+    public = tuple(voco_plugin.__all__)
+    assert outside_errors(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)), public) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "is_package", "count"),
+    [
+        ("from ..cache import VoCoCache", "voco_plugin.models.families.llava", False, 1),
+        ("from .masks import dense_mask", "voco_plugin.core.layout", False, 0),
+        ("def f():\n    from voco_plugin.training import config", "voco_plugin.core.masks", False, 1),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .cli import main",
+            "voco_plugin.core.masks",
+            False,
+            0,
+        ),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    from .cli import main", "voco_plugin.core.masks", False, 1),
+        ("from . import cli", "voco_plugin.core.masks", False, 1),
+        ("from . import eager", "voco_plugin.core.attention", True, 0),
+        ("from .. import generation", "voco_plugin.core.attention", True, 1),
+        ("import voco_plugin as vp", "voco_plugin.evaluation.metrics", False, 1),
+        ("from voco_plugin import VoCoConfig", "voco_plugin.evaluation.metrics", False, 1),
+        ("from ._compat import x", "voco_plugin.core.masks", False, 0),
+        ("import torch", "voco_plugin.core.masks", False, 0),
+    ],
+)
+def test_the_checker_sees_every_form_of_import(
+    source: str, module: str, is_package: bool, count: int
+) -> None:
+    assert len(layer_errors(source, module, is_package)) == count
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("import voco_plugin as vp", 0),
+        ("from voco_plugin import VoCoConfig", 0),
+        ("from voco_plugin.evaluation.metrics import retention", 0),
+        ("from voco_plugin.core.masks import isolation_predicate", 1),
+        ("from voco_plugin.cli import _main", 1),
+        ("def f():\n    from voco_plugin._compat import x", 1),
+    ],
+)
+def test_the_outside_checker_sees_private_imports(source: str, count: int) -> None:
+    assert len(outside_errors(source, "examples/x.py", ("VoCoConfig",))) == count
