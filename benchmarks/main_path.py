@@ -2,13 +2,15 @@
 
     python benchmarks/main_path.py [--list] [--json]
 
-Two paths, on the shipped gridworld base (LoRA, K = 1), each run once before it is counted, so that what only a first
-call does is left out:
+Two paths, on the shipped gridworld base (LoRA, K = 1), each run once before it is counted, so that what only
+a first call does is left out:
 
-    batch    one training batch: rows → VoCoDataCollator → VoCoSFTTrainer.training_step, backward pass included
-    answer   one cached answer: an image compressed, its cache saved and loaded, a question answered from the file
+    batch    one training batch: rows → VoCoDataCollator → VoCoSFTTrainer.training_step, backward pass
+    included answer   one cached answer: an image compressed, its cache saved and loaded, a question answered
+    from the file
 
-A file counts where any of its functions ran; its own lines are all counted. Code of upstream libraries is not.
+A file counts where any of its functions ran; its own lines are all counted. Code of upstream libraries is
+not.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ def training_batch(folder: Path) -> Callable[[], Any]:
 
     args = vp.VoCoSFTConfig(
         str(folder / "run"), voco=vp.VoCoConfig(num_tokens=1), bf16=False, use_cpu=True, report_to=[],
-        per_device_train_batch_size=2, logging_strategy="no", save_strategy="no", gradient_checkpointing=False,
+        per_device_train_batch_size=2, logging_strategy="no", save_strategy="no",
+        gradient_checkpointing=False,
     )  # fmt: skip
     trainer = vp.VoCoSFTTrainer(
         str(folder), args=args, train_dataset=Dataset.from_list(rows), peft_config=LoraConfig(r=4)
@@ -101,10 +104,10 @@ def cached_answer(folder: Path) -> Callable[[], Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_argument("--list", action="store_true", help="name the files, with their functions")
-    args = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter) parser.add_argument("--json", action="store_true",
+    help="one JSON object instead of text") parser.add_argument("--list", action="store_true", help="name the
+    files, with their functions") args = parser.parse_args()
     from voco_plugin.cli.gridworld import copy_base
 
     result: dict[str, Any] = {}

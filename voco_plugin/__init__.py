@@ -22,8 +22,8 @@ _NAMES = {
     "LayoutError": ".core.layout",
     "attach": ".models",
     "detach": ".models",
-    "is_attached": ".core.attached",
-    "attachment": ".core.attached",
+    "is_attached": ".core.attachment",
+    "attachment": ".core.attachment",
     "load": ".models",
     "compose": ".models",
     "save_voco_config": ".models",
@@ -61,7 +61,7 @@ register_when_loaded()
 if TYPE_CHECKING:
     from .cache import VoCoBlock, VoCoCache, VoCoCacheError
     from .config import VoCoConfig
-    from .core.attached import attachment, is_attached
+    from .core.attachment import attachment, is_attached
     from .core.layout import LayoutError, SequenceLayout, TokenVocabulary
     from .inference.mixin import VoCoGenerationMixin
     from .inference.session import VoCoSession

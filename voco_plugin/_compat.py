@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from .core.extension import Extension, extend
 
 # -- transformers
 # ---------------------------------------------------------------------------------------------------------
@@ -48,28 +52,33 @@ def cache_of(output: Any) -> Any:
     return getattr(output, cache_names()[0], None)
 
 
-def mend_llama4(model: nn.Module) -> list[Any]:
-    """Handles of a hook without which no forward of ``Llama4ForConditionalGeneration`` works; else ``[]``.
+class _GivesImageOutputs(Extension):
+    """Llama 4's language model, whose output has the attribute that its outer model asks for."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if not hasattr(output, "image_outputs") and not isinstance(output, tuple):
+            output.image_outputs = None
+        return output
+
+
+def patch_llama4(model: nn.Module) -> None:
+    """Extend the language model of a ``Llama4ForConditionalGeneration``, no forward of which works otherwise.
 
     transformers 5.24.0 reads ``image_outputs`` of what its language model gives, which has none
-    ("'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'", with VoCo and without). The hook
-    gives that output the attribute, ``None``: so the model's own ``image_outputs`` is ``None`` too. On this
-    one object. Remove when 5.24.0 is not supported.
+    ("'MoeCausalLMOutputWithPast' object has no attribute 'image_outputs'", with VoCo and without). The output
+    gets the attribute, ``None``: so the model's own ``image_outputs`` is ``None`` too. On this one object.
+    Remove when 5.24.0 is not supported.
     """
     if type(model).__name__ != "Llama4ForConditionalGeneration":
-        return []
+        return
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast
     from transformers.models.llama4.modeling_llama4 import Llama4CausalLMOutputWithPast
 
-    outer, inner = Llama4CausalLMOutputWithPast, MoeCausalLMOutputWithPast
-    if not hasattr(outer, "image_outputs") or hasattr(inner, "image_outputs"):
-        return []
-
-    def name_them(module: nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(output, inner) and not hasattr(output, "image_outputs"):
-            output.image_outputs = None
-
-    return [model.language_model.register_forward_hook(name_them)]
+    if hasattr(Llama4CausalLMOutputWithPast, "image_outputs") and not hasattr(
+        MoeCausalLMOutputWithPast, "image_outputs"
+    ):
+        extend(model.language_model, _GivesImageOutputs)
 
 
 # -- torch
@@ -202,7 +211,7 @@ def name_present_layers(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def mend_tied_head(model: nn.Module) -> None:
+def patch_tied_head(model: nn.Module) -> None:
     """Give an LM head that PEFT wrapped (tied embeddings with trainable rows) the ``bias`` that TRL's loss
     reads.
 
@@ -216,56 +225,51 @@ def mend_tied_head(model: nn.Module) -> None:
         head.__dict__["bias"] = getattr(head.original_module, "bias", None)
 
 
-@contextlib.contextmanager
-def loss_of_merged_heads() -> Iterator[None]:
-    """Inside the block, TRL's fused loss takes an LM head whose weight is computed, under ZeRO-3 too.
+def fused_forward(patched: Any) -> Callable[..., Any]:
+    """TRL's fused forward, off the bound method that ``add_fused_lm_head`` puts on a model: ``f(model, …)``.
 
-    With tied embeddings and trainable token rows, the head's weight is the embedding with the rows written
-    in: a plain tensor, whole already. TRL 1.16 reads ``ds_status`` of it ("'Tensor' object has no attribute
-    'ds_status'"). Remove when ``maybe_gather_lm_head_ctx`` skips tensors that ZeRO-3 has not split.
+    The function runs with names of its own for two helpers that TRL's module has; the module stays as it is.
+
+    - ``_use_triton``: TRL 1.16 takes the LM head over labelled positions alone on a GPU, and elsewhere scores
+    every
+      position and drops most of it: a fifth of a CPU step of the gridworld recipes, whose answers are a
+      seventh of the tokens. Loss and gradients are the same. Remove when TRL scores valid positions on CPU.
+    - ``maybe_gather_lm_head_ctx``: with tied embeddings and trainable token rows, the head's weight is the
+      embedding with the rows written in: a plain tensor, whole already, of which TRL 1.16 reads ``ds_status``
+      under ZeRO-3 ("'Tensor' object has no attribute 'ds_status'"). Remove when it skips tensors that are not
+      split.
+
+    Warns (once a name): where TRL's function asks neither by that name any more, what is lost.
     """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-    from trl.trainer import utils
+    stock = patched.__func__
+    names = dict(stock.__globals__)
+    for name, make, lost in (
+        ("_use_triton", _heads_on_answers, "the head scores every position on a CPU"),
+        ("maybe_gather_lm_head_ctx", _gathers_split_heads, "ZeRO-3 with tied embeddings may fail"),
+    ):
+        if name in names and name in stock.__code__.co_names:
+            names[name] = make(names[name])
+        else:
+            warnings.warn(
+                f"TRL's fused forward has no {name} any more, which voco_plugin replaces in its own copy:
+                {lost}. " "Loss and gradients are right; tell voco_plugin's maintainers.",
+                stacklevel=2,
+            )
+    made = types.FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)
+    made.__kwdefaults__ = stock.__kwdefaults__
+    return made
 
-    name = "maybe_gather_lm_head_ctx"
-    stock = getattr(utils, name, None)
-    if stock is None or not is_deepspeed_zero3_enabled():
-        yield
-        return
 
-    @functools.wraps(stock)
+def _heads_on_answers(stock: Callable[..., bool]) -> Callable[..., bool]:
+    return lambda device: torch.device(device).type == "cpu" or stock(device)
+
+
+def _gathers_split_heads(stock: Callable[..., Any]) -> Callable[..., Any]:
     def gather(*parameters: torch.Tensor | None) -> Any:
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        if not is_deepspeed_zero3_enabled():
+            return stock(*parameters)
         return stock(*(p for p in parameters if p is not None and is_partitioned(p)))
 
-    setattr(utils, name, gather)
-    try:
-        yield
-    finally:
-        setattr(utils, name, stock)
-
-
-@contextlib.contextmanager
-def head_on_answers_alone() -> Iterator[None]:
-    """Inside the block, TRL's fused loss takes the LM head over labelled positions only, on the CPU too.
-
-    TRL 1.16 does so on a GPU, and elsewhere scores every position and drops most of it: a fifth of a CPU
-    step of the gridworld recipes, whose answers are a seventh of the tokens. Loss and gradients are the same.
-    The kernels ask in their own module and are left alone. Remove when TRL scores valid positions on CPU.
-    """
-    from trl.trainer import utils
-
-    name = "_use_triton"
-    stock = getattr(utils, name, None)
-    if stock is None:
-        yield
-        return
-
-    @functools.wraps(stock)
-    def use(device: torch.device) -> bool:
-        return torch.device(device).type == "cpu" or stock(device)
-
-    setattr(utils, name, use)
-    try:
-        yield
-    finally:
-        setattr(utils, name, stock)
+    return gather

@@ -19,7 +19,7 @@ from tiny import NAMES
 from tiny.inputs import image_sizes
 from tiny.wide import BACKBONES
 from voco_plugin._compat import as_cache
-from voco_plugin.cache.compress import last_layer, stage_one
+from voco_plugin.cache.compress import last_rows, stage_one
 from voco_plugin.cache.compress.batching import Limits
 from voco_plugin.cache.compress.memory import readable, working_memory
 from voco_plugin.core.layout import BlockSpan, TokenVocabulary
@@ -87,27 +87,25 @@ def watched(monkeypatch):
     plans.
     """
     seen = {"vision": [], "forwards": [], "plans": []}
-    vision, forward, rows = stage_one.vision_inputs, stage_one._forward, stage_one.last_rows
+    vision, forward, rows = stage_one.vision_inputs, stage_one._forward, stage_one.plan_last_rows
 
     def spy_vision(*args, **kwargs):
         seen["vision"].append(vision(*args, **kwargs))
         return seen["vision"][-1]
 
-    def spy_forward(state, model, run, cache, policy):
+    def spy_forward(state, model, run, cache, mode):
         mask = run["attention_mask"]
-        seen["forwards"].append((*mask.shape, bool(mask.all()), policy))
-        forward(state, model, run, cache, policy)
+        seen["forwards"].append((*mask.shape, bool(mask.all()), mode.rule))
+        return forward(state, model, run, cache, mode)
 
-    @contextlib.contextmanager
     def spy_rows(*args):
-        with rows(*args) as plan:
-            yield plan
-        seen["plans"].append(plan)
+        seen["plans"].append(rows(*args))
+        return seen["plans"][-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(stage_one, "vision_inputs", spy_vision)
         patch.setattr(stage_one, "_forward", spy_forward)
-        patch.setattr(stage_one, "last_rows", spy_rows)
+        patch.setattr(stage_one, "plan_last_rows", spy_rows)
         yield seen
 
 
@@ -198,16 +196,15 @@ def test_groups_equal_the_single_pass_under_every_rule(name, rule, monkeypatch):
     with watched(monkeypatch) as seen:
         cache = model.compress(**batch)
     assert against_single_pass(model, batch, cache) <= 1e-5
-    policies = {policy for *_, policy in seen["forwards"]}
-    hidden = rule in ("prefix", "star", "star-prefix", "rival-prefix")
-    assert policies == ({"trust"} if hidden else {"alone"})
+    ruled = {rule for *_, rule in seen["forwards"]}
+    assert ruled == {rule in ("prefix", "star", "star-prefix", "rival-prefix")}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_last_layer_over_voco_rows_is_the_whole_one(name, monkeypatch):
     model, batch = shared(name), inputs(name, sized(name))
     cut = model.compress(**batch)
-    monkeypatch.setattr(stage_one, "last_rows", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(stage_one, "plan_last_rows", lambda *args: None)
     for a, b in zip(cut, model.compress(**batch), strict=True):
         assert difference(a, b) <= 2e-6 * max(float(t.abs().max()) for t in tensors(b))
 
@@ -506,12 +503,12 @@ def shared_layers(model):
 def test_hooks_are_gone_afterwards_and_after_an_error(monkeypatch):
     model, batch = shared("llava_llama"), inputs("llava_llama", [["img", "c2", "t1"]])
     model.compress(**batch)
-    assert hooks_of(model) == 0 and not last_layer._USERS
+    assert hooks_of(model) == 0 and not last_rows._USERS
     with monkeypatch.context() as patch:
         patch.setattr(shared_layers(model)[-1].self_attn, "forward", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.compress(**batch)
-    assert hooks_of(model) == 0 and not last_layer._USERS and last_layer._PLAN.get() is None
+    assert hooks_of(model) == 0 and not last_rows._USERS
     assert against_single_pass(model, batch, model.compress(**batch)) <= 1e-5
 
 
@@ -524,7 +521,7 @@ def test_an_argument_of_unknown_meaning_leaves_the_layer_whole(monkeypatch, capl
     try:
         with (
             watched(monkeypatch) as seen,
-            caplog.at_level(logging.DEBUG, "voco_plugin.cache.compress.last_layer"),
+            caplog.at_level(logging.DEBUG, "voco_plugin.cache.compress.last_rows"),
         ):
             cache = model.compress(**batch)
     finally:
@@ -572,7 +569,7 @@ def test_threads_that_compress_at_once_do_not_disturb_each_other():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and hooks_of(model) == 0 and not last_layer._USERS
+    assert not wrong and hooks_of(model) == 0 and not last_rows._USERS
 
 
 @pytest.mark.parametrize(("layers", "sharing"), [(3, 0), (4, 2)])

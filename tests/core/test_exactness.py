@@ -12,7 +12,7 @@ from measure import checkpointed, expected_masks, lora_two_stage, relocated
 from reference import base_mask, letters, rule_mask
 from tiny import NAMES, vision_ids, voco_id
 from tiny.wide import BACKBONES, EAGER_ONLY
-from voco_plugin.core.attention import dense
+from voco_plugin.core.attention import interface
 
 CASES = [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
 ATTENTION_CASES = [
@@ -125,7 +125,7 @@ def test_no_leak(name, monkeypatch):
     """Contract 2: with the VoCo tokens' keys removed, other pixels change no text logit by one bit."""
     from voco_plugin.core.layout import TokenKind
 
-    real = dense.isolation_predicate
+    real = interface.isolation_predicate
 
     def without_voco_keys(config, table):
         predicate = real(config, table)
@@ -146,7 +146,7 @@ def test_no_leak(name, monkeypatch):
         columns = text_columns(model, batch)
         kept = (model(**batch).logits, model(**other).logits)
         with monkeypatch.context() as patch:
-            patch.setattr(dense, "isolation_predicate", without_voco_keys)
+            patch.setattr(interface, "isolation_predicate", without_voco_keys)
             cut = (model(**batch).logits, model(**other).logits)
         for row in range(len(ROWS)):
             assert torch.equal(cut[0][row, columns[row]], cut[1][row, columns[row]]), rule

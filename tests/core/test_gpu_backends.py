@@ -37,9 +37,10 @@ from flash_kernels import (
     torch_varlen,
 )
 from harness import RULES, attached, inputs, layout_of, rows_for, shared
-from voco_plugin.core.attention import ActiveRule, activate, backends, deactivate, flash, flex
+from voco_plugin.core.attention import backends, flash, flex
+from voco_plugin.core.forward import in_force
 from voco_plugin.core.layout import TokenKind
-from voco_plugin.core.masks import isolation_predicate
+from voco_plugin.core.masks import ActiveRule, isolation_predicate
 
 TOLERANCE = 1e-5
 """Of outputs and gradients in fp32, relative to the largest."""
@@ -84,14 +85,11 @@ def flex_trains_on_a_cpu():
 def block_mask(config, table, function):
     """What a layer gets as its mask, as the backend makes it."""
     rows, width = table.kind.shape
-    token = activate(ActiveRule(config, table))
-    try:
+    with in_force(ActiveRule(config, table)):
         return flex.flex_mask(
             batch_size=rows, q_length=width, kv_length=width, q_offset=0, kv_offset=0,
             mask_function=function, attention_mask=table.kind != TokenKind.PAD, device="cpu",
         )  # fmt: skip
-    finally:
-        deactivate(token)
 
 
 def flex_against_dense(table, options, groups, window) -> float:

@@ -16,9 +16,9 @@ from harness import CORE, ROWS, RULES, attached, inputs, rows_for, shared
 from tiny import NAMES, PAD
 from voco_plugin._compat import as_cache, cache_of
 from voco_plugin.core.attention import backends
+from voco_plugin.core.forward import ONE_PASS, _prepare
 from voco_plugin.core.layout import TokenKind
 from voco_plugin.core.masks import TokenTable
-from voco_plugin.core.packed_forward import prepare_packed
 from voco_plugin.core.packed_rows import DOCUMENT_IDS, Documents, first_fit_decreasing, pack_batch
 
 COUNTS = [3, 1, 2]
@@ -169,20 +169,21 @@ def test_the_eager_kernel_and_the_causal_rule_too(name, attention):
 def test_positions_start_anew_in_each_document(name, rule):
     """Exactly: a rotary encoding hides a shift of a whole document from the logits."""
     model = shared(name, torch.float32, "sdpa", rule)
-    hooks, backbone = vp.attachment(model), model.base_model
+    attachment, backbone = vp.attachment(model), model.base_model
     _, packed = packed_inputs(model, name, LONG)
-    kwargs, rule, _ = prepare_packed(hooks, backbone, packed)
+    prepared = _prepare(attachment, backbone, (), packed, ONE_PASS)
+    kwargs, table = prepared.kwargs, prepared.running.rule.table
     assert DOCUMENT_IDS not in kwargs and DOCUMENT_IDS in packed
-    found, table = kwargs["position_ids"], rule.table
+    found = kwargs["position_ids"]
     axes = found.movedim(0, -1) if found.dim() == 3 else found
     for i, positions in enumerate(documents_of(packed, axes)):
         batch = inputs(name, [LONG[i]], first_row=i)
-        prepared = hooks.prepare(backbone, batch)
-        if prepared is None:  # text alone: the backbone counts it
+        alone = _prepare(attachment, backbone, (), batch, ONE_PASS)
+        if alone.running.rule is None:  # text alone: the backbone counts it
             expected = torch.arange(batch["input_ids"].shape[1])
             expected = expected[:, None].expand(-1, 3) if found.dim() == 3 else expected
         else:
-            expected = prepared[0]["position_ids"].movedim(-2, 0)[0].movedim(0, -1)
+            expected = alone.kwargs["position_ids"].movedim(-2, 0)[0].movedim(0, -1)
         assert torch.equal(positions, expected), i
     inside = table.block >= 0
     assert inside.any()
@@ -295,8 +296,9 @@ def test_the_table_keeps_its_documents():
     kind = torch.tensor([[1, 1, 1], [1, 1, 0]])
     made = TokenTable(kind, kind - 2, kind.cumsum(1), torch.tensor([[1, 1, 2], [1, 2, 0]]))
     assert made.crop(2).document.tolist() == [[1, 1], [1, 2]]
-    assert made.repeat_rows(2).document.tolist() == [[1, 1, 2]] * 2 + [[1, 2, 0]] * 2
-    assert made.select_rows(torch.tensor([1])).document.tolist() == [[1, 2, 0]]
+    twice = made.each(lambda value: value.repeat_interleave(2, dim=0))
+    assert twice.document.tolist() == [[1, 1, 2]] * 2 + [[1, 2, 0]] * 2
+    assert made.each(lambda value: value[[1]]).document.tolist() == [[1, 2, 0]]
     assert made.pad_to(5).document.tolist() == [[1, 1, 2, 0, 0], [1, 2, 0, 0, 0]]
     assert made.to("cpu").document is not None
     bare = TokenTable(kind, kind, kind)

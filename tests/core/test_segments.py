@@ -24,11 +24,12 @@ from harness import (
 )
 from tiny import NAMES, voco_id
 from tiny.wide import EAGER_ONLY
-from voco_plugin.core.attention import ActiveRule, activate, backends, deactivate, flash, flex
+from voco_plugin.core.attention import backends, flash, flex
 from voco_plugin.core.attention.segmented import run_plan
 from voco_plugin.core.attention.segments import SegmentPlan, plan_segments
+from voco_plugin.core.forward import in_force
 from voco_plugin.core.layout import TokenKind
-from voco_plugin.core.masks import TokenTable, isolation_predicate
+from voco_plugin.core.masks import ActiveRule, TokenTable, isolation_predicate
 
 RULE_OPTIONS = [
     {"rule": rule, "block_context": context, "hide_prefix": hide, "positions": "sequential"}
@@ -389,14 +390,11 @@ def test_flex_equals_dense_on_any_layout(table, options, window):
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(rows, 2, width, 8, generator=draw) for _ in range(3))
     real = table.kind != TokenKind.PAD
-    token = activate(ActiveRule(config, table))
-    try:
+    with in_force(ActiveRule(config, table)):
         mask = flex.flex_mask(
             batch_size=rows, q_length=width, kv_length=width, q_offset=0, kv_offset=0,
             mask_function=function, attention_mask=real, device="cpu",
         )  # fmt: skip
-    finally:
-        deactivate(token)
     out = flex_attention(query, key, value, block_mask=mask, scale=0.3).transpose(1, 2)
     kernel = backends.KERNELS["sdpa"][0]
     expected = dense(config, table, function, query, key, value, kernel, Layer(1))

@@ -4,10 +4,10 @@ notice.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,12 @@ from harness import inputs, shared
 from voco_plugin.cache import file_format as files
 from voco_plugin.cache.compress import stage_one
 from voco_plugin.cache.place import relocation, stage_two
-from voco_plugin.core import block_embeddings, layout
-from voco_plugin.core import forward as isolation
-from voco_plugin.core.attention import backends, dense, segments
+from voco_plugin.core import adapter_switch, block_embeddings, forward, layout
+from voco_plugin.core.attention import backends, interface, segments
 from voco_plugin.core.block_embeddings import BlockEmbeddings
-from voco_plugin.core.kv_cache import CacheState
+from voco_plugin.core.kv_cache import KVSlots
 from voco_plugin.core.layout import TokenKind
-from voco_plugin.core.masks import TokenTable, isolation_predicate
+from voco_plugin.core.masks import isolation_predicate
 from voco_plugin.inference import session
 from voco_plugin.models.families.base import Family
 from voco_plugin.training.two_stage import frozen_blocks as frozen
@@ -56,7 +55,7 @@ def predicate(change):
         real = isolation_predicate(config, tokens)
         return lambda b, h, q, k: change(real(b, h, q, k), tokens, b, q, k)
 
-    return lambda patch: patch.setattr(dense, "isolation_predicate", broken)
+    return lambda patch: patch.setattr(interface, "isolation_predicate", broken)
 
 
 def is_kind(tokens, kind, b, i):
@@ -119,14 +118,14 @@ def mask_replaced(patch):
     from transformers.masking_utils import causal_mask_function
 
     patch.setattr(
-        dense,
+        interface,
         "and_masks",
         lambda own, rule: lambda b, h, q, k: causal_mask_function(b, h, q, k) & rule(b, h, q, k),
     )
 
 
 def slots_unmapped(patch):
-    patch.setattr(TokenTable, "in_slot_order", property(lambda self: True))
+    patch.setattr(interface, "_mapped", lambda mask_function, order: mask_function)
 
 
 def positions_shifted(patch):
@@ -137,7 +136,7 @@ def positions_shifted(patch):
         inside = (plan.kind == TokenKind.VISION).to(made.device)
         return made + inside  # vision one position closer to its VoCo tokens
 
-    patch.setattr(isolation, "compact_positions", broken)
+    patch.setattr(forward, "compact_positions", broken)
     patch.setattr(stage_one, "compact_positions", broken)
     patch.setattr(test_layout, "compact_positions", broken)
 
@@ -188,12 +187,8 @@ def values_as_keys(patch):
 
 
 def padding_ignored(patch):
-    real = isolation.Attachment._mask
-
-    def broken(given, rows, tokens, length, ids):
-        return torch.ones_like(real(given, rows, tokens, length, ids))
-
-    patch.setattr(isolation.Attachment, "_mask", staticmethod(broken))
+    real = forward._mask
+    patch.setattr(forward, "_mask", lambda given, ids, length: torch.ones_like(real(given, ids, length)))
 
 
 def checksum_ignored(patch):
@@ -234,16 +229,20 @@ def prefix_forgotten(patch):
 
 def chunks_from_zero(patch):
     """A block alone is cut into chunks from its own first token."""
-    real = CacheState.starting_at
-    patch.setattr(CacheState, "starting_at", lambda order: real(torch.zeros_like(order)))
+    real = KVSlots.starting_at
+    patch.setattr(KVSlots, "starting_at", lambda order: real(torch.zeros_like(order)))
 
 
 def limit_forgotten(patch):
     patch.setattr(relocation.Relocator, "check_range", lambda self, last: None)
 
 
-def hook_does_nothing(patch):
-    patch.setattr(isolation.Attachment, "prepare", lambda self, module, kwargs: None)
+def forward_not_prepared(patch):
+    patch.setattr(
+        forward,
+        "_prepare",
+        lambda a, module, args, kwargs, mode: forward._Prepared(forward.Running(), args, kwargs),
+    )
 
 
 def prefix_counted_from_zero(patch):
@@ -296,16 +295,14 @@ def session_forgets_the_unread(patch):
 
 def draft_not_taken_back(patch):
     """Drafted tokens that were refused stay counted in the positions."""
-    real = CacheState.synced
+    real = KVSlots.cropped
 
-    def broken(self, length, rows):
+    def broken(self, length):
         cut = self.table.length - length
-        state = real(self, length, rows)
-        if cut > 0:
-            state.next_position = state.next_position + cut
-        return state
+        slots = real(self, length)
+        return replace(slots, next_position=slots.next_position + cut) if cut > 0 else slots
 
-    patch.setattr(CacheState, "synced", broken)
+    patch.setattr(KVSlots, "cropped", broken)
 
 
 def streams_write_last(patch):
@@ -361,8 +358,8 @@ def last_layer_cut_where_it_is_read(patch):
 
 def adapter_on_in_stage_one(patch):
     """A frozen stage 1 that compresses with the weights it reads with."""
-    patch.setattr(stage_one, "starting_weights", lambda model: contextlib.nullcontext())
-    patch.setattr(isolation, "on_starting_weights", lambda: True)
+    patch.setattr(stage_one, "can_leave_out_adapters", lambda model: None)
+    patch.setattr(adapter_switch, "running_forward", lambda: None)
 
 
 def keys_of_another_image(patch):
@@ -532,7 +529,7 @@ CASES = {
         padding_ignored,
         run(test_exactness.test_batched_equals_one_by_one, "llava_llama", "isolated"),
     ),
-    "hook does nothing: table": (hook_does_nothing, with_patch(table, *LLAVA)),
+    "hook does nothing: table": (forward_not_prepared, with_patch(table, *LLAVA)),
     "leak": (text_sees_vision, None),
     "cache changed: generation": (
         cache_written_in_place,
@@ -563,13 +560,13 @@ def compressed():
 def test_a_broken_version_is_caught(case, monkeypatch):
     breakage, check = CASES[case]
     if check is None:  # the leak test patches the same place itself, so the break goes underneath it
-        real = dense.isolation_predicate
+        real = interface.isolation_predicate
         with monkeypatch.context() as patch:
             breakage(patch)
-            broken = dense.isolation_predicate
+            broken = interface.isolation_predicate
         assert broken is not real
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
-            patch.setattr(dense, "isolation_predicate", broken)
+            patch.setattr(interface, "isolation_predicate", broken)
             test_exactness.test_no_leak("llava_llama", patch)
         return
     with monkeypatch.context() as patch:

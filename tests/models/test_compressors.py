@@ -13,7 +13,7 @@ from harness import CORE, attached, inputs, layout_of, plain, shared, text_colum
 from tiny import NAMES, voco_id
 from voco_plugin import registry
 from voco_plugin.cache.compress import voco_rows
-from voco_plugin.cache.compress.last_layer import NotCut
+from voco_plugin.cache.compress.last_rows import NotCut
 from voco_plugin.core.layout import TokenKind
 from voco_plugin.models.compressors import build_compressor
 from voco_plugin.models.compressors.base import regions

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 
@@ -17,9 +16,8 @@ from test_training import LORA, bases, losses, picture, snapshot, trainer  # noq
 
 import voco_plugin as vp
 from videos import write_video
-from voco_plugin.cache.compress import stage_one
 from voco_plugin.cli import main
-from voco_plugin.core.attached import unwrap
+from voco_plugin.core.attachment import unwrap
 from voco_plugin.inference.answering import compress_images, prompt
 from voco_plugin.store import VoCoCacheStore
 from voco_plugin.training.parts import VISION, ModelParts
@@ -153,8 +151,7 @@ def test_what_is_saved_says_so_and_reads_as_it_was_trained(starts, videos, tmp_p
     with pytest.raises(ValueError, match="adapter is"):
         vp.VoCoSession.load(tmp_path / "talk", start, tools)
     # and stage 1 with the adapter on would be another model
-    monkeypatch.setattr(stage_one, "starting_weights", lambda model: contextlib.nullcontext())
-    monkeypatch.setattr("voco_plugin.core.forward.on_starting_weights", lambda: True)
+    monkeypatch.setattr("voco_plugin.core.adapter_switch.running_forward", lambda: None)
     assert float((read(model, processor) - right).abs().max()) > 1e-3
 
 

@@ -26,7 +26,7 @@ from tiny import processors
 from voco_plugin.cli import recipe as recipes
 from voco_plugin.cli.recipe import Recipe, load
 from voco_plugin.cli.recipe_values import read
-from voco_plugin.core.attention.context import active_rule
+from voco_plugin.core.forward import active_rule
 from voco_plugin.data.loaders import load_vision_dataset
 
 TWINS = {

@@ -16,8 +16,8 @@ import tiny
 import voco_plugin as vp
 from harness import attached, inputs, plain, shared
 from tiny import processors
-from voco_plugin.core.attached import unwrap
-from voco_plugin.core.attention.context import active_rule
+from voco_plugin.core.attachment import unwrap
+from voco_plugin.core.forward import UNTOUCHED, active_rule
 from voco_plugin.core.injection import insert_voco_tokens, remove_voco_tokens
 from voco_plugin.training.distillation import teacher
 from voco_plugin.training.distillation.divergence import Head
@@ -37,8 +37,7 @@ def without_voco(name, batch):
 
 @torch.no_grad()
 def suspended_logits(model, batch):
-    with vp.attachment(model).suspended():
-        return model(**batch).logits
+    return model(**batch, voco_mode=UNTOUCHED).logits
 
 
 # -- the rule is lifted
@@ -81,17 +80,13 @@ def test_suspended_makes_no_embeddings(options):
 
 def test_the_rule_is_back_afterwards_also_after_an_error():
     model, batch = shared("llava_llama"), inputs("llava_llama")
-    state = vp.attachment(model)
     with torch.no_grad():
         expected = model(**batch).logits
-        with pytest.raises(ValueError), state.suspended():
-            model(**{**batch, "pixel_values": torch.zeros(2, 3)})
+        with pytest.raises(ValueError):
+            model(**{**batch, "pixel_values": torch.zeros(2, 3)}, voco_mode=UNTOUCHED)
         assert torch.equal(model(**batch).logits, expected) and active_rule() is None
-        with state.suspended(), state.suspended():
-            pass
-        with state.suspended():
-            assert not torch.equal(model(**batch).logits, expected)
-    assert not state._stack()
+        assert not torch.equal(suspended_logits(model, batch), expected)
+        assert torch.equal(model(**batch).logits, expected)
 
 
 def test_another_thread_keeps_the_rule():
@@ -103,10 +98,17 @@ def test_another_thread_keeps_the_rule():
             with torch.no_grad():
                 seen.append(model(**batch).logits)
 
-        with vp.attachment(model).suspended():
-            thread = threading.Thread(target=run)
-            thread.start()
-            thread.join()
+        def meanwhile(module, args):
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=run)
+                thread.start()
+                thread.join()
+
+        handle = model.get_decoder().layers[0].register_forward_pre_hook(meanwhile)
+        try:
+            suspended_logits(model, batch)
+        finally:
+            handle.remove()
     assert torch.equal(seen[0], expected)
 
 

@@ -19,10 +19,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import VoCoConfig
-from ..core.attention import ActiveRule, activate, deactivate, register
+from ..core.attention import register
 from ..core.attention.backends import NAMES
+from ..core.forward import in_force
 from ..core.layout import TokenKind
-from ..core.masks import TokenTable
+from ..core.masks import ActiveRule, TokenTable
 from .timing import Way, compare, interleaved_times, product_rate, synchronised
 
 PLAIN = "plain causal"
@@ -42,7 +43,7 @@ def token_table(frames: int, vision: int, num_tokens: int, text: int, device: st
     kind = ([TokenKind.VISION] * vision + [TokenKind.VOCO] * num_tokens) * frames + [TokenKind.TEXT] * text
     block = [i for i in range(frames) for _ in range(vision + num_tokens)] + [-1] * text
     order = torch.arange(len(kind))[None]
-    return TokenTable(torch.tensor([kind]), torch.tensor([block]), order).to(device)
+    return TokenTable(torch.tensor([kind]), torch.tensor([block]), order, ordered=True).to(device)
 
 
 def needed_pairs(frames: int, vision: int, num_tokens: int, text: int) -> int:
@@ -56,15 +57,12 @@ def build_mask(backend: str, table: TokenTable, dtype: torch.dtype) -> Any:
     """What the layers get as their mask, made by the registered mask function under the rule."""
     device, tokens = table.kind.device, table.length
     config = VoCoConfig(attention=backend)
-    token = activate(ActiveRule(config, table))
-    try:
+    with in_force(ActiveRule(config, table)):
         return ALL_MASK_ATTENTION_FUNCTIONS[_name(backend)](
             batch_size=1, q_length=tokens, kv_length=tokens, q_offset=0, kv_offset=0,
             mask_function=causal_mask_function, attention_mask=None, dtype=dtype, device=device,
             allow_is_causal_skip=True,
         )  # fmt: skip
-    finally:
-        deactivate(token)
 
 
 def _name(backend: str) -> str:

@@ -87,7 +87,7 @@ def evaluate_modes(
     Args:
         judge: a :class:`~voco_plugin.evaluation.judge.Judge` of the answers, beside the match.
     """
-    from ..core.attached import is_attached
+    from ..core.attachment import is_attached
     from ..evaluation.metrics import evaluate, questions_of
     from ..models import detach
 
@@ -205,7 +205,7 @@ class CutCaches:
 
 def reads_question(model: Any) -> bool:
     """Whether the model's compressor looks at the question before it compresses (LLaMA-VID's)."""
-    from ..core.attached import attachment
+    from ..core.attachment import attachment
 
     embeddings = attachment(model).embeddings
     return embeddings is not None and embeddings.compressor.reads_question
@@ -224,7 +224,7 @@ def is_nested(fingerprint: dict[str, Any]) -> bool:
 
 def own_num_tokens(model: Any) -> int:
     """K of an attached model."""
-    from ..core.attached import attachment
+    from ..core.attachment import attachment
 
     return attachment(model).config.num_tokens
 
@@ -233,7 +233,7 @@ def set_num_tokens(model: Any, num_tokens: int) -> None:
     """Let an attached model put ``num_tokens`` VoCo tokens after each image of a prompt."""
     import dataclasses
 
-    from ..core.attached import attachment
+    from ..core.attachment import attachment
 
     state = attachment(model)
     state.config = dataclasses.replace(state.config, num_tokens=num_tokens)

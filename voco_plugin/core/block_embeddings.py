@@ -1,8 +1,8 @@
 """The VoCo tokens' input embeddings, where these are more than the token's row: made of each block's image.
 
-A second hook sits on the decoder stack, where the image features are merged in already, whatever the
-family. It reads off them what the compressor wants and writes what it makes to the blocks' VoCo slots. Stage
-1 and the single pass go through the same hook; stage 2 holds no block and passes it by.
+The class of the module that gets the merged embeddings is extended (``forward.py``), whatever the family. It
+reads off them what the compressor wants and writes what it makes to the blocks' VoCo slots. Stage 1 and the
+single pass go the same way; stage 2 holds no block and passes it by.
 
 Shapes: ``B`` rows, ``N`` tokens a row, ``G`` blocks of one size, ``n`` image features and ``k`` VoCo tokens
 of each, ``D`` width.
@@ -10,16 +10,12 @@ of each, ``D`` width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
 
 from .layout import BlockSpan, SequenceLayout, TokenKind, TokenVocabulary
-
-if TYPE_CHECKING:
-    from ..models.compressors import Compressor
 
 NAME = "voco_compressor"
 """The module's name on the model, so the prefix of its weights in a checkpoint."""
@@ -35,13 +31,23 @@ class Places:
         vision: per block, its row and the columns of its image features ``(n,)``.
         voco: per block, the columns of its VoCo tokens ``(k,)``.
         question: per block, the columns of the question behind it; empty where nothing reads it.
-        written: whether the hook has run.
+        written: whether that was done.
     """
 
     vision: list[tuple[int, torch.Tensor]]
     voco: list[torch.Tensor]
     question: list[torch.Tensor]
     written: bool = False
+
+
+class MakesEmbeddings(Protocol):
+    """What a forward asks of a compressor (:class:`~voco_plugin.models.compressors.Compressor`)."""
+
+    reads_question: bool
+
+    def __call__(
+        self, vision: torch.Tensor, rows: torch.Tensor, question: list[torch.Tensor] | None = None
+    ) -> torch.Tensor: ...
 
 
 class BlockEmbeddings:
@@ -53,17 +59,16 @@ class BlockEmbeddings:
         self.model = model
 
     @property
-    def compressor(self) -> Compressor:
+    def compressor(self) -> MakesEmbeddings:
         return getattr(self.model, NAME)
 
     def places(
         self,
-        ids: torch.Tensor,
         layout: SequenceLayout,
         vocab: TokenVocabulary,
         question: torch.Tensor | None = None,
     ) -> Places | None:
-        """The blocks of ``layout`` in ``ids`` ``(B, N)``; ``None`` where there are none.
+        """The blocks of ``layout``; ``None`` where there are none.
 
         Args:
             question: ``(B, N)``, which tokens are the question's; ``None``: all text behind a block.
@@ -80,7 +85,8 @@ class BlockEmbeddings:
                 f"this compressor reads the question, and without {QUESTION_MASK} it would read the answers "
                 "with it; let VoCoDataCollator make the batch."
             )
-        features = torch.isin(ids.cpu(), torch.tensor(sorted(vocab.placeholders)))
+        assert layout.ids is not None
+        features = torch.isin(layout.ids, torch.tensor(sorted(vocab.placeholders)))
         text = layout.kind == TokenKind.TEXT
         if question is not None:
             text = text & question.cpu().bool()
@@ -88,7 +94,9 @@ class BlockEmbeddings:
         for span in layout:
             vision.append((span.row, _columns(features[span.row], span, span.start, span.voco)))
             voco.append(torch.arange(span.voco, span.stop))
-            behind = _columns(text[span.row], span, span.stop, ids.shape[1]) if reads else torch.arange(0)
+            behind = (
+                _columns(text[span.row], span, span.stop, layout.num_tokens) if reads else torch.arange(0)
+            )
             asked.append(behind)
         return Places(vision, voco, asked)
 
@@ -118,19 +126,3 @@ class BlockEmbeddings:
 def _columns(wanted: torch.Tensor, span: BlockSpan, start: int, stop: int) -> torch.Tensor:
     """The columns from ``start`` to ``stop`` that ``wanted`` ``(N,)`` names."""
     return torch.nonzero(wanted[start:stop]).flatten() + start
-
-
-def in_packed_rows(spans: Sequence[BlockSpan], documents: Any) -> list[BlockSpan]:
-    """The blocks of documents laid out alone, where they stand in the packed rows (``packing.Documents``)."""
-    starts: list[int] = []
-    filled: dict[int, int] = {}
-    for row, size in zip(documents.row.tolist(), documents.sizes, strict=True):
-        real = documents.real[row].nonzero().flatten()
-        starts.append(int(real[filled.get(row, 0)]))
-        filled[row] = filled.get(row, 0) + size
-    found = []
-    for span in spans:
-        row, shift = int(documents.row[span.row]), starts[span.row]
-        moved = (span.start + shift, span.voco + shift, span.stop + shift)
-        found.append(BlockSpan(row, len(found), *moved))
-    return found

@@ -1,409 +1,496 @@
-"""The rule at work inside a model: two hooks around the backbone's forward, below the LM head.
+"""One forward under the rule: prepare, run, remember.
 
-Before the forward, the layout is read from ``input_ids``, positions are computed and the rule is put in
-force; after it (also when it raised) the rule is lifted, and the KV cache remembers what its slots hold, so
-that decoding goes on under the same rule. A batch without vision or VoCo tokens passes through untouched.
+    prepare    read the layout from ``input_ids`` (once, on the CPU), compute positions, make the rule and,
+    where
+               VoCo tokens have embeddings of their own, say where they go
+    run        the backbone's own forward, below the LM head: whoever calls it (a fused loss, PEFT, generate)
+               gets the same mask
+    remember   lift the rule, whatever was raised; check that a mask was built under it; let the KV cache know
+               what its slots hold
+
+What a forward needs lives in the locals of :func:`run_forward`, and in one context variable for as long as
+that function runs: a forward started inside another sets its own and gives the outer one's back. A batch
+without vision or VoCo tokens passes through untouched.
+
+Shapes: ``B`` rows, ``N`` new tokens, ``L`` cached slots.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import os
-import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import Cache
 
 from .._compat import cache_of, given_cache
-from ..config import VoCoConfig
-from .adapter_switch import on_starting_weights
-from .attention import ActiveRule, activate, deactivate
-from .block_embeddings import QUESTION_MASK, BlockEmbeddings, Places, in_packed_rows
-from .kv_cache import CacheState
-from .layout import SequenceLayout, TokenKind, TokenVocabulary, compact_positions
-from .masks import TokenTable
-from .packed_forward import prepare_packed
-from .packed_rows import DOCUMENT_IDS, Documents
-
-if TYPE_CHECKING:
-    from ..models.families.base import Family
+from .attachment import Attachment
+from .block_embeddings import QUESTION_MASK, Places
+from .extension import Extension
+from .kv_cache import KVSlots, remember
+from .layout import SequenceLayout, TokenKind, compact_positions
+from .masks import ActiveRule, TokenTable
+from .packed_rows import DOCUMENT_IDS, prepare_packed
 
 
-class _Running(NamedTuple):
-    """One forward of the backbone, from its first hook to its last. Without a rule all is ``None``."""
+@dataclass(frozen=True)
+class ForwardMode:
+    """How one forward is run; the argument ``voco_mode`` of an attached model and of its backbone.
 
-    token: Any = None
-    active: ActiveRule | None = None
-    state: CacheState | None = None
-    past: Any = None
+    Attributes:
+        positions: how ``position_ids`` given are taken. ``check``: refused where they contradict the rule's.
+            ``own``: ignored, the rule's are used. ``given``: used as they are.
+        rule: whether the rule is put in force. Rows that are one whole block each hide nothing from
+        themselves. untouched: the forward is that of the model before ``attach``, bit for bit: no rule, no
+        positions, no
+            embeddings made for VoCo tokens. A distillation's teacher reads so (Eq. 1).
+        stage_one: whether blocks are compressed, each alone; what is read then goes on from no KV cache.
+        without_adapter: whether the model's adapters are left out (``frozen_stage1``).
+        cut: how the text model is cut to the rows that stage 1 keeps (``cache/compress/last_rows.py``).
+        checkpoint_cached_layers: whether decoder layers that are given a KV cache are checkpointed where the
+            model has gradient checkpointing on (``training/two_stage/layer_checkpointing.py``).
+        output: what the backbone's output is turned into on its way to the head; ``None``: it stays as it is.
+    """
+
+    positions: str = "check"
+    rule: bool = True
+    untouched: bool = False
+    stage_one: bool = False
+    without_adapter: bool = False
+    cut: Any = None
+    checkpoint_cached_layers: bool = False
+    output: Callable[[Any], Any] | None = None
+
+
+ONE_PASS = ForwardMode()
+OWN_POSITIONS = ForwardMode("own")
+UNTOUCHED = ForwardMode(rule=False, untouched=True)
+STAGE_ONE = ForwardMode("given", stage_one=True)
+
+
+@dataclass
+class Running:
+    """The forward that runs in this thread (the innermost one).
+
+    Attributes:
+        rule: the rule in force, or ``None``.
+        places: the blocks whose embeddings are to be made, or ``None``.
+    """
+
+    attachment: Attachment | None = None
+    mode: ForwardMode = ONE_PASS
+    rule: ActiveRule | None = None
     places: Places | None = None
 
 
-class Attachment:
-    """Everything that :func:`~voco_plugin.models.attach` put on a model.
+_RUNNING: ContextVar[Running | None] = ContextVar("voco_running", default=None)
+_HANDED: ContextVar[tuple[torch.nn.Module, ForwardMode] | None] = ContextVar("voco_handed", default=None)
 
-    Attributes:
-        config: the :class:`~voco_plugin.config.VoCoConfig` in force.
-        vocab: the ids by which sequences are read.
-        family: the model's :class:`~voco_plugin.models.families.base.Family`.
-        processor: the processor given to ``attach``, or ``None``.
-        embeddings: what makes the VoCo tokens' input embeddings; ``None`` where they are the token's row.
+
+def running_forward() -> Running | None:
+    """The attached model's forward that runs in this thread; ``None`` outside of one."""
+    return _RUNNING.get()
+
+
+def active_rule() -> ActiveRule | None:
+    """The rule in force, or ``None`` outside a forward that holds VoCo blocks. Mask functions read it."""
+    running = _RUNNING.get()
+    return None if running is None else running.rule
+
+
+@contextlib.contextmanager
+def in_force(rule: ActiveRule | None) -> Iterator[None]:
+    """Inside the block ``rule`` is in force: for whoever calls a mask function without a model."""
+    token = _RUNNING.set(Running(rule=rule))
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+@contextlib.contextmanager
+def handing(backbone: torch.nn.Module, mode: ForwardMode) -> Iterator[None]:
+    """Inside the block, the next forward of ``backbone`` runs in ``mode``: how an outer forward says so
+    through upstream code that passes no argument of ours on. It is taken by that one forward, not by those
+    inside it.
+    """
+    token = _HANDED.set((backbone, mode))
+    try:
+        yield
+    finally:
+        _HANDED.reset(token)
+
+
+class UnderRule(Extension):
+    """What an attached model's backbone is extended by.
+
+    ``__call__`` and not ``forward``: where another library has put a ``forward`` on the instance
+    (accelerate's ``device_map``), only the call still goes through the class.
     """
 
-    def __init__(self, config: VoCoConfig, vocab: TokenVocabulary, family: Family, processor: Any) -> None:
-        self.config, self.vocab, self.family, self.processor = config, vocab, family, processor
-        self.embeddings: BlockEmbeddings | None = None
-        self.restore: dict[str, Any] = {}
-        self.handles: list[Any] = []
-        self._local = threading.local()
+    _voco_of: Attachment
 
-    def __deepcopy__(self, memo: dict) -> Attachment:
-        import copy
+    def __call__(self, *args: Any, voco_mode: ForwardMode | None = None, **kwargs: Any) -> Any:
+        return run_forward(self._voco_of, self, super().__call__, args, kwargs, voco_mode)  # type: ignore
 
-        new = Attachment(self.config, self.vocab, self.family, self.processor)
-        memo[id(self)] = new
-        new.restore = copy.deepcopy(self.restore, memo)
-        new.embeddings = copy.deepcopy(self.embeddings, memo)
-        new.handles = copy.deepcopy(self.handles, memo)
-        return new
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Write ``voco_config.json``: the rule, the ids it is read by, and whether the token's row was made
-        here.
+class TakesBlockEmbeddings(Extension):
+    """What the module that gets the merged embeddings is extended by, where VoCo tokens have embeddings that
+    are made of their image. ``_voco_after``: the module merges them itself, so that its output is written to.
+    """
 
-        An adapter's checkpoint holds the trained input row only; whoever loads it onto the same base makes
-        the other row (the LM head's) anew from the same seed.
-        """
-        return self.config.save(folder, vocabulary=self.vocab.to_dict(), row_made="rows" in self.restore)
+    _voco_of: Attachment
+    _voco_after: bool
 
-    @contextlib.contextmanager
-    def positions(self, policy: str) -> Iterator[None]:
-        """How ``position_ids`` given to the backbone are taken inside the block.
-
-        ``check`` (the default): refused where they contradict the rule's. ``own``: ignored, the rule's are
-        used. ``trust``: used as they are. ``alone``: as ``trust``, and the rule is not put in force: stage 1
-        says so of rows that are one whole block each, which hides nothing from itself.
-        """
-        before = getattr(self._local, "policy", "check")
-        self._local.policy = policy
-        try:
-            yield
-        finally:
-            self._local.policy = before
-
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside the block, forwards of this thread are those of the model before ``attach``, bit for bit: no
-        rule, no positions, no embeddings made for VoCo tokens. A distillation's teacher reads so (Eq. 1).
-        """
-        before = getattr(self._local, "suspended", False)
-        self._local.suspended = True
-        try:
-            yield
-        finally:
-            self._local.suspended = before
-
-    # -- hooks
-    # ---------------------------------------------------------------------------------------------------
-
-    def install(self, model: torch.nn.Module) -> None:
-        """Hook the forward of the model's backbone and, where VoCo tokens have embeddings of their own, of
-        its decoder stack.
-        """
-        backbone = self.family.backbone(model)
-        self.handles = [
-            backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
-        ]
-        if self.embeddings is not None:
-            module, after = self.family.merged_at(model)
-            if after:
-                self.handles.append(module.register_forward_hook(self.after_merging))
-            else:
-                self.handles.append(module.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-
-    def _stack(self) -> list:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        return self._local.stack
-
-    @torch.compiler.disable
-    def before_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Read the layout, set the positions, put the rule in force."""
-        if getattr(self._local, "suspended", False):
-            self._stack().append(_Running())
-            return None
-        named = kwargs
-        if args:
-            names = list(inspect.signature(module.forward).parameters)
-            named = {**dict(zip(names, args, strict=False)), **kwargs}
-        # where the whole model is its own backbone (Llama 4), stage 2 calls it again without the cache
-        staged = named.get("voco_cache") is not None
-        alone = getattr(self._local, "policy", "check") == "alone"
-        if self.config.frozen_stage1 and not staged and not on_starting_weights():
-            self._refuse_one_pass(named)
-        places, given = None, named
-        if self.embeddings is not None and not staged:
-            named, places = self._find_places(named)
-        ruled = self.config.isolates and not staged and not alone
-        if named.get(DOCUMENT_IDS) is not None:
-            if staged or alone:
-                raise ValueError(
-                    f"{DOCUMENT_IDS} belong to packed rows in a single pass, not to compression or caches."
-                )
-            prepared = prepare_packed(self, module, named)
-        else:
-            prepared = self.prepare(module, named) if ruled else None
-        if prepared is None:
-            self._stack().append(_Running(places=places))
-            return None if named is given else ((), named)
-        kwargs, active, state = prepared
-        token = None if active is None else activate(active)
-        self._stack().append(_Running(token, active, state, given_cache(kwargs), places))
-        return (), kwargs
-
-    def _refuse_one_pass(self, kwargs: dict) -> None:
-        """Refuse vision tokens in a forward with the adapter on.
-
-        Raises:
-            ValueError: there are some.
-        """
-        ids, past = kwargs.get("input_ids"), given_cache(kwargs)
-        decoding = isinstance(past, Cache) and past.get_seq_length() and ids is not None and ids.shape[1] == 1
-        if ids is None or decoding:  # one decoded token is no block, whatever its id
-            return
-        vision = torch.tensor(sorted(self.vocab.placeholders), device=ids.device)
-        if bool(torch.isin(ids, vision).any()):
-            raise ValueError(
-                "this model's stage 1 is frozen (frozen_stage1): it compresses without its adapter and reads "
-                "with it, which one pass over image and text cannot do; use generate(**inputs), or compress "
-                "and voco_cache=…"
-            )
-
-    @torch.compiler.disable
-    def after_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Lift the rule; check that a mask was built under it; let the KV cache remember its slots."""
-        if not self._stack():
-            return  # the pre-hook itself raised
-        token, active, state, past, places = self._stack().pop()
-        if token is not None:
-            deactivate(token)
-        if output is None:
-            return  # the forward raised
-        if places is not None and not places.written:
-            raise RuntimeError(
-                f"{type(module).__name__} did not hand its merged embeddings to its decoder, so "
-                f"compressor={self.config.compressor!r} with token_init={self.config.token_init!r} was not "
-                "applied; this family takes token_init='learned' only."
-            )
-        if state is None:
-            return  # no rule applied
-        if active is not None and active.masks_built == 0:
-            raise RuntimeError(
-                f"{type(module).__name__} built no attention mask through transformers' mask interface, so "
-                "the isolation rule was not applied; this family is not supported."
-            )
-        if not isinstance(past, Cache):
-            past = cache_of(output)
-        if isinstance(past, Cache):
-            state.put_on(past)
-
-    @torch.compiler.disable
-    def before_decoder(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Write the VoCo tokens' embeddings of the forward that runs, where it holds blocks."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__  # type: ignore[misc]
+        running = _RUNNING.get()
+        if running is None or running.attachment is not self._voco_of:
+            return call(*args, **kwargs)
+        if self._voco_after:
+            return _with_block_embeddings(running, call(*args, **kwargs))
         merged = kwargs.get("inputs_embeds")
-        made = self._written(merged)
-        return None if made is merged else (args, {**kwargs, "inputs_embeds": made})
+        if merged is not None:
+            kwargs["inputs_embeds"] = _with_block_embeddings(running, merged)
+        return call(*args, **kwargs)
 
-    @torch.compiler.disable
-    def after_merging(self, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        """As :meth:`before_decoder`, where a module of its own merges the image features."""
-        return self._written(output)
 
-    def _written(self, merged: torch.Tensor | None) -> torch.Tensor | None:
-        places = self._stack()[-1].places if self._stack() else None
-        if merged is None or places is None or places.written or self.embeddings is None:
-            return merged
-        return self.embeddings.write(places, merged)
+@torch.compiler.disable
+def _with_block_embeddings(running: Running, merged: torch.Tensor) -> torch.Tensor:
+    """``(B, N, d)`` with the VoCo tokens' embeddings written, once a forward."""
+    assert running.attachment is not None
+    embeddings, places = running.attachment.embeddings, running.places
+    if places is None or places.written or embeddings is None:
+        return merged
+    return embeddings.write(places, merged)
 
-    # -- what the hooks compute
-    # ----------------------------------------------------------------------------------
 
-    def prepare(
-        self, backbone: torch.nn.Module, kwargs: dict
-    ) -> tuple[dict, ActiveRule | None, CacheState] | None:
-        """New keyword arguments, the rule and the cache state of one forward; ``None`` where no rule
-        applies. The rule is ``None`` where text goes on from slots it may all read.
-        """
-        past = given_cache(kwargs)
-        length = past.get_seq_length() if isinstance(past, Cache) else 0
-        state = CacheState.of(past)
-        input_ids = kwargs.get("input_ids")
-        if input_ids is None:
-            if state is None and kwargs.get("inputs_embeds") is None:
-                return None
-            raise ValueError(
-                "input_ids are needed to find the vision and VoCo tokens; inputs_embeds alone do not show "
-                "where they are: pass input_ids (and pixel_values), or detach the model."
-            )
-        rows, tokens = input_ids.shape
-        mask = self._mask(kwargs.get("attention_mask"), rows, tokens, length, input_ids)
-        if tokens == 1 and length:
-            layout = SequenceLayout.of_text(
-                mask[:, length:]
-            )  # one decoded token is no block, whatever its id
+def run_forward(
+    attachment: Attachment,
+    module: torch.nn.Module,
+    call: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    mode: ForwardMode | None = None,
+) -> Any:
+    """``call(*args, **kwargs)``, the forward of the backbone ``module``, under the rule of ``attachment``.
+
+    Args:
+        mode: ``None`` takes what an outer forward handed on, else :data:`ONE_PASS`.
+    """
+    handed = _HANDED.get()
+    if mode is None:
+        mode = handed[1] if handed is not None and handed[0] is module else ONE_PASS
+    untaken = _HANDED.set(None)
+    try:
+        prepared = _prepare(attachment, module, args, kwargs, mode)
+        before = _RUNNING.set(prepared.running)
+        try:
+            output = call(*prepared.args, **prepared.kwargs)
+        finally:
+            _RUNNING.reset(before)
+    finally:
+        _HANDED.reset(untaken)
+    _finish(prepared, module, output)
+    return output if mode.output is None else mode.output(output)
+
+
+# -- prepare
+
+
+@dataclass
+class _Prepared:
+    """What a forward is run with. ``slots``: what its KV cache then holds, asked for if there is one."""
+
+    running: Running
+    args: tuple
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    slots: Callable[[], KVSlots] | None = None
+
+
+@torch.compiler.disable
+def _prepare(
+    attachment: Attachment, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], mode: ForwardMode
+) -> _Prepared:
+    """Read the layout, set the positions, make the rule."""
+    running = Running(attachment, mode)
+    untouched = _Prepared(running, args, kwargs)
+    if mode.untouched:
+        return untouched
+    named = kwargs
+    if args:
+        names = list(inspect.signature(module.forward).parameters)
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+    packed = named.get(DOCUMENT_IDS) is not None
+    if packed and mode.stage_one:
+        raise ValueError(f"{DOCUMENT_IDS} belong to packed rows in a single pass, not to compression.")
+    config, embeddings = attachment.config, attachment.embeddings
+    question = None
+    if embeddings is not None and QUESTION_MASK in named:  # which the backbone does not know
+        named = dict(named)
+        question = named.pop(QUESTION_MASK)
+    if packed:
+        return _prepare_packed(running, module, named)
+    past = given_cache(named)
+    if not isinstance(past, Cache):
+        past = None
+    length = 0 if past is None else past.get_seq_length()
+    ids = named.get("input_ids")
+    ruled = mode.rule and config.rule != "causal"
+    frozen = config.frozen_stage1 and not mode.stage_one
+    layout = None
+    if ids is not None and (ruled or frozen or embeddings is not None):
+        mask = _mask(named.get("attention_mask"), ids, length)
+        if ids.shape[1] == 1 and length:  # one decoded token is no block, whatever its id
+            layout = None
         else:
-            layout = SequenceLayout.from_ids(input_ids, mask[:, length:], self.vocab)
-        if state is None and not (layout.has_vision or layout.has_voco):
-            return None
-        if (
-            isinstance(kwargs.get("attention_mask"), dict)
-            or getattr(kwargs.get("attention_mask"), "ndim", 2) != 2
-        ):
-            raise ValueError(
-                "attention_mask must be the 2-D padding mask: a ready-made mask (a static cache's, or a 4-D "
-                "one) replaces the isolation rule; pass the 2-D mask and a dynamic cache."
-            )
-        device = input_ids.device
-        state = self._past_state(state, mask[:, :length], length, rows, device)
-        if state.settled and state.planned is None and not (layout.has_vision or layout.has_voco):
-            new = mask[:, length:]
-            own = self.family.sequential(backbone, input_ids, new, {}).to(device)
-            kwargs = dict(kwargs)
-            kwargs["attention_mask"] = mask
-            positions = own + state.next_position[:, None]
-            kwargs["position_ids"] = self.agree(kwargs.get("position_ids"), positions, layout, backbone)
-            return kwargs, None, state.go_on(new)
-        prefix = state.planned_prefix
-        positions, state = self._extend(backbone, layout, mask[:, length:], input_ids, kwargs, state)
-        kwargs = dict(kwargs)
-        kwargs["attention_mask"] = mask
-        kwargs["position_ids"] = self.agree(kwargs.get("position_ids"), positions, layout, backbone)
-        return kwargs, ActiveRule(self.config, state.table, state.table.in_slot_order, prefix), state
+            layout = SequenceLayout.from_ids(ids, mask[:, length:], attachment.vocab)
+    if frozen and layout is not None and layout.has_vision:
+        raise ValueError(
+            "this model's stage 1 is frozen (frozen_stage1): it compresses without its adapter and reads with
+            " "it, which one pass over image and text cannot do; use generate(**inputs), or compress and "
+            "voco_cache=…"
+        )
+    if embeddings is not None and layout is not None:
+        running.places = embeddings.places(layout, attachment.vocab, question)
+    if not ruled:
+        return untouched if named is kwargs else _Prepared(running, (), named)
+    slots = KVSlots.of(past)
+    if ids is None:
+        if slots is None and named.get("inputs_embeds") is None:
+            return untouched
+        raise ValueError(
+            "input_ids are needed to find the vision and VoCo tokens; inputs_embeds alone do not show where "
+            "they are: pass input_ids (and pixel_values), or detach the model."
+        )
+    blocks = layout is not None and (layout.has_vision or layout.has_voco)
+    if slots is None and not blocks:
+        return untouched if named is kwargs else _Prepared(running, (), named)
+    given = named.get("attention_mask")
+    if given is not None and (not isinstance(given, torch.Tensor) or given.ndim != 2):
+        raise ValueError(
+            "attention_mask must be the 2-D padding mask: a ready-made mask (a static cache's, or a 4-D one) "
+            "replaces the isolation rule; pass the 2-D mask and a dynamic cache."
+        )
+    if slots is not None:
+        slots.check(length, len(ids))
+    elif length:
+        slots = KVSlots.of_text(mask[:, :length].to(ids.device))
+    return _under_rule(running, module, named, layout, mask, slots, blocks)
 
-    def _find_places(self, kwargs: dict) -> tuple[dict, Places | None]:
-        """The blocks whose embeddings are made in this forward; and its arguments without the question mask,
-        which the backbone does not know.
-        """
-        assert self.embeddings is not None
-        kwargs = dict(kwargs)
-        question, ids = kwargs.pop(QUESTION_MASK, None), kwargs.get("input_ids")
-        if ids is None or (ids.shape[1] == 1):  # one decoded token is no block
-            return kwargs, None
-        if kwargs.get(DOCUMENT_IDS) is not None:
-            if self.embeddings.compressor.reads_question:
-                raise ValueError(
-                    f"compressor={self.config.compressor!r} reads the question behind an image, which packed "
-                    "rows do not keep apart; train it without packing."
-                )
-            documents = Documents(kwargs[DOCUMENT_IDS].to(ids.device), ids.shape)
-            alone = documents.split(ids, self.vocab.voco_id)
-            found = SequenceLayout.from_ids(alone, documents.mask.long(), self.vocab)
-            kind = documents.join(found.kind, TokenKind.PAD)
-            layout = SequenceLayout(kind, kind, in_packed_rows(found.spans, documents))
-        else:
-            mask = kwargs.get("attention_mask")
-            given = isinstance(mask, torch.Tensor) and mask.ndim == 2
-            layout = SequenceLayout.from_ids(ids, mask[:, -ids.shape[1] :] if given else None, self.vocab)
-        return kwargs, self.embeddings.places(ids, layout, self.vocab, question)
 
-    def check_reusable(self, what: str) -> None:
-        """Refuse to cache what was made for one question.
+def _under_rule(
+    running: Running,
+    module: torch.nn.Module,
+    kwargs: dict[str, Any],
+    layout: SequenceLayout | None,
+    mask: torch.Tensor,
+    slots: KVSlots | None,
+    blocks: bool,
+) -> _Prepared:
+    """New keyword arguments and the rule of a forward that holds blocks, or goes on from some.
 
-        Raises:
-            ValueError: the compressor reads the question.
-        """
-        if self.embeddings is not None and self.embeddings.compressor.reads_question:
-            raise ValueError(
-                f"{what}: compressor={self.config.compressor!r} reads the question before it compresses, so "
-                "a cache would answer other questions wrongly; ask with the image in the prompt."
-            )
+    Args:
+        layout: of the new tokens; ``None`` where they are one decoded token.
+        mask: ``(B, L + N)``.
+        slots: what the KV cache holds, or ``None`` where there is none.
+    """
+    attachment = running.attachment
+    assert attachment is not None
+    ids = kwargs["input_ids"]
+    new = mask[:, -ids.shape[1] :]
+    kwargs = dict(kwargs, attention_mask=mask)
+    prefix = None
+    if slots is not None and slots.planned is not None:
+        prefix = slots.planned_prefix
+        positions, after = slots.take_planned(ids.shape[1])
+        running.rule = ActiveRule(attachment.config, after.table, prefix)
+        later: Callable[[], KVSlots] = lambda: after  # noqa: E731
+    elif slots is not None and not blocks and (slots.open_to_text or layout is None):
+        own = attachment.family.sequential(module, ids, new, {}).to(ids.device)
+        positions = own + slots.next_position[:, None]
+        after = slots.go_on(new.to(ids.device))
+        if not slots.open_to_text:
+            running.rule = ActiveRule(attachment.config, after.table)
+        later = lambda: after  # noqa: E731
+    else:
+        if layout is None:
+            layout = SequenceLayout.of_text(new)
+        positions = _positions(running, module, layout, kwargs, new, slots)
+        table, later = _after(attachment, layout, positions, slots)
+        running.rule = ActiveRule(attachment.config, table)
+    kwargs["position_ids"] = _agreed(running, module, kwargs.get("position_ids"), positions, new)
+    return _Prepared(running, (), kwargs, later)
 
-    @staticmethod
-    def _mask(given: Any, rows: int, tokens: int, length: int, ids: torch.Tensor) -> torch.Tensor:
-        """The 2-D mask over past and new tokens, ``(B, length + N)``; all ones where none was given."""
-        if not isinstance(given, torch.Tensor) or given.ndim != 2:
-            return torch.ones(rows, length + tokens, dtype=torch.long, device=ids.device)
-        if given.shape[1] != length + tokens:
-            raise ValueError(
-                f"attention_mask has {given.shape[1]} columns; {length} cached + {tokens} new tokens need "
-                f"{length + tokens}."
-            )
-        return given
 
-    @staticmethod
-    def _past_state(
-        state: CacheState | None, mask: torch.Tensor, length: int, rows: int, device: torch.device
-    ) -> CacheState:
-        """The state before this forward: remembered, or of a past of plain text."""
-        if state is not None:
-            return state.synced(length, rows)
-        count = mask.long().sum(dim=1).to(device)
-        kind = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD).to(device)
-        order = torch.arange(length, device=device).expand(rows, length)
-        table = TokenTable(kind, torch.full_like(kind, -1), order)
-        start = torch.full((rows,), length, device=device)
-        return CacheState(table, count, start, torch.zeros_like(count))
+def _positions(
+    running: Running,
+    module: torch.nn.Module,
+    layout: SequenceLayout,
+    kwargs: dict[str, Any],
+    mask: torch.Tensor,
+    slots: KVSlots | None,
+) -> torch.Tensor:
+    """Positions of the new tokens, ``(B, N)`` or ``(P, B, N)``."""
+    attachment, ids = running.attachment, kwargs["input_ids"]
+    assert attachment is not None
+    given, start = kwargs.get("position_ids"), None if slots is None else slots.next_position[:, None]
+    grids = any(k.endswith("grid_thw") and v is not None for k, v in kwargs.items())
+    own = running.mode.positions == "own"
+    if own and layout.has_vision and not grids and isinstance(given, torch.Tensor) and given.ndim == 3:
+        # generate encodes the images itself and keeps their grids; its 3-axis positions count as the backbone
+        # does
+        sequential = given[-3:].to(ids.device)
+        sequential = sequential if start is None else sequential - start
+    else:
+        sequential = attachment.family.sequential(module, ids, mask, kwargs).to(ids.device)
+    if attachment.config.positions == "compact":
+        sequential = compact_positions(layout, sequential)
+    return sequential if start is None else sequential + start
 
-    def _extend(self, backbone, layout, mask, input_ids, kwargs, state) -> tuple[torch.Tensor, CacheState]:
-        """Positions of the new tokens, and the state after them."""
-        device = input_ids.device
-        if state.planned is not None:
-            return state.take_planned(layout.num_tokens)
-        given = kwargs.get("position_ids")
-        own = getattr(self._local, "policy", "check") == "own"
-        grids = any(k.endswith("grid_thw") and v is not None for k, v in kwargs.items())
-        if own and layout.has_vision and not grids and isinstance(given, torch.Tensor) and given.ndim == 3:
-            # generate encodes the images itself and keeps their grids; its 3-axis positions count as the
-            # backbone does
-            sequential = given[-3:].to(device) - state.next_position[:, None]
-        else:
-            sequential = self.family.sequential(backbone, input_ids, mask, kwargs).to(device)
-        if self.config.positions == "compact":
-            local = compact_positions(layout, sequential)
-        else:
-            local = sequential
-        positions = local + state.next_position[:, None]
-        real = (layout.kind != TokenKind.PAD).to(device)
-        stream = layout.in_stream.to(device)
-        counted = stream if self.config.positions == "compact" else real
-        flat = positions if positions.dim() == 2 else positions.amax(dim=0)
-        last = torch.where(counted, flat, torch.full_like(flat, -1)).amax(dim=1)
-        next_position = torch.maximum(last + 1, state.next_position)
+
+def _after(
+    attachment: Attachment, layout: SequenceLayout, positions: torch.Tensor, slots: KVSlots | None
+) -> tuple[TokenTable, Callable[[], KVSlots]]:
+    """The table of every slot after this forward, and what the KV cache is to remember if there is one."""
+    device = positions.device
+    if slots is None:
+        table = TokenTable.from_layout(layout)  # on the CPU: only a dense mask needs it on the device
+    else:
+        steps = torch.arange(layout.num_tokens, device=device)
         block = layout.block.to(device)
-        block = torch.where(block >= 0, block + state.num_blocks[:, None], block)
-        order = state.next_order[:, None] + torch.arange(layout.num_tokens, device=device)
-        table = state.table.to(device).append(TokenTable(layout.kind.to(device), block, order))
+        block = torch.where(block >= 0, block + slots.num_blocks[:, None], block)
+        new = TokenTable(layout.kind.to(device), block, slots.next_order[:, None] + steps)
+        table = slots.table.to(device).append(new, ordered=slots.table.ordered)
+
+    def later() -> KVSlots:
+        compact = attachment.config.positions == "compact"
+        counted = layout.in_stream if compact else layout.kind != TokenKind.PAD
+        flat = positions if positions.dim() == 2 else positions.amax(dim=0)
+        last = torch.where(counted.to(device), flat, torch.full_like(flat, -1)).amax(dim=1) + 1
         blocks = torch.tensor([len(layout.row_spans(r)) for r in range(layout.num_rows)], device=device)
-        return positions, CacheState(
-            table, next_position, state.next_order + layout.num_tokens, state.num_blocks + blocks
+        if slots is None:
+            order = torch.full_like(last, layout.num_tokens)
+            return KVSlots(table.to(device), last.clamp_min(0), order, blocks)
+        return KVSlots(
+            table,
+            torch.maximum(last, slots.next_position),
+            slots.next_order + layout.num_tokens,
+            slots.num_blocks + blocks,
         )
 
-    def agree(self, given, own, layout, backbone) -> torch.Tensor:
-        """The positions to use: the rule's, unless the caller's are trusted; a contradiction raises."""
-        policy = getattr(self._local, "policy", "check")
-        if policy == "trust" and given is not None:
-            return given
-        if policy == "check" and given is not None:
-            flat, mine = given.to(own.device), own
-            if flat.dim() == 3 and mine.dim() == 3:
-                flat = flat[-mine.shape[0] :]  # some families put 1-D text positions in front
-            elif flat.dim() != mine.dim():
-                flat, mine = (flat[-1] if flat.dim() == 3 else flat), (mine[0] if mine.dim() == 3 else mine)
-            real = (layout.kind != TokenKind.PAD).to(own.device)
-            if flat.shape[-1] != mine.shape[-1] or bool(((flat != mine) & real).any()):
-                raise ValueError(
-                    f"position_ids given do not agree with positions={self.config.positions!r} of the VoCo "
-                    "config; leave position_ids out."
-                )
-        return self.family.shape_positions(backbone, own)
+    return table, later
+
+
+def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str, Any]) -> _Prepared:
+    """As :func:`_prepare`, of packed rows: their documents are kept apart under every rule."""
+    attachment = running.attachment
+    assert attachment is not None
+    packed = prepare_packed(attachment, module, kwargs)
+    if attachment.config.frozen_stage1 and packed.layout.has_vision:
+        raise ValueError(
+            "this model's stage 1 is frozen (frozen_stage1); packed rows are one pass over both."
+        )
+    if attachment.embeddings is not None:
+        if attachment.embeddings.compressor.reads_question:
+            raise ValueError(
+                f"compressor={attachment.config.compressor!r} reads the question behind an image, which packed
+                " "rows do not keep apart; train it without packing."
+            )
+        running.places = attachment.embeddings.places(packed.blocks, attachment.vocab)
+    running.rule = ActiveRule(attachment.config, packed.table)
+    given, new = packed.kwargs.get("position_ids"), packed.kwargs["attention_mask"]
+    packed.kwargs["position_ids"] = _agreed(running, module, given, packed.positions, new)
+    rows, tokens = new.shape
+    none = torch.zeros(rows, dtype=torch.long, device=new.device)
+    return _Prepared(running, (), packed.kwargs, lambda: KVSlots(packed.table, none, none + tokens, none))
+
+
+def _mask(given: Any, ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The 2-D mask over past and new tokens, ``(B, L + N)``; all ones where none was given."""
+    rows, tokens = ids.shape
+    if not isinstance(given, torch.Tensor) or given.ndim != 2:
+        return torch.ones(rows, length + tokens, dtype=torch.long, device=ids.device)
+    if given.shape[1] != length + tokens:
+        raise ValueError(
+            f"attention_mask has {given.shape[1]} columns; {length} cached + {tokens} new tokens need "
+            f"{length + tokens}."
+        )
+    return given
+
+
+def _agreed(
+    running: Running, module: torch.nn.Module, given: Any, own: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The positions to use: the rule's ``own``, unless the caller's are taken as given; a contradiction
+    raises.
+
+    Args:
+        mask: ``(B, N)``, of the new tokens.
+    """
+    attachment, policy = running.attachment, running.mode.positions
+    assert attachment is not None
+    if policy == "given" and given is not None:
+        return given
+    if policy == "check" and given is not None:
+        flat, mine = given.to(own.device), own
+        if flat.dim() == 3 and mine.dim() == 3:
+            flat = flat[-mine.shape[0] :]  # some families put 1-D text positions in front
+        elif flat.dim() != mine.dim():
+            flat, mine = (flat[-1] if flat.dim() == 3 else flat), (mine[0] if mine.dim() == 3 else mine)
+        real = mask.to(own.device).bool()
+        if flat.shape[-1] != mine.shape[-1] or bool(((flat != mine) & real).any()):
+            raise ValueError(
+                f"position_ids given do not agree with positions={attachment.config.positions!r} of the VoCo "
+                "config; leave position_ids out."
+            )
+    return attachment.family.shape_positions(module, own)
+
+
+# -- remember
+
+
+@torch.compiler.disable
+def _finish(prepared: _Prepared, module: torch.nn.Module, output: Any) -> None:
+    """Check that what was prepared was used; let the KV cache remember its slots."""
+    running = prepared.running
+    if running.places is not None and not running.places.written:
+        assert running.attachment is not None
+        config = running.attachment.config
+        raise RuntimeError(
+            f"{type(module).__name__} did not hand its merged embeddings to its decoder, so "
+            f"compressor={config.compressor!r} with token_init={config.token_init!r} was not applied; this "
+            "family takes token_init='learned' only."
+        )
+    if running.rule is not None and running.rule.masks_built == 0:
+        raise RuntimeError(
+            f"{type(module).__name__} built no attention mask through transformers' mask interface, so the "
+            "isolation rule was not applied; this family is not supported."
+        )
+    if prepared.slots is None or running.mode.stage_one:  # stage 1's caches are cut, not gone on from
+        return
+    past = given_cache(prepared.kwargs)
+    past = past if isinstance(past, Cache) else cache_of(output)
+    if isinstance(past, Cache):
+        remember(past, prepared.slots())
+
+
+__all__ = [
+    "ONE_PASS",
+    "OWN_POSITIONS",
+    "STAGE_ONE",
+    "UNTOUCHED",
+    "ForwardMode",
+    "Running",
+    "TakesBlockEmbeddings",
+    "UnderRule",
+    "active_rule",
+    "handing",
+    "in_force",
+    "run_forward",
+    "running_forward",
+]

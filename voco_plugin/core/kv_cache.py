@@ -1,22 +1,29 @@
-"""What the slots of a KV cache hold, remembered on the cache itself, so that decoding keeps the rule."""
+"""KV caches that know what their slots hold, so that what goes on from them keeps the rule.
+
+:class:`KVSlots` says what each slot is and where the sequence goes on. It belongs to the cache object
+(:class:`RemembersSlots`) and follows every operation on it: crop, repeat, select, reorder, reset, copy,
+pickle.
+
+Shapes: ``B`` rows, ``L`` slots, ``T`` text tokens of a prompt still to come.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
+from .extension import Extension, extend
 from .layout import TokenKind
 from .masks import TokenTable
 
-_STATE = "_voco_state"
 
-
-@dataclass
-class CacheState:
-    """What the slots of a KV cache hold, and where the sequence goes on.
+@dataclass(frozen=True)
+class KVSlots:
+    """What the slots of a KV cache hold, and where the sequence goes on. Never changed in place.
 
     Attributes:
         table: kind, block and sequence index of every slot, ``(B, L)``.
@@ -28,8 +35,8 @@ class CacheState:
         planned_positions: ``(B, T)`` int64, their positions.
         planned_prefix: ``(B, L + T)`` bool, slots and planned tokens that see each other both ways in a
             prefix-LM, else ``None``.
-        settled: every slot may be read by whatever text comes after it, so that the backbone's own mask says
-            all there is to say: no vision token among them, no window that asks where a slot stood.
+        open_to_text: every slot may be read by whatever text comes after it, so that the backbone's own mask
+            says all there is to say: no vision token among them, no window that asks where a slot stood.
     """
 
     table: TokenTable
@@ -39,85 +46,120 @@ class CacheState:
     planned: TokenTable | None = None
     planned_positions: torch.Tensor | None = None
     planned_prefix: torch.Tensor | None = None
-    settled: bool = False
+    open_to_text: bool = False
 
     @classmethod
-    def starting_at(cls, order: torch.Tensor) -> CacheState:
-        """The state of an empty cache whose rows go on from sequence index ``order`` ``(B,)``."""
+    def starting_at(cls, order: torch.Tensor) -> KVSlots:
+        """Those of an empty cache whose rows go on from sequence index ``order`` ``(B,)``."""
         none = order.new_zeros((len(order), 0))
         zero = torch.zeros_like(order)
         return cls(TokenTable(none, none, none), zero, order, zero)
 
-    def put_on(self, cache: Cache) -> None:
-        """Remember this state on ``cache``."""
-        setattr(cache, _STATE, self)
+    @classmethod
+    def of_text(cls, mask: torch.Tensor) -> KVSlots:
+        """Those of a cache that holds plain text alone, under its 2-D mask ``(B, L)``."""
+        rows, length = mask.shape
+        kind = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD)
+        order = torch.arange(length, device=mask.device).expand(rows, length)
+        table = TokenTable(kind, torch.full_like(kind, -1), order, ordered=True)
+        start = torch.full((rows,), length, device=mask.device)
+        return cls(table, mask.long().sum(dim=1), start, torch.zeros_like(start))
 
     @staticmethod
-    def of(cache: Any) -> CacheState | None:
-        """The state remembered on ``cache``, if any."""
-        return getattr(cache, _STATE, None)
+    def of(cache: Any) -> KVSlots | None:
+        """What ``cache`` remembers, if anything."""
+        return cache.voco_slots if isinstance(cache, RemembersSlots) else None
 
-    def synced(self, length: int, rows: int) -> CacheState:
-        """This state cut to ``length`` slots (an assisted decoder crops) and repeated to ``rows`` (beams)."""
-        state = self
-        if state.table.document is not None:
+    def check(self, length: int, rows: int) -> None:
+        """Refuse a cache whose tensors are not what is remembered of them.
+
+        Args:
+            length, rows: of the cache's tensors now.
+
+        Raises:
+            ValueError: it was written or cut by something that goes around the cache's own methods, or holds
+                packed rows.
+        """
+        if self.table.document is not None:
             raise ValueError(
                 "this KV cache was written by packed rows (document_ids), and nothing can go on from several "
                 "documents at once; start from an empty cache."
             )
-        if rows != state.table.num_rows:
-            if rows % state.table.num_rows:
-                raise ValueError(
-                    f"a batch of {rows} rows cannot go on from a cache of {state.table.num_rows} rows."
-                )
-            state = state._repeated(rows // state.table.num_rows)
-        cut = state.table.length - length
-        if cut > 0:
-            tail = state.table.kind[:, length:]
-            if bool(((tail == TokenKind.VISION) | (tail == TokenKind.VOCO)).any()):
-                raise ValueError("the KV cache was cropped inside a vision block; compress the image again.")
-            dropped = (tail != TokenKind.PAD).sum(dim=1)
-            state = CacheState(
-                state.table.crop(length),
-                state.next_position - dropped,
-                state.next_order - dropped,
-                state.num_blocks,
-                settled=state.settled,
-            )
-        elif cut < 0:
+        if rows != self.table.num_rows:
             raise ValueError(
-                f"the KV cache holds {length} slots, of which only {state.table.length} were written under "
-                "the rule."
+                f"a batch of {rows} rows cannot go on from a cache of {self.table.num_rows} rows; repeat or "
+                "select its rows (batch_repeat_interleave, batch_select_indices)."
             )
-        return state
+        if length != self.table.length:
+            raise ValueError(
+                f"the KV cache holds {length} slots, of which {self.table.length} were written under the "
+                "rule; change it by its own methods only (crop, …)."
+            )
 
-    def _repeated(self, times: int) -> CacheState:
-        vectors = (self.next_position, self.next_order, self.num_blocks)
-        planned = self.planned_positions
-        return CacheState(
-            self.table.repeat_rows(times),
-            *(v.repeat_interleave(times) for v in vectors),
-            self.planned.repeat_rows(times) if self.planned is not None else None,
-            planned.repeat_interleave(times, dim=0) if planned is not None else None,
-            None if self.planned_prefix is None else self.planned_prefix.repeat_interleave(times, dim=0),
-            self.settled,
+    def rows(self, change: Any) -> KVSlots:
+        """Other rows: ``change`` takes a tensor's dim 0, row ``(B, …)``, to those wanted ``(B', …)``."""
+
+        def vector(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else change(value)
+
+        return replace(
+            self,
+            table=self.table.each(change),
+            next_position=change(self.next_position),
+            next_order=change(self.next_order),
+            num_blocks=change(self.num_blocks),
+            planned=None if self.planned is None else self.planned.each(change),
+            planned_positions=vector(self.planned_positions),
+            planned_prefix=vector(self.planned_prefix),
         )
 
-    def go_on(self, mask: torch.Tensor) -> CacheState:
-        """The state after new text tokens under ``mask`` ``(B, N)``, right after what is there."""
+    def repeated(self, times: int) -> KVSlots:
+        """Each row ``times`` times in a row, as beam search does."""
+        return self.rows(lambda value: value.repeat_interleave(times, dim=0)) if times != 1 else self
+
+    def selected(self, rows: torch.Tensor) -> KVSlots:
+        """The named rows ``(B',)`` (or a mask of rows ``(B,)`` bool), in that order."""
+        return self.rows(lambda value: value[rows.to(value.device)])
+
+    def cropped(self, length: int) -> KVSlots:
+        """The first ``length`` slots (an assisted decoder takes back what was not accepted).
+
+        Raises:
+            ValueError: that would cut into, or away, a vision block.
+        """
+        if length >= self.table.length:
+            return self
+        tail = self.table.kind[:, length:]
+        if bool(((tail == TokenKind.VISION) | (tail == TokenKind.VOCO)).any()):
+            raise ValueError("the KV cache was cropped inside a vision block; compress the image again.")
+        dropped = (tail != TokenKind.PAD).sum(dim=1)
+        return KVSlots(
+            self.table.crop(length),
+            self.next_position - dropped,
+            self.next_order - tail.shape[1],
+            self.num_blocks,
+            open_to_text=self.open_to_text,
+        )
+
+    def go_on(self, mask: torch.Tensor) -> KVSlots:
+        """After new text tokens under ``mask`` ``(B, N)``, right after what is there."""
         kind = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD)
         steps = torch.arange(mask.shape[1], device=mask.device)
         new = TokenTable(kind, torch.full_like(kind, -1), self.next_order[:, None] + steps)
-        return CacheState(
+        return KVSlots(
             self.table.append(new),
             self.next_position + mask.long().sum(dim=1),
             self.next_order + mask.shape[1],
             self.num_blocks,
-            settled=self.settled,
+            open_to_text=self.open_to_text,
         )
 
-    def take_planned(self, tokens: int) -> tuple[torch.Tensor, CacheState]:
-        """Positions ``(B, tokens)`` of the next planned tokens, and the state after them."""
+    def take_planned(self, tokens: int) -> tuple[torch.Tensor, KVSlots]:
+        """Positions ``(B, tokens)`` of the next planned tokens, and what is remembered after them.
+
+        Raises:
+            ValueError: more than are planned, or a part of a prompt that is read both ways.
+        """
         assert self.planned is not None and self.planned_positions is not None
         ahead = self.planned.length
         if tokens > ahead:
@@ -125,18 +167,86 @@ class CacheState:
         if tokens < ahead and self.planned_prefix is not None:
             raise ValueError(
                 f"{tokens} of a prompt's {ahead} tokens were given, and this model reads its prompt both "
-                "ways: "
-                "give the whole prompt at once (leave prefill_chunk_size out)."
+                "ways: give the whole prompt at once (leave prefill_chunk_size out)."
             )
         rest = None
         if tokens < ahead:
-            rest = TokenTable(*(getattr(self.planned, n)[:, tokens:] for n in ("kind", "block", "order")))
-        return self.planned_positions[:, :tokens], CacheState(
+            rest = self.planned.each(lambda value: value[:, tokens:])
+        return self.planned_positions[:, :tokens], KVSlots(
             self.table.append(self.planned.crop(tokens)),
             self.next_position,
             self.next_order,
             self.num_blocks,
             rest,
             self.planned_positions[:, tokens:] if rest is not None else None,
-            settled=self.settled,
+            open_to_text=self.open_to_text,
         )
+
+
+class RemembersSlots(Extension):
+    """A transformers ``Cache`` that knows what its slots hold.
+
+    Attributes:
+        voco_slots: what the rule needs to know of them; ``None`` where no rule applied yet.
+        voco_made_by: the fingerprint of the model that wrote them, where they are to be gone on from later.
+        voco_ids_count: whether the ``input_ids`` that ``generate`` holds stand for these slots too (a static
+            cache and an assistant model count on an id for every slot).
+    """
+
+    voco_slots: KVSlots | None = None
+    voco_made_by: dict[str, Any] | None = None
+    voco_ids_count: bool = False
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        before = self.get_seq_length()  # type: ignore[attr-defined]
+        slots = self.voco_slots
+        if slots is not None and slots.table.length == before and args and args[0] < 0:
+            slots.cropped(before + args[0])  # refused before a tensor is cut
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if slots is not None and slots.table.length == before:
+            self.voco_slots = slots.cropped(self.get_seq_length())  # type: ignore[attr-defined]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.voco_slots is not None:
+            self.voco_slots = self.voco_slots.repeated(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._select(indices)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select(beam_idx)
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if self.voco_slots is not None:
+            self.voco_slots = self.voco_slots.selected(torch.as_tensor(rows))
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.voco_slots = self.voco_made_by = None
+        self.voco_ids_count = False
+
+    def __copy__(self) -> Any:
+        """Layers of its own around the same tensors: an operation on one leaves the other as it is."""
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        made.layers = [copy.copy(layer) for layer in self.layers]  # type: ignore[attr-defined]
+        return made
+
+
+class VoCoKVCache(RemembersSlots, DynamicCache):
+    """A ``DynamicCache`` that knows what its slots hold: what stage 1 and stage 2 make."""
+
+
+def remember(cache: Cache, slots: KVSlots) -> None:
+    """Let ``cache`` (any of transformers') know what its slots hold."""
+    if type(cache) is DynamicCache:
+        cache.__class__ = VoCoKVCache
+    else:
+        extend(cache, RemembersSlots)
+    cache.voco_slots = slots
+
+
+__all__ = ["KVSlots", "RemembersSlots", "VoCoKVCache", "remember"]

@@ -165,11 +165,13 @@ class SequenceLayout:
         block: ``(B, N)`` int64 on CPU, the block a vision or VoCo token belongs to, counted within its row;
             else -1.
         spans: every block, row by row, in order.
+        ids: ``(B, N)`` int64 on CPU, what was read; ``None`` where no ids were.
     """
 
     kind: torch.Tensor
     block: torch.Tensor
     spans: list[BlockSpan] = field(default_factory=list)
+    ids: torch.Tensor | None = None
 
     @classmethod
     def from_ids(
@@ -192,17 +194,14 @@ class SequenceLayout:
                 shorter than ``num_tokens``, a block without its BOS sink; the message names sample and
                 position.
         """
-        ids = input_ids.detach().cpu().numpy()
-        if ids.ndim != 2:
-            raise LayoutError(f"input_ids must have shape (batch, tokens), not {tuple(ids.shape)}.")
-        if attention_mask is None:
-            mask = np.ones_like(ids, dtype=bool)
-        elif tuple(attention_mask.shape) != tuple(ids.shape):
+        if input_ids.ndim != 2:
+            raise LayoutError(f"input_ids must have shape (batch, tokens), not {tuple(input_ids.shape)}.")
+        if attention_mask is not None and tuple(attention_mask.shape) != tuple(input_ids.shape):
             raise LayoutError(
-                f"attention_mask must be 2-D of shape {tuple(ids.shape)}, not {tuple(attention_mask.shape)}."
+                f"attention_mask must be 2-D of shape {tuple(input_ids.shape)}, not "
+                f"{tuple(attention_mask.shape)}."
             )
-        else:
-            mask = attention_mask.detach().cpu().numpy().astype(bool)
+        ids, mask = on_cpu(input_ids, attention_mask)
         kind = np.where(mask, TokenKind.TEXT, TokenKind.PAD).astype(np.int64)
         block = np.full(ids.shape, -1, dtype=np.int64)
         spans: list[BlockSpan] = []
@@ -210,7 +209,7 @@ class SequenceLayout:
             spans += _read_row(
                 row, ids[row], mask[row], vocab, kind[row], block[row], num_tokens, require_voco
             )
-        return cls(torch.from_numpy(kind), torch.from_numpy(block), spans)
+        return cls(torch.from_numpy(kind), torch.from_numpy(block), spans, torch.from_numpy(ids))
 
     @classmethod
     def of_text(cls, attention_mask: torch.Tensor) -> SequenceLayout:
@@ -246,6 +245,17 @@ class SequenceLayout:
 
     def __iter__(self) -> Iterator[BlockSpan]:
         return iter(self.spans)
+
+
+def on_cpu(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids ``(B, N)`` int64 and mask ``(B, N)`` bool as arrays, read from their device in one go."""
+    if mask is None:
+        read = ids.detach().long().cpu().numpy()
+        return read, np.ones_like(read, dtype=bool)
+    if ids.device.type == "cpu":
+        return ids.detach().long().numpy(), mask.detach().cpu().numpy().astype(bool)
+    read = torch.stack([ids.detach().long(), mask.detach().to(ids.device).long()]).cpu().numpy()
+    return read[0], read[1].astype(bool)
 
 
 def _read_row(row, ids, mask, vocab, kind, block, num_tokens, require_voco) -> list[BlockSpan]:
@@ -306,8 +316,9 @@ def compact_positions(layout: SequenceLayout, sequential: torch.Tensor) -> torch
     """
     device = sequential.device
     flat = sequential if sequential.dim() == 2 else sequential[0]
-    stream = (layout.in_stream.long().cumsum(-1) - 1).clamp_min(0).to(device)
-    shift = stream - flat
+    stream = (layout.in_stream.long().cumsum(-1) - 1).clamp_min(0)
+    like = torch.arange(layout.num_tokens).repeat(layout.num_rows, 1)  # whose shift each token takes
     for span in layout:
-        shift[span.row, span.start : span.stop] = shift[span.row, span.voco].clone()
-    return sequential + shift
+        like[span.row, span.start : span.stop] = span.voco
+    shift = stream.to(device) - flat
+    return sequential + shift.gather(1, like.to(device))

@@ -45,19 +45,23 @@ class TokenTable:
             cached block's slots come first in the cache but keep the order they would have had; causality and
             the backbone's windows are read from it.
         document: ``(B, L)`` int64, the slot's document where rows are packed (0 for padding), else ``None``.
+        ordered: whether ``order`` is known to be the slot's own index, so that the backbone's own mask needs
+        no
+            mapping. Told by whoever makes the table: to ask the tensors would read them back from the device.
     """
 
     kind: torch.Tensor
     block: torch.Tensor
     order: torch.Tensor
     document: torch.Tensor | None = None
+    ordered: bool = False
 
     @classmethod
     def from_layout(cls, layout: SequenceLayout, device: torch.device | str = "cpu") -> TokenTable:
         """The table of a plain forward: slot = token."""
         rows, tokens = layout.kind.shape
         order = torch.arange(tokens, device=device).expand(rows, tokens)
-        return cls(layout.kind.to(device), layout.block.to(device), order)
+        return cls(layout.kind.to(device), layout.block.to(device), order, ordered=True)
 
     @property
     def length(self) -> int:
@@ -67,39 +71,29 @@ class TokenTable:
     def num_rows(self) -> int:
         return self.kind.shape[0]
 
-    @property
-    def in_slot_order(self) -> bool:
-        """Whether slot and sequence index advance together, so that the backbone's own mask needs no
-        mapping.
-        """
-        return bool((self.order == torch.arange(self.length, device=self.order.device)).all())
+    def append(self, other: TokenTable, ordered: bool = False) -> TokenTable:
+        """This table followed by ``other`` (same rows, same device).
 
-    def append(self, other: TokenTable) -> TokenTable:
-        """This table followed by ``other`` (same rows, same device)."""
+        Args:
+            ordered: whether what comes of it is :attr:`ordered`.
+        """
         joined = [torch.cat([getattr(self, n), getattr(other, n)], dim=1) for n in _FIELDS]
         if self.document is None and other.document is None:
-            return TokenTable(*joined)
+            return TokenTable(*joined, ordered=ordered)
         own, more = (torch.zeros_like(t.kind) if t.document is None else t.document for t in (self, other))
-        return TokenTable(*joined, torch.cat([own, more], dim=1))
+        return TokenTable(*joined, torch.cat([own, more], dim=1), ordered)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenTable:
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenTable:
+        """``change`` applied to every tensor: other rows, other slots, another device."""
         document = None if self.document is None else change(self.document)
-        return TokenTable(*(change(getattr(self, n)) for n in _FIELDS), document)
+        return TokenTable(*(change(getattr(self, n)) for n in _FIELDS), document, self.ordered)
 
     def crop(self, length: int) -> TokenTable:
         """The first ``length`` slots."""
-        return self._each(lambda value: value[:, :length])
-
-    def repeat_rows(self, times: int) -> TokenTable:
-        """Each row ``times`` times in a row, as beam search does."""
-        return self._each(lambda value: value.repeat_interleave(times, dim=0))
-
-    def select_rows(self, rows: torch.Tensor) -> TokenTable:
-        """The named rows ``(B',)``."""
-        return self._each(lambda value: value[rows.to(value.device)])
+        return self.each(lambda value: value[:, :length])
 
     def to(self, device: torch.device | str) -> TokenTable:
-        return self._each(lambda value: value.to(device))
+        return self.each(lambda value: value.to(device))
 
     def pad_to(self, length: int) -> TokenTable:
         """Padding slots up to ``length`` (a static cache shows the mask more slots than are filled)."""
@@ -112,16 +106,28 @@ class TokenTable:
         order = torch.arange(self.length, length, device=self.order.device).expand(shape)
         last = self.order[:, -1:] if self.length else torch.full_like(order[:, :1], -1)
         order = torch.maximum(order, last + 1 + order - self.length)
-        return self.append(
-            TokenTable(
-                torch.full(shape, TokenKind.PAD, device=self.kind.device, dtype=torch.int64),
-                torch.full(shape, -1, device=self.kind.device, dtype=torch.int64),
-                order,
-            )
-        )
+        unfilled = torch.full(shape, TokenKind.PAD, device=self.kind.device, dtype=torch.int64)
+        none = torch.full(shape, -1, device=self.kind.device, dtype=torch.int64)
+        return self.append(TokenTable(unfilled, none, order), ordered=self.ordered)
 
 
 _FIELDS = ("kind", "block", "order")
+
+
+@dataclass
+class ActiveRule:
+    """The rule and the table of every key slot of one forward, past ones included.
+
+    Attributes:
+        prefix: ``(B, L)`` bool, slots that see each other both ways (a prefix-LM's prompt in stage 2, where
+            the backbone itself no longer says so), or ``None``.
+        masks_built: how many masks were made under it; none means that the backbone went around it.
+    """
+
+    config: VoCoConfig
+    table: TokenTable
+    prefix: torch.Tensor | None = None
+    masks_built: int = 0
 
 
 def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:

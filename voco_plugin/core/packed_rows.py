@@ -12,11 +12,20 @@ predicted from the document before it. Neither a document nor a block is ever cu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
+
+from .._compat import given_cache
+from .layout import BlockSpan, SequenceLayout, TokenKind, compact_positions
+from .masks import TokenTable
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
 
 DOCUMENT_IDS = "document_ids"
 """The batch key: ``(B, N)`` int64, 0 for padding, else the number of the token's document in its row."""
@@ -199,3 +208,123 @@ class Documents:
         out = value.new_full((*value.shape[:-2], *self.ids.shape), fill)
         out[..., self.real.to(value.device)] = value[..., self.mask.to(value.device)]
         return out
+
+
+# -- a packed forward
+
+
+@dataclass
+class PackedForward:
+    """A packed forward, each document laid out, numbered and isolated as if it stood alone.
+
+    Attributes:
+        kwargs: its keyword arguments, without ``document_ids``.
+        positions: ``(B, N)`` or ``(P, B, N)``, the rule's.
+        table: of the packed rows.
+        layout: of the packed rows, blocks numbered through each row.
+        blocks: the same with the blocks as spans of the packed rows, and their ids.
+    """
+
+    kwargs: dict[str, Any]
+    positions: torch.Tensor
+    table: TokenTable
+    layout: SequenceLayout
+    blocks: SequenceLayout
+
+
+def prepare_packed(
+    attachment: Attachment, backbone: torch.nn.Module, kwargs: dict[str, Any]
+) -> PackedForward:
+    """Take packed rows apart into their documents, one row each, and put back what is found of them where
+    they stand. So mrope positions, which are counted image by image with the grids, need nothing of their
+    own.
+
+    Raises:
+        ValueError: a KV cache or chunked attention beside packed rows, ``input_ids`` left out, or
+            ``document_ids`` that do not number the documents of ``attention_mask``.
+    """
+    kwargs = dict(kwargs)
+    ids, input_ids = kwargs.pop(DOCUMENT_IDS), kwargs.get("input_ids")
+    past = given_cache(kwargs)
+    if isinstance(past, Cache) and past.get_seq_length():
+        raise ValueError(f"{DOCUMENT_IDS} were given beside a filled KV cache; packed rows have no past.")
+    if input_ids is None:
+        raise ValueError(f"{DOCUMENT_IDS} need input_ids; inputs_embeds do not show where images are.")
+    family, config, vocab = attachment.family, attachment.config, attachment.vocab
+    check_packs(family, backbone)
+    documents = Documents(ids.to(input_ids.device), input_ids.shape)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (
+        isinstance(mask, torch.Tensor)
+        and mask.shape == input_ids.shape
+        and bool((mask.bool() == documents.real).all())
+    ):
+        raise ValueError(
+            f"attention_mask must be the 2-D padding mask, 1 just where {DOCUMENT_IDS} is not 0."
+        )
+    alone = documents.split(input_ids, vocab.voco_id)
+    own_mask = documents.mask.long()
+    read = config.rule != "causal" or attachment.embeddings is not None
+    found = SequenceLayout.from_ids(alone, own_mask, vocab) if read else SequenceLayout.of_text(own_mask)
+    layout = found if config.rule != "causal" else SequenceLayout.of_text(own_mask)
+    more = {
+        name: documents.split(value, 0)
+        if name.endswith("token_type_ids") and isinstance(value, torch.Tensor)
+        else value
+        for name, value in kwargs.items()
+    }
+    positions = family.sequential(backbone, alone, own_mask, more).to(input_ids.device)
+    if config.positions == "compact":
+        positions = compact_positions(layout, positions)
+    whole = _layout_side_by_side(layout, documents)
+    rows, tokens = input_ids.shape
+    order = torch.arange(tokens, device=input_ids.device).expand(rows, tokens)
+    kind, block = (value.to(input_ids.device) for value in (whole.kind, whole.block))
+    table = TokenTable(kind, block, order, documents.ids, ordered=True)
+    kwargs["attention_mask"] = documents.real.long()
+    spans = in_packed_rows(found.spans, documents) if read else []
+    kinds = documents.join(found.kind, TokenKind.PAD)
+    blocks = SequenceLayout(kinds, kinds, spans, input_ids.detach().long().cpu())
+    return PackedForward(kwargs, documents.join(positions, 0), table, whole, blocks)
+
+
+def check_packs(family: Any, model: torch.nn.Module) -> None:
+    """Refuse a model whose attention a packed row would change.
+
+    Raises:
+        ValueError: chunked attention (Llama 4), whose chunks are counted from the row's first token.
+    """
+    chunk = family.chunk_size(model)
+    if chunk is not None:
+        raise ValueError(
+            f"{type(model).__name__} attends in chunks of {chunk} tokens, counted from a row's start, so a "
+            "packed document would be cut elsewhere than alone; train it without packing."
+        )
+
+
+def _layout_side_by_side(layout: SequenceLayout, documents: Documents) -> SequenceLayout:
+    """The layout of the packed rows, blocks numbered through each row."""
+    block = layout.block.clone()
+    done: dict[int, int] = {}
+    for document, row in enumerate(documents.row.tolist()):
+        before = done.get(row, 0)
+        inside = block[document] >= 0
+        block[document][inside] += before
+        done[row] = before + (int(layout.block[document].max()) + 1 if bool(inside.any()) else 0)
+    return SequenceLayout(documents.join(layout.kind, 0), documents.join(block, -1))
+
+
+def in_packed_rows(spans: Sequence[BlockSpan], documents: Documents) -> list[BlockSpan]:
+    """The blocks of documents laid out alone, where they stand in the packed rows (``packing.Documents``)."""
+    starts: list[int] = []
+    filled: dict[int, int] = {}
+    for row, size in zip(documents.row.tolist(), documents.sizes, strict=True):
+        real = documents.real[row].nonzero().flatten()
+        starts.append(int(real[filled.get(row, 0)]))
+        filled[row] = filled.get(row, 0) + size
+    found = []
+    for span in spans:
+        row, shift = int(documents.row[span.row]), starts[span.row]
+        moved = (span.start + shift, span.voco + shift, span.stop + shift)
+        found.append(BlockSpan(row, len(found), *moved))
+    return found

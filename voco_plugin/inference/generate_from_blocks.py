@@ -16,9 +16,10 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 
 from .._compat import as_cache, cache_of, given_cache
 from ..cache.place.stage_two import Placed
-from ..core.forward import Attachment
+from ..core.attachment import Attachment
+from ..core.forward import OWN_POSITIONS
+from ..core.kv_cache import RemembersSlots
 
-_WHOLE_IDS = "_voco_whole_ids"
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 _DYNAMIC = (None, "dynamic", "dynamic_full")
 
@@ -121,23 +122,23 @@ def head_start(
     id stands for a slot of a block), ``attention_mask`` and the KV cache up to the last token.
 
     Args:
-        read: the model's forward.
+        read: the model's forward, given the mode it runs in.
     """
     more = {} if types is None else {"token_type_ids": types}
-    with state.positions("own"):
-        output = read(
-            input_ids=placed.input_ids,
-            attention_mask=placed.attention_mask,
-            use_cache=True,
-            logits_to_keep=1,
-            **as_cache(placed.past),
-            **more,
-        )
+    output = read(
+        OWN_POSITIONS,
+        input_ids=placed.input_ids,
+        attention_mask=placed.attention_mask,
+        use_cache=True,
+        logits_to_keep=1,
+        **as_cache(placed.past),
+        **more,
+    )
     past = cache_of(output)
     past.crop(-1)
     slots = placed.attention_mask.shape[1] - placed.input_ids.shape[1]
     filler = placed.input_ids[:, -1:].expand(-1, slots)
-    setattr(past, _WHOLE_IDS, True)
+    past.voco_ids_count = True
     return {
         "input_ids": torch.cat([filler, placed.input_ids], dim=1),
         "attention_mask": placed.attention_mask,
@@ -182,7 +183,7 @@ def to_static(
 
 def only_new(past: Cache | None, input_ids: torch.Tensor) -> int | None:
     """How many of ``input_ids`` are not in ``past`` yet, where the ids stand for its slots too."""
-    if past is None or not getattr(past, _WHOLE_IDS, False):
+    if not isinstance(past, RemembersSlots) or not past.voco_ids_count:
         return None
     return input_ids.shape[1] - int(past.get_seq_length())
 

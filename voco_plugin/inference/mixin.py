@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from ..cache import VoCoCache
 from ..cache.compress.batching import Limits
 from ..cache.compress.stage_one import compress
 from ..cache.place.stage_two import place
-from ..core.forward import Attachment
+from ..core.attachment import Attachment
+from ..core.attention import backend_for
+from ..core.extension import Extension
+from ..core.forward import ONE_PASS, OWN_POSITIONS, ForwardMode, handing, run_forward
 from ..core.injection import insert_voco_tokens
-from ..core.kv_cache import CacheState
+from ..core.kv_cache import KVSlots
 from ..core.layout import SequenceLayout
 from .generate_from_blocks import (
     check_draft,
@@ -31,12 +35,29 @@ from .generate_from_blocks import (
 )
 
 
-class VoCoGenerationMixin:
+class VoCoGenerationMixin(Extension):
     """The methods that ``attach`` gives a model. It stands before the model's own class in the method
     order.
     """
 
     _voco_attachment: Attachment
+
+    @classmethod
+    def members(cls, base: type) -> dict[str, Any]:
+        """A ``forward`` with the signature of the model's own and ``voco_cache``: generate and Trainer read
+        the names of arguments off it.
+        """
+        own = inspect.signature(base.forward)  # type: ignore[attr-defined]
+        extra = inspect.Parameter("voco_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+        at = sum(p.kind is not inspect.Parameter.VAR_KEYWORD for p in own.parameters.values())
+        parameters = list(own.parameters.values())
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return VoCoGenerationMixin.forward(self, *args, **kwargs)
+
+        forward.__signature__ = own.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore
+        forward.__doc__ = base.forward.__doc__  # type: ignore[attr-defined]
+        return {"forward": forward}
 
     # -- stage 1
     # -------------------------------------------------------------------------------------------------
@@ -149,6 +170,8 @@ class VoCoGenerationMixin:
         *args: Any,
         voco_cache: VoCoCache | None = None,
         prefix_cache: Cache | None = None,
+        training_step: Any = None,
+        voco_mode: ForwardMode | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's own forward; with ``voco_cache``, stage 2.
@@ -157,15 +180,30 @@ class VoCoGenerationMixin:
             voco_cache: the compressed images. ``input_ids`` ``(B, S)`` is then the stream, text and VoCo
                 tokens; the VoCo runs say where each block goes.
             prefix_cache: what the stream goes on from (:meth:`prefix_cache`); it is not changed.
+            training_step: what a trainer adds to the forward of one batch (a fused loss, two stages, a
+                distillation): ``training_step.run(model, kwargs)`` gives the output.
+            voco_mode: how this forward is run (:class:`~voco_plugin.core.forward.ForwardMode`).
 
         Returns:
             the model's own output. With ``voco_cache``, ``logits`` has a row per stream token, ``(B, S,
             vocabulary)``; those of VoCo tokens and padding are NaN: they were computed in stage 1, or never.
         """
+        if training_step is not None:
+            return training_step.run(self, kwargs)
         if voco_cache is None and prefix_cache is None:
-            return super().forward(*args, **kwargs)
+            return self._read(voco_mode, *args, **kwargs)
         voco_cache = VoCoCache() if voco_cache is None else voco_cache
         return self._stage_two(voco_cache, *args, prefix_cache=prefix_cache, **kwargs)
+
+    def _read(self, mode: ForwardMode | None, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, its backbone run in ``mode``."""
+        backbone = self._voco_attachment.family.backbone(self)  # type: ignore[arg-type]
+        if backbone is self:  # Llama 4
+            return run_forward(self._voco_attachment, self, super().forward, args, kwargs, mode)  # type: ignore
+        if mode is None or mode is ONE_PASS:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with handing(backbone, mode):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _stage_two(
         self,
@@ -186,33 +224,26 @@ class VoCoGenerationMixin:
         )
         if types is not None:
             kwargs["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))
-        state = self._voco_attachment
-        last = placed.columns[:, -1] == input_ids.shape[1] - 1
-        if isinstance(keep, int) and keep == 1 and labels is None and bool(last.all()):
+        if isinstance(keep, int) and keep == 1 and labels is None and placed.whole_last_column:
             kwargs["logits_to_keep"] = 1  # the head on one token only
-        with state.positions("own"):
-            output = self._read(
-                input_ids=placed.input_ids,
-                attention_mask=placed.attention_mask,
-                use_cache=True,
-                **as_cache(placed.past),
-                **{k: v for k, v in kwargs.items() if k != "use_cache" and k not in decided},
-            )
+        output = self._read(
+            OWN_POSITIONS,
+            input_ids=placed.input_ids,
+            attention_mask=placed.attention_mask,
+            use_cache=True,
+            **as_cache(placed.past),
+            **{k: v for k, v in kwargs.items() if k != "use_cache" and k not in decided},
+        )
         logits = output.logits
         if logits.shape[1] == 1 and kwargs.get("logits_to_keep"):
             return output if return_dict is not False else output.to_tuple()
         full = logits.new_full((*input_ids.shape, logits.shape[-1]), float("nan"))
-        row, column = (placed.columns >= 0).nonzero(as_tuple=True)
-        full = full.index_put((row, placed.columns[row, column]), logits[row, column])
+        row, at, column = placed.text.to(logits.device)
+        full = full.index_put((row, column), logits[row, at])
         if labels is not None:
             output["loss"] = self.loss_function(logits=full, labels=labels, vocab_size=full.shape[-1])
         output["logits"] = full[:, -keep:] if isinstance(keep, int) and keep else full
         return output if return_dict is not False else output.to_tuple()
-
-    def _read(self, **kwargs: Any) -> Any:
-        """The model's own forward on placed blocks, through the hook where the model is its own backbone."""
-        hooked_here = self._voco_attachment.family.backbone(self) is self
-        return self.__call__(**kwargs) if hooked_here else super().forward(**kwargs)
 
     # -- both
     # ----------------------------------------------------------------------------------------------------
@@ -254,11 +285,10 @@ class VoCoGenerationMixin:
             layout = SequenceLayout.from_ids(ids, _mask_of(kwargs, ids), state.vocab)
             asks_first = state.embeddings is not None and state.embeddings.compressor.reads_question
             if prefix is None and (not layout.spans or past is not None or not two_stage or asks_first):
-                if layout.spans or CacheState.of(past) is not None:
+                if layout.spans or KVSlots.of(past) is not None:
                     refuse_static_in_one_pass(args, kwargs)
                     self._suppress(kwargs, args)
-                with state.positions("own"):
-                    return super().generate(*args, **kwargs)
+                return super().generate(*args, **kwargs)
             if layout.spans:
                 vision = {k: v for k, v in kwargs.items() if _is_model_input(k, v)}
                 stream = self.stream_inputs(vision)
@@ -280,13 +310,13 @@ class VoCoGenerationMixin:
             check_draft(self, kwargs)
         if len(cache) or prefix is not None:
             self._suppress(kwargs, args)
-        if not _last_is_text(state, stream["input_ids"], stream["attention_mask"]):
+        types = stream.get("token_type_ids", kwargs.pop("token_type_ids", None))
+        placed = place(self, state, stream["input_ids"], stream["attention_mask"], cache, types, prefix)
+        if not placed.ends_with_text:
             raise ValueError(
                 "a prompt ends with an image, and its answer would follow from a VoCo token that was read in "
                 "stage 1; put text after the image, or use generate(…, two_stage=False)."
             )
-        types = stream.get("token_type_ids", kwargs.pop("token_type_ids", None))
-        placed = place(self, state, stream["input_ids"], stream["attention_mask"], cache, types, prefix)
         if types is not None:
             types = types.gather(1, placed.columns.clamp_min(0))
         times = expansion(self, args, kwargs)
@@ -311,15 +341,36 @@ class VoCoGenerationMixin:
             most = max(most, length + 1, setting(self, args, kwargs, "max_cache_len", 0))
             kwargs.pop("max_cache_len", None)
             start = to_static(self, state, start, placed.position_ids[:, -1], most)
-        with state.positions("own"):
-            output = super().generate(*args, **start, **kwargs)
+        output = super().generate(*args, **start, **kwargs)
         return with_prompt(output, shown, length)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the model's own; ids that stand for cached slots are left out."""
         if kwargs.get("next_sequence_length") is None:
             kwargs["next_sequence_length"] = only_new(given_cache(kwargs), input_ids)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        found = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        return {**found, "voco_mode": OWN_POSITIONS}  # positions that generate counts are not the rule's
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As the model's own; the language model gets the backend that keeps the rule on that implementation.
+
+        Raises:
+            ValueError: an implementation that cannot honour the rule; nothing has changed then.
+        """
+        state = self._voco_attachment
+        text = state.family.text_model(self).config  # type: ignore[arg-type]
+        configs = {id(m.config): m.config for m in self.modules() if hasattr(m, "config")}  # type: ignore
+        before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
+        try:
+            text._attn_implementation_internal = state.restore["implementation"]
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+            wanted = text._attn_implementation
+            text._attn_implementation_internal = backend_for(wanted, state.config.attention)
+            state.restore["implementation"] = wanted
+        except BaseException:
+            for config, implementation in before:
+                config._attn_implementation_internal = implementation
+            raise
 
     def _suppress(self, kwargs: dict, args: tuple) -> None:
         """VoCo and image tokens are input only: after images they are never generated."""
@@ -366,13 +417,6 @@ def _refuse(kwargs: dict, names: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{name} cannot be given together with voco_cache, which decides it; leave it out."
             )
-
-
-def _last_is_text(state: Attachment, ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether the last real token of every row is text."""
-    mask = torch.ones_like(ids) if mask is None else mask
-    last = mask.long().cumsum(dim=1).argmax(dim=1, keepdim=True)
-    return bool((ids.gather(1, last) != state.vocab.voco_id).all())
 
 
 def _is_model_input(name: str, value: Any) -> bool:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..cache import VoCoCache
-from ..core.attached import attachment
+from ..core.attachment import attachment
 from ..core.injection import insert_voco_tokens
 from ..core.layout import SequenceLayout
 

@@ -19,7 +19,7 @@ import torch
 
 from .._compat import cache_of
 from ..cache import VoCoCache
-from ..core.attached import attachment, is_attached
+from ..core.attachment import attachment, is_attached
 from .answering import compress_images
 from .prompts import ask as user_turn
 from .prompts import render, stream_ids_in_pieces, with_counts

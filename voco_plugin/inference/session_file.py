@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
 
 from ..cache import VoCoCache, VoCoCacheError
 from ..cache import file_format as files
 from ..cache.container import Contents, parse, to_chunks
 from ..cache.fingerprint import differences
 from ..cache.metadata import BLOCK_FIELDS, check_record
-from ..cache.place.stage_two import MADE_BY, blocks_made_by, made_by
-from ..core.attached import attachment
-from ..core.kv_cache import CacheState
+from ..cache.place.stage_two import blocks_made_by, made_by
+from ..core.attachment import attachment
+from ..core.kv_cache import KVSlots, VoCoKVCache
 from ..core.layout import TokenKind
 from ..core.masks import TokenTable
 from ..files import atomic_path
@@ -45,13 +44,13 @@ def write_session(path: str | os.PathLike, session: VoCoSession) -> None:
         for index, layer in enumerate(past.layers):
             tensors[f"layers.{index}.key"] = layer.keys[0].detach().cpu()
             tensors[f"layers.{index}.value"] = layer.values[0].detach().cpu()
-        held = CacheState.of(past)
+        held = KVSlots.of(past)
         assert held is not None
-        state = held.synced(past.get_seq_length(), 1)
+        held.check(past.get_seq_length(), 1)
         slots = {
-            **{name: getattr(state.table, name)[0].tolist() for name in _TABLE},
-            **{name: int(getattr(state, name)[0]) for name in _COUNTS},
-            "settled": state.settled,
+            **{name: getattr(held.table, name)[0].tolist() for name in _TABLE},
+            **{name: int(getattr(held, name)[0]) for name in _COUNTS},
+            "settled": held.open_to_text,
         }
     record = {
         "format_version": FORMAT,
@@ -93,7 +92,7 @@ def read_session(path: str | os.PathLike, session: VoCoSession) -> None:
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise VoCoCacheError(f"{path}: tensors and metadata do not match ({error}).") from None
     if past is not None:
-        setattr(past, MADE_BY, record["fingerprint"])
+        past.voco_made_by = record["fingerprint"]
     session.messages, session.num_tokens = record["messages"], record["num_tokens"]
     session._past, session._unread = past, tuple(record["unread"])
     compressed_by = blocks_made_by(session.model, attachment(session.model))
@@ -135,7 +134,7 @@ def _past(tensors: dict[str, torch.Tensor], slots: Any, device: torch.device) ->
         if layers:
             raise ValueError("keys without slots")
         return None
-    past: Any = DynamicCache()
+    past = VoCoKVCache()
     for index in range(layers):
         key, value = (tensors[f"layers.{index}.{name}"].to(device) for name in ("key", "value"))
         if key.dim() != 3 or value.dim() != 3 or key.shape[1] != value.shape[1]:
@@ -146,5 +145,5 @@ def _past(tensors: dict[str, torch.Tensor], slots: Any, device: torch.device) ->
         raise ValueError("slots and keys are not of one length, or a slot holds what no session reads")
     table = TokenTable(*(torch.tensor([slots[name]], dtype=torch.long, device=device) for name in _TABLE))
     counts: dict[str, Any] = {name: torch.tensor([int(slots[name])], device=device) for name in _COUNTS}
-    CacheState(table, settled=bool(slots["settled"]), **counts).put_on(past)
+    past.voco_slots = KVSlots(table, open_to_text=bool(slots["settled"]), **counts)
     return past

@@ -25,21 +25,20 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Attachment": "..core.forward",
+        "Attachment": "..core.attachment",
         "attach": ".attaching",
-        "attachment": "..core.attached",
+        "attachment": "..core.attachment",
         "compose": ".composing",
         "detach": ".attaching",
-        "is_attached": "..core.attached",
+        "is_attached": "..core.attachment",
         "load": ".loading",
         "save_voco_config": ".loading",
-        "unwrap": "..core.attached",
+        "unwrap": "..core.attachment",
     },
 )
 
 if TYPE_CHECKING:
-    from ..core.attached import attachment, is_attached, unwrap
-    from ..core.forward import Attachment
+    from ..core.attachment import Attachment, attachment, is_attached, unwrap
     from .attaching import attach, detach
     from .composing import compose
     from .loading import load, save_voco_config

@@ -5,28 +5,23 @@ back.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-import logging
 from typing import Any
 
 import torch
 
-from .._compat import mend_llama4
+from .._compat import patch_llama4
 from ..config import VoCoConfig
-from ..core.attached import ATTRIBUTE, attachment, is_attached, unwrap
+from ..core.adapter_switch import is_tuner
+from ..core.attachment import ATTRIBUTE, Attachment, attachment, is_attached, unwrap
 from ..core.attention import backend_for, register
 from ..core.block_embeddings import NAME, BlockEmbeddings
-from ..core.forward import Attachment
+from ..core.extension import extend, is_extended, restore
+from ..core.forward import TakesBlockEmbeddings, UnderRule
 from ..core.layout import TokenVocabulary
 from ..inference.mixin import VoCoGenerationMixin
 from .compressors import build_compressor
 from .families import family_of
 from .token_rows import add_token, embedding_rows, make_rows, remove_token, restore_rows
-
-logger = logging.getLogger(__name__)
-
-_CLASSES: dict[type, type] = {}
 
 
 def attach(
@@ -68,14 +63,14 @@ def attach(
     implementation = text.config._attn_implementation
     name = backend_for(implementation, config.attention)
 
-    restore: dict[str, Any] = {"class": type(inner), "implementation": implementation}
+    undo: dict[str, Any] = {"implementation": implementation}
     known = 0
     added = False
     if processor is not None:
         tokenizer = getattr(processor, "tokenizer", processor)
         known = len(tokenizer)
         config.token_id, added = add_token(processor, config)
-        restore["token"] = config.token if added else None
+        undo["token"] = config.token if added else None
     try:
         vocab = vocabulary or family.vocabulary(config=inner.config, processor=processor, voco=config)
         config.token_id = vocab.voco_id
@@ -86,24 +81,18 @@ def attach(
                 f"id below {rows}, or processor=… so that the token is added."
             )
         if added if initialize_token is None else initialize_token:
-            restore["rows"] = make_rows(inner, config, vocab.voco_id, known)
+            undo["rows"] = make_rows(inner, config, vocab.voco_id, known)
         elif vocab.voco_id >= rows:
-            restore["rows"] = make_rows(inner, config, vocab.voco_id, known)
+            undo["rows"] = make_rows(inner, config, vocab.voco_id, known)
         register()
         state = Attachment(config, vocab, family, processor)
-        state.restore = restore
+        state.restore = undo
         if config.makes_embeddings:
             state.embeddings = _block_embeddings(inner, config)
         text.config._attn_implementation_internal = name
-        inner.__class__ = _extended(type(inner))
-        object.__setattr__(inner, ATTRIBUTE, state)
-        state.install(inner)
-        state.handles += mend_llama4(inner)
-    except Exception:
-        if hasattr(inner, NAME):
-            delattr(inner, NAME)
-        if "rows" in restore:
-            restore_rows(inner, restore["rows"])
+        _extend(inner, state)
+    except BaseException:
+        _take_off(inner, undo)
         if added:
             remove_token(processor, config.token)
         raise
@@ -118,18 +107,75 @@ def detach(model: torch.nn.Module) -> torch.nn.Module:
     """
     inner = unwrap(model)
     state = attachment(inner)
-    state.remove()
-    text = state.family.text_model(inner)
-    text.config._attn_implementation_internal = state.restore["implementation"]
-    inner.__class__ = state.restore["class"]
-    object.__delattr__(inner, ATTRIBUTE)
-    if state.embeddings is not None:
-        delattr(inner, NAME)
-    if "rows" in state.restore:
-        restore_rows(inner, state.restore["rows"])
+    _check_can_take_off(inner, state)
+    _take_off(inner, state.restore)
     if state.restore.get("token"):
         remove_token(state.processor, state.restore["token"])
     return model
+
+
+def _extend(model: torch.nn.Module, state: Attachment) -> None:
+    """Extend the classes of ``model``, of its backbone and, where VoCo tokens have embeddings of their own,
+    of what gets the merged ones.
+    """
+    extend(model, VoCoGenerationMixin)
+    object.__setattr__(model, ATTRIBUTE, state)
+    backbone = state.family.backbone(model)
+    if backbone is not model:
+        extend(backbone, UnderRule)
+        object.__setattr__(backbone, "_voco_of", state)
+    if state.embeddings is not None:
+        module, after = state.family.merged_at(model)
+        extend(module, TakesBlockEmbeddings)
+        object.__setattr__(module, "_voco_of", state)
+        object.__setattr__(module, "_voco_after", after)
+    patch_llama4(model)
+
+
+def _check_can_take_off(model: torch.nn.Module, state: Attachment) -> None:
+    """Refuse what could be taken off in part only, before anything changes.
+
+    Raises:
+        ValueError: an adapter holds the embedding rows that were added, or another library has made a class
+        on
+            top of ours.
+    """
+    for module in model.modules():
+        if is_extended(module) and "_voco_extension" not in vars(type(module)):
+            raise ValueError(
+                f"detach: {type(module).__name__} was wrapped after the model was attached (FSDP2 makes a
+                class " "of its own); detach the model before it is wrapped, or load it anew."
+            )
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    if "rows" in state.restore and any(_held_by_adapter(module) for module in embeddings if module is not
+    None):
+        raise ValueError(
+            "detach: an adapter holds the embedding rows that attach added (the VoCo token's row is trained);
+            take " "the adapter off first: model = model.unload(), or merge_and_unload() to keep what it
+            learnt."
+        )
+
+
+def _held_by_adapter(module: torch.nn.Module) -> bool:
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, AuxiliaryTrainingWrapper) or is_tuner(type(module))
+
+
+def _take_off(model: torch.nn.Module, undo: dict[str, Any]) -> None:
+    """Give back classes, attention, and embedding rows, as far as they were changed."""
+    state = vars(model).pop(ATTRIBUTE, None)
+    family = family_of(model.config) if state is None else state.family
+    for module in model.modules():
+        if is_extended(module):
+            restore(module)
+        for name in ("_voco_of", "_voco_after", "_voco_hashes"):
+            vars(module).pop(name, None)
+    if hasattr(model, NAME):
+        delattr(model, NAME)
+    family.text_model(model).config._attn_implementation_internal = undo["implementation"]
+    if "rows" in undo:
+        restore_rows(model, undo["rows"])
 
 
 def _block_embeddings(model: torch.nn.Module, config: VoCoConfig) -> BlockEmbeddings:
@@ -138,24 +184,3 @@ def _block_embeddings(model: torch.nn.Module, config: VoCoConfig) -> BlockEmbedd
     made = build_compressor(config, model.config.get_text_config().hidden_size)
     model.add_module(NAME, made.to(weight.device, weight.dtype))
     return BlockEmbeddings(model)
-
-
-def _extended(cls: type) -> type:
-    """A subclass of ``cls`` with the two-stage methods, under the same name (so that a checkpoint names
-    ``cls``).
-    """
-    if cls not in _CLASSES:
-
-        @functools.wraps(cls.forward)
-        def forward(self, *args: Any, voco_cache: Any = None, **kwargs: Any) -> Any:
-            return VoCoGenerationMixin.forward(self, *args, voco_cache=voco_cache, **kwargs)
-
-        # generate and Trainer read the argument names off the signature: the model's own, and voco_cache
-        own = inspect.signature(cls.forward)
-        extra = inspect.Parameter("voco_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
-        at = sum(p.kind is not inspect.Parameter.VAR_KEYWORD for p in own.parameters.values())
-        parameters = list(own.parameters.values())
-        forward.__signature__ = own.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
-        _CLASSES[cls] = type(cls.__name__, (VoCoGenerationMixin, cls), names)
-    return _CLASSES[cls]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config import CONFIG_NAME, VoCoConfig
-from ..core.attached import attachment
+from ..core.attachment import attachment
 from ..core.block_embeddings import NAME
 from ..core.layout import TokenVocabulary
 from .attaching import attach

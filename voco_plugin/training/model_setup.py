@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import AutoProcessor, TrainingArguments
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..config import CONFIG_NAME, VoCoConfig
-from ..core.attached import attachment, is_attached
+from ..core.attachment import attachment, is_attached, unwrap
 from ..core.layout import TokenVocabulary
-from ..models import attach, load
+from ..models import attach, detach, load
 from .config import VoCoSFTConfig
 from .parts import freeze
 from .quantization import language_model_only
@@ -66,6 +68,51 @@ def check_backbone(model: Any) -> None:
 
 def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+@contextlib.contextmanager
+def as_it_was_on_failure(model: Any) -> Iterator[None]:
+    """Where the block raises, ``model`` is as it was given: attached or not, without an adapter that was made
+    inside, with its own forward, what trained before training.
+    """
+    inner = unwrap(model)
+    was_attached, was_peft = is_attached(inner), is_peft(model)
+    own_forward = vars(inner).get("forward")
+    trained = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    frozen_stage1 = was_attached and attachment(inner).config.frozen_stage1
+    try:
+        yield
+    except BaseException:
+        if not was_peft:
+            _unload(inner)
+        if vars(inner).get("forward") is not own_forward:
+            del inner.forward
+            if own_forward is not None:
+                inner.forward = own_forward
+        if was_attached:
+            attachment(inner).config.frozen_stage1 = frozen_stage1
+        elif is_attached(inner):
+            detach(inner)
+        for parameter, did in trained:
+            parameter.requires_grad_(did)
+        raise
+
+
+def _unload(model: Any) -> None:
+    """Take the adapter layers that PEFT put into ``model`` out again, weights as they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import _get_submodules
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, leaf = _get_submodules(model, name)
+            setattr(parent, leaf, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            parent, _, leaf = _get_submodules(model, name)
+            setattr(parent, leaf, module.original_module)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(name, None)
 
 
 def freeze_as_asked(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | None) -> HoldRows | None:

@@ -17,9 +17,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 
-from ..core.attached import attachment, unwrap
-from ..core.packed_forward import check_packs
-from ..core.packed_rows import first_fit_decreasing
+from ..core.attachment import attachment, unwrap
+from ..core.packed_rows import check_packs, first_fit_decreasing
 from ..data.images import BadImageError
 from ..data.trl_rows import as_trl_row
 from .collator import VoCoDataCollator

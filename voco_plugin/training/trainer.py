@@ -16,14 +16,12 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 
 from .._compat import (
-    head_on_answers_alone,
     introduce_deepspeed_to_the_process_group,
-    loss_of_merged_heads,
-    mend_tied_head,
     name_present_layers,
+    patch_tied_head,
     token_rows_on_any_device,
 )
-from ..core.attached import attachment, is_attached, unwrap
+from ..core.attachment import attachment, is_attached, unwrap
 from ..core.layout import SequenceLayout, TokenKind
 from ..core.packed_rows import DOCUMENT_IDS, Documents
 from ..models import save_voco_config
@@ -40,9 +38,11 @@ from .collator import SKIPPED, VoCoDataCollator
 from .config import VoCoSFTConfig
 from .datasets import has_images, prepare_dataset
 from .distillation.trainer_part import Distilling, copy_of_student
+from .fused_step import take_off_fused_forward
 from .launch import check_launch, check_sharded_head
 from .load_weights import load_whole_weights
 from .model_setup import (
+    as_it_was_on_failure,
     as_voco_args,
     attach_as_asked,
     check_backbone,
@@ -55,7 +55,7 @@ from .packing import check_packing, pack_dataset, without_trls
 from .parts import count_trainable, describe_trainable
 from .quantization import check_quantization
 from .skipping import SkipCounter
-from .two_stage.trainer_part import Staged
+from .two_stage.trainer_part import Frozen, Staged
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,26 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
             processing_class = processing_class or found
             # the model is there: TRL would warn that these are ignored
             quantization_config = args.model_init_kwargs = None
+        with as_it_was_on_failure(model):
+            self._set_up(
+                model, args, data_collator, train_dataset, eval_dataset, processing_class,
+                quantization_config, peft_config, **kwargs,
+            )  # fmt: skip
+        args.model_init_kwargs = init_kwargs
+
+    def _set_up(
+        self,
+        model: Any,
+        args: Any,
+        data_collator: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: Any,
+        quantization_config: Any,
+        peft_config: Any,
+        **kwargs: Any,
+    ) -> None:
+        """The rest of the constructor, once the model is in memory."""
         check_backbone(model)
         if processing_class is None:
             processing_class = processor_of(model, args)
@@ -154,6 +174,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 projector=args.train_projector,
                 vision_tower=args.train_vision_tower,
             )
+        own_forward = vars(unwrap(model)).get("forward")
         with token_rows_on_any_device(), without_trls(args, packs):
             super().__init__(
                 model=model,
@@ -166,9 +187,10 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 peft_config=peft_config,
                 **kwargs,
             )
-        args.model_init_kwargs = init_kwargs
         inner = self.accelerator.unwrap_model(self.model)
-        mend_tied_head(inner)
+        if self.voco is not None:
+            self._fused = take_off_fused_forward(unwrap(inner), own_forward)
+        patch_tied_head(inner)
         self._loose = train_loose_parameters(inner, args.train_projector) if is_peft(inner) else []
         self._row_only = hold is not None and hold.only
         if hold is not None:
@@ -191,6 +213,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         if packs:
             self._pack()
         self.trainable_report = self._report()
+        if isinstance(self._stages, Frozen):
+            attachment(self.model).config.frozen_stage1 = True  # and so says whatever is saved
 
     # -- setting up
 
@@ -290,22 +314,21 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
 
     # -- loss and metrics
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if SKIPPED in inputs:
             inputs = dict(inputs)
             skipped = self.accelerator.gather(inputs.pop(SKIPPED))
             self._skips.add(int(skipped.sum()), training=self.model.training)
         if self.voco is not None:
             self._count(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with head_on_answers_alone(), loss_of_merged_heads():  # the backward pass takes the head's weight too
-            return super().training_step(*args, **kwargs)
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        with head_on_answers_alone(), loss_of_merged_heads():
-            return super().prediction_step(*args, **kwargs)
+        if self._distiller is not None and self.model.training:
+            return self._distilled_loss(model, inputs, num_items_in_batch)
+        step = self._stages or self._fused
+        if step is not None:
+            inputs = {**inputs, "training_step": step}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _count(self, inputs: dict[str, Any]) -> None:
         """Log what the batch holds; counts are summed over all processes."""

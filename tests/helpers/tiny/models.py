@@ -30,7 +30,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
-from voco_plugin._compat import mend_llama4
+from voco_plugin._compat import patch_llama4
 
 from .vocab import BOS, IDS, PAD, SPARE, TOKENS
 from .wide import BACKBONES, load_class
@@ -245,7 +245,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
                     parameter += torch.randn_like(parameter) * (0.1 if parameter.dim() < 2 else STD)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    mend_llama4(model)  # it must run without VoCo too; that attach mends it: tests/house/test_compat.py
+    patch_llama4(model)  # it must run without VoCo too; that attach mends it: tests/house/test_compat.py
     return model.eval()
 
 

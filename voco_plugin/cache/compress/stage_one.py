@@ -10,27 +10,25 @@ they are, up to the last block.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from ..._compat import as_cache, cache_names
-from ...core.adapter_switch import starting_weights
-from ...core.kv_cache import CacheState
+from ...core.adapter_switch import can_leave_out_adapters
+from ...core.attachment import Attachment
+from ...core.forward import STAGE_ONE, ForwardMode
+from ...core.kv_cache import KVSlots, VoCoKVCache
 from ...core.layout import BlockSpan, SequenceLayout, compact_positions
 from ..block import VoCoBlock
 from ..cache import VoCoCache
 from ..fingerprint import block_fingerprint
 from .batching import Limits, chunks_of
-from .last_layer import NotCut, last_rows
-from .last_slots import LastSlotsCache
+from .last_rows import LastSlotsCache, NotCut, last_rows, plan_last_rows, voco_rows_only
 from .num_voco_tokens import recut
 from .vision_inputs import VisionInputs, is_per_token, vision_inputs
-from .voco_rows import voco_rows_only
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +50,8 @@ class Batch:
     ``replayed``: whether layers may run a second time, in a backward pass that recomputes them.
     """
 
-    model: torch.nn.Module
-    state: Any
+    model: Any
+    state: Attachment
     tokens: dict[str, torch.Tensor]
     vision: VisionInputs
     layout: SequenceLayout
@@ -197,23 +195,23 @@ def run_alone(
     slim = even and not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
     longest = max(s.stop - s.start for s in spans)
     if slim or batch.replayed:
-        cache: DynamicCache = LastSlotsCache(kept if slim else longest, batch.replayed)
+        cache: VoCoKVCache = LastSlotsCache(kept if slim else longest, batch.replayed)
     else:
-        cache = DynamicCache()  # a config-built one would crop windowed layers
+        cache = VoCoKVCache()  # a config-built one would crop windowed layers
     chunked = state.family.chunk_size(model) is not None
     if chunked:  # chunks are cut where the block stands in its prompt
         orders = [s.start - int(batch.first_real[s.row]) for s in spans]
-        CacheState.starting_at(torch.tensor(orders, device=batch.positions.device)).put_on(cache)
+        cache.voco_slots = KVSlots.starting_at(torch.tensor(orders, device=batch.positions.device))
     # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
     text, config = state.family.text_model(model), state.config
     plain = even and not chunked and config.rule == "isolated" and _is_causal(text)
     hidden = None
     if not (plain and slim and not config.reads_vision and _ran_short(batch, run, cache, kept, length)):
         # a hook inside a layer would not be there when that layer is recomputed
-        cut = slim and not read_on
-        with last_rows(text, kept, length, not batch.replayed) if cut else contextlib.nullcontext():
-            own_mask = plain and config.reads_vision
-            hidden = _forward(state, model, run, cache, "alone" if own_mask else "trust")
+        cut = plan_last_rows(text, kept, length, not batch.replayed) if slim and not read_on else None
+        with last_rows(cut):
+            rule = not (plain and config.reads_vision)
+            hidden = _forward(state, model, run, cache, replace(STAGE_ONE, rule=rule, cut=cut))
     found = []
     for row, span in enumerate(spans):
         start = 0 if slim else span.num_vision
@@ -225,8 +223,8 @@ def _ran_short(batch: Batch, run: dict[str, Any], cache: LastSlotsCache, kept: i
     """Run a rival's tokens alone, the vision tokens left out of the LLM; whether that could be done."""
     text = batch.state.family.text_model(batch.model)
     try:
-        with voco_rows_only(text, kept, length):
-            _forward(batch.state, batch.model, dict(run), cache, "alone")
+        with voco_rows_only(text, kept, length) as cut:
+            _forward(batch.state, batch.model, dict(run), cache, replace(STAGE_ONE, rule=False, cut=cut))
     except NotCut as problem:
         _log.debug("vision tokens not left out: %s", problem)
         return False
@@ -247,25 +245,26 @@ def _run_prefix(batch: Batch) -> list[VoCoBlock]:
     run: dict[str, Any] = {k: v[:, :stop] for k, v in batch.tokens.items()}
     run |= batch.vision.shared
     run["position_ids"] = batch.positions[..., :stop]
-    cache = DynamicCache()
-    _forward(batch.state, batch.model, run, cache, "trust")
+    cache = VoCoKVCache()
+    _forward(batch.state, batch.model, run, cache, STAGE_ONE)
     return [_block(batch, span, cache, span.row, span.voco) for span in batch.layout]
 
 
 def _forward(
-    state: Any, model: torch.nn.Module, run: dict[str, Any], cache: DynamicCache, policy: str
+    state: Attachment, model: Any, run: dict[str, Any], cache: VoCoKVCache, mode: ForwardMode
 ) -> torch.Tensor | None:
     backbone = state.family.backbone(model)
     run["position_ids"] = state.family.shape_positions(backbone, run["position_ids"])
     # asked for a cache where layers are checkpointed, transformers warns that it makes none; it takes ours
     own = not getattr(cache, "replayed", False)
-    frozen = starting_weights(model) if state.config.frozen_stage1 else contextlib.nullcontext()
-    with state.positions(policy), frozen:
-        output = backbone(**run, **as_cache(cache), use_cache=own)
+    if state.config.frozen_stage1:
+        can_leave_out_adapters(model)
+        mode = replace(mode, without_adapter=True)
+    output = backbone(**run, **as_cache(cache), use_cache=own, voco_mode=mode)
     return getattr(output, "last_hidden_state", None)  # Llama 4 is its own backbone, and gives logits
 
 
-def _block(batch: Batch, span: BlockSpan, cache: DynamicCache, row: int, start: int) -> VoCoBlock:
+def _block(batch: Batch, span: BlockSpan, cache: VoCoKVCache, row: int, start: int) -> VoCoBlock:
     """The block whose VoCo tokens stand at the slots from ``start`` on of ``row``."""
     flat = batch.positions if batch.positions.dim() == 2 else batch.positions[0]
     first = int(flat[span.row, span.voco])

@@ -12,19 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from ...core.kv_cache import CacheState
-from ...core.layout import TokenKind
+from ...core.kv_cache import KVSlots, VoCoKVCache
+from ...core.layout import TokenKind, on_cpu
 from ...core.masks import TokenTable
 from ..block import VoCoBlock
 from ..cache import VoCoCache
 from ..fingerprint import differences, fingerprint, of_blocks
 from .relocation import relocator_for
 from .row_plan import RowPlan, plan_row
-
-MADE_BY = "_voco_made_by"
-"""Attribute of a KV cache: the fingerprint of what made it."""
 
 
 @dataclass
@@ -38,13 +35,19 @@ class Placed:
         position_ids: ``(B, T)``.
         past: the placed blocks.
         columns: ``(B, T)``, the stream column of each text token; -1 for padding.
+        text: ``(3, n)`` on the CPU, of every text token: its row, its column here, its column in the stream.
+        ends_with_text: whether every row's last real token is text.
+        whole_last_column: whether every row's last text token is the stream's last column.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    past: DynamicCache
+    past: VoCoKVCache
     columns: torch.Tensor
+    text: torch.Tensor
+    ends_with_text: bool
+    whole_last_column: bool
 
 
 def made_by(model, state) -> dict[str, Any]:
@@ -128,6 +131,7 @@ def place(
     if tuple(mask.shape) != (rows, columns):
         raise ValueError(f"attention_mask must be 2-D of shape {(rows, columns)}, not {tuple(mask.shape)}.")
     kinds = _kinds(state.vocab, input_ids, mask)
+    last = np.where(kinds != TokenKind.PAD, np.arange(columns), -1).max(axis=1)
     per_row = _rows_of_blocks(cache, rows)
     past = _Past.of(before, mine, rows)
     compact = state.config.positions == "compact"
@@ -172,7 +176,7 @@ def place(
     planned = TokenTable(text_kind, torch.full_like(text_kind, -1), orders)
     ids = torch.where(source >= 0, input_ids.gather(1, source.clamp_min(0)), _any_text_id(input_ids, kinds))
     counted = [len(blocks) for blocks in per_row]
-    CacheState(
+    key_values.voco_slots = KVSlots(
         table=table,
         next_position=torch.tensor([plan.end for plan in plans], device=device),
         next_order=orders[:, -1] + 1,
@@ -180,16 +184,22 @@ def place(
         planned=planned,
         planned_positions=position_ids,
         planned_prefix=_prefix(state, cache, table, source, token_types),
-        settled=past.settled and not (state.config.hide_prefix or state.family.windowed(model)),
-    ).put_on(key_values)
-    setattr(key_values, MADE_BY, mine)
+        open_to_text=past.open_to_text and not (state.config.hide_prefix or state.family.windowed(model)),
+    )
+    key_values.voco_made_by = mine
     full_mask = torch.cat([table.kind != TokenKind.PAD, source >= 0], dim=1).long()
-    return Placed(ids, full_mask, position_ids, key_values, source)
+    row, place = np.nonzero(text[0] >= 0)
+    return Placed(
+        ids, full_mask, position_ids, key_values, source,
+        torch.from_numpy(np.stack([row, place, text[0][row, place]])),
+        bool((kinds[np.arange(rows), last] == TokenKind.TEXT).all()),
+        bool((text[0][:, -1] == columns - 1).all()),
+    )  # fmt: skip
 
 
 def _kinds(vocab, input_ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
     """:class:`TokenKind` of the stream's tokens ``(B, S)``, on the CPU."""
-    ids, real = input_ids.cpu().numpy(), mask.cpu().numpy().astype(bool)
+    ids, real = on_cpu(input_ids, mask)
     vision = np.isin(ids, sorted(vocab.placeholders)) & real
     if vision.any():
         row, column = (int(v) for v in np.argwhere(vision)[0])
@@ -209,7 +219,7 @@ class _Past:
     next_position: np.ndarray
     next_order: np.ndarray
     num_blocks: np.ndarray
-    settled: bool
+    open_to_text: bool
 
     @classmethod
     def of(cls, before: Cache | None, mine: dict[str, Any], rows: int) -> _Past:
@@ -217,12 +227,12 @@ class _Past:
             none = torch.zeros(rows, 0, dtype=torch.long)
             zeros = np.zeros(rows, dtype=np.int64)
             return cls(TokenTable(none, none, none), zeros, zeros, zeros, True)
-        held = CacheState.of(before)
+        held = KVSlots.of(before)
         if held is None:
             raise ValueError(
                 "prefix_cache holds a KV cache of which nothing is known; make it with model.prefix_cache."
             )
-        wrong = differences(mine, getattr(before, MADE_BY, {}))
+        wrong = differences(mine, before.voco_made_by or {})
         if wrong:
             raise ValueError(
                 f"prefix_cache was not made by this model under this rule: {'; '.join(wrong)}; make it again "
@@ -230,13 +240,14 @@ class _Past:
             )
         if held.table.num_rows not in (1, rows):
             raise ValueError(f"prefix_cache holds {held.table.num_rows} rows and input_ids {rows}.")
-        held = held.synced(before.get_seq_length(), rows)
+        held.check(before.get_seq_length(), held.table.num_rows)
+        held = held.repeated(rows // held.table.num_rows)
         if held.planned is not None:
             raise ValueError("prefix_cache belongs to a prompt that has not been read to its end.")
         return cls(
             held.table.to("cpu"),
             *(v.cpu().numpy() for v in (held.next_position, held.next_order, held.num_blocks)),
-            held.settled,
+            held.open_to_text,
         )
 
 
@@ -295,13 +306,11 @@ def _check_reach(
                 )
 
 
-def _key_values(
-    model, state, per_row, plans: list[RowPlan], slots: int, before: Cache | None
-) -> DynamicCache:
+def _key_values(model, state, per_row, plans: list[RowPlan], slots: int, before: Cache | None) -> VoCoKVCache:
     """``before`` and the relocated blocks of every row, left-padded to ``slots``; fresh tensors, what was
     given stays as it is.
     """
-    past = DynamicCache()
+    past = VoCoKVCache()
     device = model.get_input_embeddings().weight.device
     if before is not None:
         for index, layer in enumerate(before.layers):

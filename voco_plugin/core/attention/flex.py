@@ -16,8 +16,9 @@ import torch
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import causal_mask_function, flex_attention_mask
 
-from .context import ActiveRule, active_rule
-from .dense import with_rule
+from ..forward import active_rule
+from ..masks import ActiveRule
+from .interface import with_rule
 
 _KEPT = 16
 _masks: OrderedDict[tuple, Any] = OrderedDict()

@@ -127,22 +127,29 @@ _LOOKS = {"__get__", "dim", "size", "numel", "is_floating_point", "get_device", 
 
 
 def plan_segments(
-    config: VoCoConfig, table: TokenTable, mask_function: Callable, dtype: torch.dtype = torch.float32
+    config: VoCoConfig,
+    table: TokenTable,
+    mask_function: Callable,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
 ) -> SegmentPlan:
     """The segments of a forward without past, whose slots stand in sequence order.
 
     Args:
         table: of the ``B`` rows of ``N`` tokens.
         mask_function: the backbone's own, ``f(batch, head, query, key) -> bool``.
+        device: where the layers run; the table's where left out. (A table on the CPU is read without waiting
+        for
+            the device.)
     """
-    device = table.kind.device
+    device = table.kind.device if device is None else device
     kind, block = table.kind.cpu().numpy(), table.block.cpu().numpy()
     document = np.zeros_like(kind) if table.document is None else table.document.cpu().numpy()
     found = _find(config, kind, block, document)
     by_shape: dict[tuple[int, int, bool], list[tuple[np.ndarray, np.ndarray]]] = {}
     for rows, keys, plain in found:
         by_shape.setdefault((len(rows), len(keys), plain), []).append((rows, keys))
-    visible = isolation_predicate(config, table)
+    visible = isolation_predicate(config, table.to(device))
     causal = mask_function is causal_mask_function
     groups, all_rows, all_keys = [], [], []
     for (n, m, plain), members in by_shape.items():

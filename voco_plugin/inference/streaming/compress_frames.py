@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ...cache import VoCoCache
-from ...core.attached import attachment
+from ...core.attachment import attachment
 from ...video.frames import Frame, Segment
 from ..answering import compress_images, on_device
 from ..prompts import ask, image_text, render

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...cache import VoCoCache
-from ...core.attached import attachment
+from ...core.attachment import attachment
 from ...video.frames import Frame, Segment
 from ..prompts import ask as user_turn
 from .buffer import Intake

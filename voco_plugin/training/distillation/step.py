@@ -2,7 +2,7 @@
 student's own forward.
 
     batch ──> Lesson: the same prompts without VoCo tokens
-    model(**batch, distill=lesson)            through DDP, DeepSpeed or FSDP, as any forward
+    model(**batch, training_step=lesson)      through DDP, DeepSpeed or FSDP, as any forward
       └─ the student's forward: the teacher reads (no graph) ──> TRL's fused loss, the backbone's output seen
          on its way ──> divergence of both hidden states through both heads
 
@@ -14,23 +14,21 @@ Shapes: ``B`` rows of ``N`` tokens, ``n`` answer tokens in all of them, ``d`` wi
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...core.attached import attachment
 from ...core.block_embeddings import QUESTION_MASK
+from ...core.forward import UNTOUCHED, ForwardMode
 from ...core.injection import remove_voco_tokens
 from ...core.layout import TokenVocabulary
 from ...core.packed_rows import DOCUMENT_IDS, Documents
+from ..fused_step import FusedStep
 from .config import DistillConfig
 from .divergence import Comparison, Head, divergence
 from .teacher import Teacher, evaluating
@@ -93,21 +91,17 @@ class Lesson:
     prompts: dict[str, torch.Tensor]
     labels: torch.Tensor
 
-    def run(self, student: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> DistilledOutput:
-        """The student's ``forward`` with the terms of the distillation, as sums over its answer tokens."""
+    def run(self, student: Any, kwargs: dict[str, Any]) -> DistilledOutput:
+        """The student's fused forward with the terms of the distillation, as sums over its answer tokens."""
         how = self.distiller
         inputs = {k: v for k, v in kwargs.items() if k not in (*_STUDENTS, *_PER_TOKEN)}
         inputs |= {k: v for k, v in self.prompts.items() if k != "labels"}
         extra = {"output_hidden_states": True} if how.config.hidden_layers else {}
         if how.head is None:
-            how.head = observe_head(student, forward, how.vocab)
+            how.head = observe_head(student, how.vocab)
         taught, teacher = how.teacher.read({**inputs, **extra}, **how.head)
         seen: list[Any] = []
-        handle = student.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            output = forward(*args, **kwargs, **extra)
-        finally:
-            handle.remove()
+        output = how.step.run(student, {**kwargs, **extra, "voco_mode": ForwardMode(output=_kept_in(seen))})
         at, there = before_answers(self.labels), before_answers(self.prompts["labels"])
         if int(at.sum()) != int(there.sum()):
             raise ValueError(
@@ -154,7 +148,7 @@ def hidden_error(own: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
     return ((own - its).square().mean(-1) / its.square().mean(-1)).sum()
 
 
-def observe_head(student: nn.Module, forward: Any, vocab: TokenVocabulary) -> dict[str, bool]:
+def observe_head(student: Any, vocab: TokenVocabulary) -> dict[str, bool]:
     """Which of its config's logit scale and soft cap the model itself applies, seen on a few tokens of text.
 
     A vision-language class does not always do what its text config says (transformers 5.23: Aya Vision and
@@ -169,12 +163,10 @@ def observe_head(student: nn.Module, forward: Any, vocab: TokenVocabulary) -> di
     ids = [i for i in range(64) if i not in {*vocab.placeholders, *vocab.markers, vocab.voco_id}][:4]
     given = torch.tensor([ids], device=student.get_input_embeddings().weight.device)
     seen: list[Any] = []
-    handle = student.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad(), attachment(student).suspended(), evaluating(student):
-        try:
-            own = forward(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False).logits[0]
-        finally:
-            handle.remove()
+    mode = replace(UNTOUCHED, output=_kept_in(seen))
+    with torch.no_grad(), evaluating(student):
+        text = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+        own = type(student).forward(student, **text, use_cache=False, voco_mode=mode).logits[0]
         hidden = seen[0].last_hidden_state[0].to(own.device)
         exact = own.dtype in (torch.float32, torch.float64)
         tolerance = (1e-3 if exact else 3e-2) * float(own.abs().max())
@@ -197,15 +189,14 @@ def observe_head(student: nn.Module, forward: Any, vocab: TokenVocabulary) -> di
     )
 
 
-def open_for_lessons(student: nn.Module) -> None:
-    """Let ``student.forward`` take ``distill=lesson``; without it, it is what it was."""
-    own = student.forward
+def _kept_in(seen: list[Any]) -> Any:
+    """A ``ForwardMode.output`` that keeps the backbone's output in ``seen`` and hands it on as it is."""
 
-    @functools.wraps(type(student).forward)
-    def forward(self: nn.Module, *args: Any, distill: Lesson | None = None, **kwargs: Any) -> Any:
-        return own(*args, **kwargs) if distill is None else distill.run(self, own, args, kwargs)
+    def keep(output: Any) -> Any:
+        seen.append(output)
+        return output
 
-    student.forward = types.MethodType(forward, student)
+    return keep
 
 
 class Distiller:
@@ -213,10 +204,18 @@ class Distiller:
 
     Args:
         rows: rows of the student's own vocabulary before VoCo's were added; ``None``: all.
+        step: the student's own, TRL's fused forward.
     """
 
-    def __init__(self, config: DistillConfig, teacher: Teacher, vocab: TokenVocabulary, rows: int | None):
-        self.config, self.teacher, self.vocab = config, teacher, vocab
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: Teacher,
+        vocab: TokenVocabulary,
+        rows: int | None,
+        step: FusedStep,
+    ) -> None:
+        self.config, self.teacher, self.vocab, self.step = config, teacher, vocab, step
         known = [n for n in (rows, teacher.rows) if n is not None]
         self.comparison = Comparison(
             config.divergence, config.temperature, min(known, default=None), (vocab.voco_id,), config.top_k,

@@ -4,8 +4,8 @@
     frozen    a copy of the student as it was when training started
     PATH      another checkpoint of the same family, tokenizer and image processor
 
-Whichever it is, it reads with the rule lifted (:meth:`~voco_plugin.core.forward.Attachment.suspended`),
-without dropout and without a graph; what it changes on a shared model is put back.
+Whichever it is, it reads with the rule lifted (:data:`~voco_plugin.core.forward.UNTOUCHED`), without dropout
+and without a graph; what it changes on a shared model is put back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,9 @@ import torch
 from torch import nn
 
 from ...config import CONFIG_NAME
-from ...core.attached import attachment, is_attached, unwrap
+from ...core.attachment import attachment, is_attached, unwrap
+from ...core.extension import Extension, extend
+from ...core.forward import UNTOUCHED
 from ...core.layout import TokenVocabulary
 from ...models.loading import auto_class, find_file, load
 from ..parts import COMPRESSOR, ModelParts
@@ -44,16 +45,11 @@ class Teacher:
     @torch.no_grad()
     def read(self, inputs: dict[str, Any], **head: bool) -> tuple[Any, Head]:
         """The backbone's output for ``inputs``, and the head that goes with it (``head``: of ``Head.of``)."""
-        with self._plain(), evaluating(self.model):
+        with evaluating(self.model):
             return self._run(inputs), Head.of(self.model, **head)
 
     def _run(self, inputs: dict[str, Any]) -> Any:
-        return self.model.base_model(**inputs)
-
-    @contextlib.contextmanager
-    def _plain(self) -> Iterator[None]:
-        with attachment(self.model).suspended() if is_attached(self.model) else contextlib.nullcontext():
-            yield
+        return read_untouched(self.model, inputs)
 
 
 class BaseTeacher(Teacher):
@@ -67,32 +63,41 @@ class BaseTeacher(Teacher):
         super().__init__(wrapped)
         self.wrapped = wrapped
 
-    @contextlib.contextmanager
-    def _plain(self) -> Iterator[None]:
-        with adapters_off(self.wrapped), super()._plain():
-            yield
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        with adapters_off(self.wrapped):
+            return super()._run(inputs)
 
 
 class OtherTeacher(Teacher):
     """A model of its own, which never trains.
 
     Args:
-        module: the model, wrapped (PEFT, a DeepSpeed engine) or not. Its forward becomes its backbone's, so
-            that a wrapper's forward makes no logits.
+        module: the model, wrapped (PEFT, a DeepSpeed engine) or not. Its forward becomes its backbone's
+            (:class:`Headless`), so that a wrapper's forward makes no logits.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.module = module
         self.model.eval().requires_grad_(False)  # an engine's own methods return nothing
-        self.model.forward = types.MethodType(_headless, self.model)
+        extend(self.model, Headless)
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         return self.module(**inputs)
 
 
-def _headless(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self.base_model(*args, **kwargs)
+class Headless(Extension):
+    """What a teacher of its own is extended by: its forward is its backbone's, as the plain model reads."""
+
+    def forward(self, **inputs: Any) -> Any:
+        return read_untouched(self, inputs)  # type: ignore[arg-type]
+
+
+def read_untouched(model: Any, inputs: dict[str, Any]) -> Any:
+    """The output of the backbone of ``model``, as it was before :func:`voco_plugin.attach`."""
+    if not is_attached(model):
+        return model.base_model(**inputs)
+    return model.base_model(**inputs, voco_mode=UNTOUCHED)
 
 
 def original_rows(model: nn.Module) -> int | None:

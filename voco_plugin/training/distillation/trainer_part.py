@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..._compat import is_partitioned
-from ...core.attached import attachment, unwrap
+from ...core.attachment import attachment, unwrap
 from ...models.families import family_of
+from ..fused_step import FusedStep
 from .config import DistillConfig
-from .step import DistilledOutput, Distiller, open_for_lessons
+from .step import DistilledOutput, Distiller
 from .teacher import BaseTeacher, OtherTeacher, Teacher, check_base, load_teacher, original_rows
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Distilling(_Base):
     the ordinary one.
     """
 
+    _fused: FusedStep | None = None
     _distiller: Distiller | None = None
 
     def _prepare_teacher(self, config: DistillConfig | None, frozen: Any, packs: bool) -> None:
@@ -50,6 +52,9 @@ class Distilling(_Base):
         model = self.accelerator.unwrap_model(self.model)
         student = unwrap(model)
         check_distillation(self, packs)
+        if self._fused is None:
+            raise ValueError("distill needs TRL's fused loss, which is off here (use_liger_kernel, or another
+            loss).")
         vocab = attachment(student).vocab
         if config.teacher == "base":
             check_base(model, config, self._row_only)
@@ -65,23 +70,18 @@ class Distilling(_Base):
             elif not hasattr(frozen, "hf_device_map"):
                 frozen = frozen.to(self.accelerator.device)
             teacher = OtherTeacher(frozen)
-        open_for_lessons(student)
-        self._distiller = Distiller(config, teacher, vocab, original_rows(student))
+        self._distiller = Distiller(config, teacher, vocab, original_rows(student), self._fused)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._sums = {}
         return super().train(*args, **kwargs)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self._distiller is None or not self.model.training:
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+    def _distilled_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """The loss of a training batch, as a lesson."""
+        assert self._distiller is not None
         config = self._distiller.config
         seen = _Seen(model)
-        inputs = {**inputs, "distill": self._distiller.lesson(inputs)}
+        inputs = {**inputs, "training_step": self._distiller.lesson(inputs)}
         ordinary = super().compute_loss(seen, inputs, num_items_in_batch=num_items_in_batch)
         output = seen.output
         count = self._counted(output, num_items_in_batch)

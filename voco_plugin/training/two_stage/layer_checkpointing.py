@@ -2,81 +2,43 @@
 
 transformers takes the cache away from a layer that it checkpoints, because most caches are written to when
 the layer is recomputed. Stage 1 and stage 2 need it: the keys of the VoCo tokens are what the one leaves to
-the other. So stage 2's layers, whose cache is read only (``held.py``), are checkpointed here, where the model
-has checkpointing on, and those of stage 1 are recomputed a chunk at a time.
+the other. So stage 2's layers, whose cache is read only (``read_only_cache.py``), are checkpointed here,
+where the model has checkpointing on, and those of stage 1 are recomputed a chunk at a time: with checkpoints
+nested in the chunk's, memory grew with the number of chunks (``docs/video_training.md``); what held it was
+not traced.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ...core.extension import Extension, extend
+from ...core.forward import running_forward
 
-@contextlib.contextmanager
-def recomputing(text_model: torch.nn.Module) -> Iterator[None]:
-    """Inside the block, the layers of ``text_model`` that transformers would checkpoint are checkpointed with
-    their caches. Nothing changes where checkpointing is off.
+
+class CheckpointedWithCache(Extension):
+    """What a checkpointing layer is extended by: in stage 1 it runs as it is, in a stage 2 that says so it is
+    checkpointed with its cache; in any other forward it does what transformers has it do.
     """
-    layers = [
-        module
-        for module in text_model.modules()
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-    ]
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = _Recomputed(layer)
-            layer.gradient_checkpointing = False
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.gradient_checkpointing = True
-            if own is None:
-                vars(layer).pop("forward", None)
-            else:
-                layer.forward = own
-
-
-@contextlib.contextmanager
-def kept(model: torch.nn.Module) -> Iterator[None]:
-    """Inside the block, no layer of ``model`` is checkpointed: what runs is recomputed as a whole. With
-    checkpoints nested in the chunk's, memory grew with the number of chunks (``docs/video_training.md``);
-    what held it was not traced.
-    """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-    ]
-    try:
-        for layer in layers:
-            layer.gradient_checkpointing = False
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
-
-
-class _Recomputed:
-    """``layer.forward`` under a checkpoint."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        self.layer, self.own = layer, layer.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self.layer.training and torch.is_grad_enabled()):
-            return self._run(*args, **kwargs)
-        return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
+        running = running_forward()
+        if running is None or not self.gradient_checkpointing:  # type: ignore[attr-defined]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if running.mode.stage_one:
+            return nn.Module.__call__(self, *args, **kwargs)  # type: ignore[arg-type]
+        if running.mode.checkpoint_cached_layers and self.training and torch.is_grad_enabled():  # type: ignore
+            return checkpoint(nn.Module.__call__, self, *args, use_reentrant=False, **kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        # in the backward pass the flag is back on, and the layer would lose its cache
-        before, self.layer.gradient_checkpointing = self.layer.gradient_checkpointing, False
-        try:
-            return self.own(*args, **kwargs)
-        finally:
-            self.layer.gradient_checkpointing = before
+
+def can_checkpoint_with_cache(model: nn.Module) -> None:
+    """Extend the layers of ``model`` that transformers would checkpoint."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            extend(module, CheckpointedWithCache)

@@ -9,16 +9,16 @@ Shapes: ``B`` rows, ``H`` key-value heads, ``P`` cached slots, ``T`` text tokens
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ...core.kv_cache import CacheState
+from ...core.kv_cache import VoCoKVCache
 
 
-class HeldLayer(DynamicLayer):
+class ReadOnlyLayer(DynamicLayer):
     """One layer of ``(B, H, P, D)`` that stays as it is."""
 
     def update(
@@ -32,15 +32,13 @@ class HeldLayer(DynamicLayer):
         )
 
 
-def held(past: DynamicCache) -> DynamicCache:
+def read_only(past: VoCoKVCache) -> VoCoKVCache:
     """``past`` with layers that are read only; what is known of its slots goes with it."""
-    found = DynamicCache()
+    found = copy.copy(past)
+    found.layers = []
     for layer in past.layers:
-        one = HeldLayer()
+        one = ReadOnlyLayer()
         one.lazy_initialization(layer.keys, layer.values)
         one.keys, one.values = layer.keys, layer.values
         found.layers.append(one)
-    state = CacheState.of(past)
-    if state is not None:
-        state.put_on(found)
     return found

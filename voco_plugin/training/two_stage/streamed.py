@@ -28,8 +28,7 @@ from ...cache.compress.batching import Limits, chunks_of
 from ...cache.compress.stage_one import Batch, attention_of, read_batch, run_alone
 from ...cache.place.stage_two import Placed, place
 from ...core.layout import SequenceLayout, TokenKind
-from .layer_checkpointing import kept
-from .read_only_cache import held
+from .read_only_cache import read_only
 
 
 @dataclass
@@ -55,8 +54,8 @@ class Stream:
         predicted.
         """
         assert self.labels is not None
-        row, column = (self.placed.columns >= 0).nonzero(as_tuple=True)
-        rows, columns, made = [row], [self.placed.columns[row, column]], [text[row, column]]
+        row, at, column = self.placed.text.to(text.device)
+        rows, columns, made = [row], [column], [text[row, at]]
         if self.ends:
             rows.append(row.new_tensor([end[0] for end in self.ends]))
             columns.append(row.new_tensor([end[1] for end in self.ends]))
@@ -100,8 +99,7 @@ def blocks_in_chunks(
 def _chunk(
     batch: Batch, chunk: list[tuple[int, int]], numbers: list[int], wanted: set[int]
 ) -> tuple[list[Any], dict[int, torch.Tensor]]:
-    with kept(batch.model):
-        blocks, hidden = run_alone(batch, chunk, numbers, read_on=bool(wanted))
+    blocks, hidden = run_alone(batch, chunk, numbers, read_on=bool(wanted))
     if hidden is None:
         return blocks, {}
     spans = batch.layout.spans
@@ -188,7 +186,8 @@ def stream_on(
         types = None if types is None else compacted(types, keep, 0)
     placed = place(batch.model, batch.state, ids, mask, cache, types, trusted=True)
     given = {
-        "input_ids": placed.input_ids, "attention_mask": placed.attention_mask, **as_cache(held(placed.past)),
+        "input_ids": placed.input_ids, "attention_mask": placed.attention_mask,
+        **as_cache(read_only(placed.past)),
     }  # fmt: skip
     if types is not None:
         given["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))

@@ -1,7 +1,7 @@
 """``stage1: streamed | frozen``: a training forward in two stages (paper, Sec. 3.4), inside the student's own
 forward.
 
-    batch ──> model(**batch, stages=…)          through DDP or DeepSpeed, as any forward
+    batch ──> model(**batch, training_step=…)   through DDP or DeepSpeed, as any forward
       └─ the student's forward: stage 1, chunk by chunk ──> TRL's fused loss, whose backbone reads the stream
          on the blocks; its hidden states are laid out as the stream on their way to the head
 
@@ -12,11 +12,8 @@ Only the fused forward is cut in two: one that gives logits of a whole batch is 
 
 from __future__ import annotations
 
-import functools
 import os
-import types
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +22,15 @@ from torch import nn
 
 from ...cache.fingerprint import differences
 from ...config import VoCoConfig
-from ...core.attached import attachment, unwrap
+from ...core.attachment import attachment, unwrap
+from ...core.forward import ForwardMode
 from ...store.keys import fingerprint_of
 from ...store.store import VoCoCacheStore
 from ..distillation.teacher import evaluating
+from ..fused_step import FusedStep
 from .frozen_blocks import IMAGE_KEYS, FrozenBlocks
 from .frozen_checks import check_frozen, check_trained
-from .layer_checkpointing import recomputing
+from .layer_checkpointing import can_checkpoint_with_cache
 from .streamed import Stream, stream_of
 
 if TYPE_CHECKING:
@@ -50,16 +49,19 @@ class Streamed:
     """Stage 1 in chunks of ``chunk`` blocks, with gradients through the blocks' keys and values."""
 
     chunk: int
+    step: FusedStep
 
-    def run(self, student: nn.Module, forward: Any, kwargs: dict[str, Any]) -> Any:
-        """The student's fused ``forward`` over the batch ``kwargs``."""
+    def run(self, student: Any, kwargs: dict[str, Any]) -> Any:
+        """The student's fused forward over the batch ``kwargs``; without a fused head it is one pass."""
+        if not kwargs.get("fused_lm_head"):
+            return self.step.run(student, kwargs)
         state = attachment(student)
         inputs = {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS and v is not None}
         stream = stream_of(student, state, inputs, kwargs["labels"], self.chunk)
         if stream is None:
-            return forward(**kwargs)
+            return self.step.run(student, kwargs)
         heads = {k: v for k, v in kwargs.items() if k in _HEADS}
-        return read_stream(student, forward, stream, heads)
+        return read_stream(student, self.step, stream, heads)
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ class Frozen:
     """
 
     blocks: FrozenBlocks
+    step: FusedStep
 
-    def run(self, student: nn.Module, forward: Any, kwargs: dict[str, Any]) -> Any:
-        """The student's fused ``forward`` over the batch ``kwargs``."""
+    def run(self, student: Any, kwargs: dict[str, Any]) -> Any:
+        """The student's fused forward over the batch ``kwargs``; without a fused head it is one pass."""
+        if not kwargs.get("fused_lm_head"):
+            return self.step.run(student, {k: v for k, v in kwargs.items() if k != IMAGE_KEYS})
         inputs = {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS and v is not None}
         inputs = {k: _as_weights(v, student) for k, v in inputs.items()}
         with evaluating(student), torch.autocast(inputs["input_ids"].device.type, enabled=False):
@@ -79,9 +84,9 @@ class Frozen:
                 student, attachment(student), inputs, kwargs["labels"], kwargs.get(IMAGE_KEYS)
             )
         if stream is None:
-            return forward(**{k: v for k, v in kwargs.items() if k != IMAGE_KEYS})
+            return self.step.run(student, {k: v for k, v in kwargs.items() if k != IMAGE_KEYS})
         heads = {k: v for k, v in kwargs.items() if k in _HEADS}
-        return read_stream(student, forward, stream, heads)
+        return read_stream(student, self.step, stream, heads)
 
 
 def _as_weights(value: Any, model: Any) -> Any:
@@ -91,33 +96,15 @@ def _as_weights(value: Any, model: Any) -> Any:
     return value.to(model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-def read_stream(student: nn.Module, forward: Any, stream: Stream, heads: dict[str, Any]) -> Any:
-    """Stage 2: ``forward`` over the stream."""
-    state = attachment(student)
+def read_stream(student: Any, step: FusedStep, stream: Stream, heads: dict[str, Any]) -> Any:
+    """Stage 2: the fused forward over the stream, its hidden states laid out as the stream."""
 
-    def lay_out(module: nn.Module, args: tuple, output: Any) -> Any:
+    def lay_out(output: Any) -> Any:
         output.last_hidden_state = stream.hidden(output.last_hidden_state)
         return output
 
-    handle = student.base_model.register_forward_hook(lay_out)
-    try:
-        with state.positions("own"), recomputing(state.family.text_model(student)):
-            return forward(**stream.inputs, **heads, labels=stream.labels)
-    finally:
-        handle.remove()
-
-
-def open_for_stages(student: nn.Module) -> None:
-    """Let ``student.forward`` take ``stages=…``; without it, or without a fused head, it is what it was."""
-    own = student.forward
-
-    @functools.wraps(type(student).forward)
-    def forward(self: nn.Module, *args: Any, stages: Streamed | Frozen | None = None, **kwargs: Any) -> Any:
-        if stages is None or not kwargs.get("fused_lm_head"):
-            return own(*args, **kwargs)
-        return stages.run(self, own, kwargs)
-
-    student.forward = types.MethodType(forward, student)
+    mode = ForwardMode("own", checkpoint_cached_layers=True, output=lay_out)
+    return step.run(student, {**stream.inputs, **heads, "labels": stream.labels, "voco_mode": mode})
 
 
 class Staged(_Base):
@@ -125,6 +112,7 @@ class Staged(_Base):
     training and for the loss of an evaluation.
     """
 
+    _fused: FusedStep | None = None
     _stages: Streamed | Frozen | None = None
     _start: dict[str, Any] | None = None
 
@@ -151,9 +139,15 @@ class Staged(_Base):
             return
         check_stages(self, args.stage1)
         student = unwrap(self.accelerator.unwrap_model(self.model))
-        open_for_stages(student)
+        if self._fused is None:
+            raise ValueError(
+                f"stage1={args.stage1!r} needs TRL's fused loss, which is off here (use_liger_kernel, or
+                another loss)."
+            )
+        can_checkpoint_with_cache(student)
         chunk = args.stage1_chunk or CHUNK
-        self._stages = self._frozen(student, chunk) if args.stage1 == "frozen" else Streamed(chunk)
+        frozen = args.stage1 == "frozen"
+        self._stages = self._frozen(student, chunk) if frozen else Streamed(chunk, self._fused)
 
     def _frozen(self, student: nn.Module, chunk: int) -> Frozen:
         check_trained(student)
@@ -173,19 +167,13 @@ class Staged(_Base):
         if self.args.stage1_store is not None:
             store = open_store(self.args.stage1_store, made_by)
             weakref.finalize(self, store.close)
-        attachment(student).config.frozen_stage1 = True  # and so says whatever is saved
-        return Frozen(FrozenBlocks(made_by, chunk, store))
+        return Frozen(FrozenBlocks(made_by, chunk, store), self._fused)
 
     @property
     def _image_keys_of(self) -> dict[str, Any] | None:
         """The fingerprint that the collator makes keys with; ``None`` where no store asks for them."""
         frozen = self._stages.blocks if isinstance(self._stages, Frozen) else None
         return frozen.made_by if frozen is not None and frozen.store is not None else None
-
-    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self._stages is not None:
-            inputs = {**inputs, "stages": self._stages}
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def open_store(folder: str, made_by: dict[str, Any]) -> VoCoCacheStore:
@@ -267,4 +255,4 @@ def check_rule(voco: VoCoConfig, stage1: str) -> None:
             )
 
 
-__all__ = ["CHUNK", "Staged", "Streamed", "check_rule", "open_for_stages", "read_stream"]
+__all__ = ["CHUNK", "Staged", "Streamed", "check_rule", "read_stream"]

@@ -1,15 +1,22 @@
-"""The last decoder layer of stage 1, run over the VoCo tokens alone.
+"""What stage 1 does not compute, since nothing of it stays.
 
-What stays of a block are the VoCo tokens' keys and values in each layer. In the last layer these come from
-the VoCo tokens' own hidden states, and nothing reads what else it computes: so it gets the last ``K`` rows of
-its input, and its output is put back to full length with zeros. In the layer before, only the VoCo tokens'
-output is read: its feed-forward block, which works token by token, runs over those rows alone too.
+What stays of a block are its VoCo tokens' keys and values in each layer. So
 
-Two hooks do it, for as long as a compression runs, and act in its own thread only. A layer given anything
-that is not known to be cut this way runs over the whole block, as it would without them (logged at debug
-level).
+    the KV cache       keeps the last ``K`` slots of a layer: the vision tokens' keys are gone before the next
+    layer
+                       makes its own (:class:`LastSlotsCache`)
+    the last layer     runs over the VoCo tokens alone: their keys come from their own hidden states, and
+    nothing
+                       reads what else it computes; its output is put back to full length with zeros
+    the layer before   has its feed-forward block, which works token by token, run over those rows alone
+    the whole decoder  runs over them alone for a baseline that reads the image outside the LLM
 
-Shapes: ``B`` blocks, ``N`` tokens of a block, ``K`` VoCo tokens, ``H`` hidden size.
+Hooks do the cutting, for as long as a compression runs; each acts in the forward whose mode names its plan
+and in no other, be it of another thread or one started inside. A layer given anything that is not known to be
+cut this way runs over the whole block, as it would without them (logged at debug level).
+
+Shapes: ``B`` blocks, ``N`` tokens of a block, ``K`` VoCo tokens, ``H`` key-value heads or hidden size, ``D``
+head dim.
 """
 
 from __future__ import annotations
@@ -19,17 +26,67 @@ import inspect
 import logging
 import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
+
+from ...core.forward import running_forward
+from ...core.kv_cache import VoCoKVCache
 
 _log = logging.getLogger(__name__)
 
 _ALONG_LAST = ("position_ids", "text_position_ids", "cache_position")
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 _UNSHARED = ("shared_kv_states",)  # empty where no layer shares keys; such models are not cut at all
+_VISION_ONLY = ("visual_pos_masks", "deepstack_visual_embeds")  # features added at vision tokens, deeper in
+
+
+# -- the KV cache
+
+
+class LastSlots(DynamicLayer):
+    """One layer: ``update`` gives back what it is given, ``(B, H, N, D)``, and stores ``(B, H, K, D)``.
+
+    Args:
+        replayed: whether the layer may run again, to be recomputed in a backward pass; what it stored first
+            stays.
+    """
+
+    def __init__(self, keep: int, replayed: bool = False) -> None:
+        super().__init__()
+        self.keep, self.replayed = keep, replayed
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_initialized and self.replayed:
+            return key_states, value_states
+        if self.is_initialized:
+            raise RuntimeError("stage 1 runs a block in one forward; this layer was given keys twice.")
+        self.lazy_initialization(key_states, value_states)
+        self.keys = key_states[..., -self.keep :, :].clone()
+        self.values = value_states[..., -self.keep :, :].clone()
+        return key_states, value_states
+
+
+class LastSlotsCache(VoCoKVCache):
+    """Layers of :class:`LastSlots`, made as the model asks for them."""
+
+    def __init__(self, keep: int, replayed: bool = False) -> None:
+        super().__init__()
+        self.keep, self.replayed = keep, replayed
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(LastSlots(self.keep, self.replayed))
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+
+# -- the last layer
 
 
 class NotCut(Exception):
@@ -57,42 +114,42 @@ class LastRows:
     running: list[torch.nn.Module] = field(default_factory=list)
 
 
-_PLAN: ContextVar[LastRows | None] = ContextVar("voco_last_rows", default=None)
 _LOCK = threading.Lock()
 _USERS: dict[int, list] = {}  # id of a hooked module → [compressions that run, its hooks]
 
 
-@contextlib.contextmanager
-def last_rows(
+def plan_last_rows(
     text_model: torch.nn.Module, keep: int, length: int, feed_forward: bool = True
-) -> Iterator[LastRows | None]:
-    """Inside the block, this thread's forwards of ``text_model`` cut its last layer to ``keep`` rows, and
-    with ``feed_forward`` the feed-forward block of the layer before.
-
-    Gives the plan, which says afterwards whether it was cut; ``None`` where there is no layer to cut.
+) -> LastRows | None:
+    """How the last layer of ``text_model`` is cut to ``keep`` of ``length`` rows and, with ``feed_forward``,
+    the feed-forward block of the layer before; ``None`` where there is no layer to cut.
     """
     layers = getattr(text_model, "layers", None)
-    config = getattr(text_model, "config", None)
     if not isinstance(layers, torch.nn.ModuleList) or not len(layers) or keep >= length:
-        yield None
-        return
-    if getattr(config, "num_kv_shared_layers", 0):
+        return None
+    if getattr(getattr(text_model, "config", None), "num_kv_shared_layers", 0):
         _log.debug("last layer not cut: layers share keys and values")
-        yield None
-        return
+        return None
     before = getattr(layers[-2], "mlp", None) if len(layers) > 1 and feed_forward else None
-    plan = LastRows(layers[-1], before if isinstance(before, torch.nn.Module) else None, keep, length)
-    modules = [m for m in (plan.layer, plan.feed_forward) if m is not None]
-    token = _PLAN.set(plan)
+    return LastRows(layers[-1], before if isinstance(before, torch.nn.Module) else None, keep, length)
+
+
+@contextlib.contextmanager
+def last_rows(plan: LastRows | None) -> Iterator[None]:
+    """Inside the block, a forward whose mode has ``cut=plan`` is cut as the plan says; the plan says
+    afterwards whether it was.
+    """
+    modules = [] if plan is None else [m for m in (plan.layer, plan.feed_forward) if m is not None]
+    hooked = []
     try:
         for module in modules:
             _hook(module)
-        yield plan
+            hooked.append(module)
+        yield
     finally:
-        for module in modules:
+        for module in hooked:
             _unhook(module)
-        _PLAN.reset(token)
-    if plan.reason:
+    if plan is not None and plan.reason:
         _log.debug("last layer not cut: %s", plan.reason)
 
 
@@ -119,8 +176,13 @@ def _unhook(module: torch.nn.Module) -> None:
             del _USERS[id(module)]
 
 
+def _plan_in_force() -> LastRows | None:
+    running = running_forward()
+    return None if running is None else running.mode.cut
+
+
 def _before(module: torch.nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
-    plan = _PLAN.get()
+    plan = _plan_in_force()
     if plan is None or kwargs is None:  # another thread's forward (kwargs are gone if the hooks just went)
         return None
     try:
@@ -140,7 +202,7 @@ def _before(module: torch.nn.Module, args: tuple, kwargs: dict | None = None) ->
 
 
 def _after(module: torch.nn.Module, args: tuple, *rest: Any) -> Any:
-    plan = _PLAN.get()
+    plan = _plan_in_force()
     if plan is None or module not in plan.running:
         return None
     plan.running.remove(module)
@@ -204,3 +266,45 @@ def cut_argument(name: str, value: Any, plan: LastRows) -> Any:
         cut = rows_of(value, value.dim() - 1, name, plan)
         return cut if value.dim() == 2 else rows_of(cut, 2, name, plan)
     raise NotCut(f"{name} is not known")
+
+
+# -- the whole decoder
+
+
+@contextlib.contextmanager
+def voco_rows_only(text_model: torch.nn.Module, keep: int, length: int) -> Iterator[LastRows]:
+    """Inside the block, a forward whose mode has the plan given runs ``text_model`` over the last ``keep`` of
+    ``length`` rows of its merged embeddings, once the compressor's own are in. What it returns nobody reads.
+
+    Raises:
+        NotCut: it was not handed embeddings, or something beside them that cannot be cut; the caller then
+        runs
+            the whole block.
+    """
+    plan = LastRows(text_model, None, keep, length)
+
+    def cut(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if _plan_in_force() is not plan:
+            return None
+        if args or kwargs.get("inputs_embeds") is None:
+            raise NotCut("the decoder is not handed embeddings by name")
+        plan.cut = True
+        return args, {name: _cut_for_decoder(name, value, plan) for name, value in kwargs.items()}
+
+    handle = text_model.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield plan
+    finally:
+        handle.remove()
+    if not plan.cut:
+        raise NotCut("the decoder did not run")
+
+
+def _cut_for_decoder(name: str, value: Any, plan: LastRows) -> Any:
+    if name in _VISION_ONLY:
+        return None
+    if name == "inputs_embeds":
+        return rows_of(value, 1, name, plan)
+    if name == "attention_mask" and isinstance(value, dict):
+        return {kind: cut_argument(name, mask, plan) for kind, mask in value.items()}
+    return cut_argument(name, value, plan)
