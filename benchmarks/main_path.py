@@ -104,10 +104,11 @@ def cached_answer(folder: Path) -> Callable[[], Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter) parser.add_argument("--json", action="store_true",
-    help="one JSON object instead of text") parser.add_argument("--list", action="store_true", help="name the
-    files, with their functions") args = parser.parse_args()
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--list", action="store_true", help="name the files, with their functions")
+    args = parser.parse_args()
     from voco_plugin.cli.gridworld import copy_base
 
     result: dict[str, Any] = {}

@@ -251,8 +251,9 @@ def fused_forward(patched: Any) -> Callable[..., Any]:
             names[name] = make(names[name])
         else:
             warnings.warn(
-                f"TRL's fused forward has no {name} any more, which voco_plugin replaces in its own copy:
-                {lost}. " "Loss and gradients are right; tell voco_plugin's maintainers.",
+                f"TRL's fused forward has no {name} any more, which voco_plugin replaces in its own copy: "
+                f"{lost}. "
+                "Loss and gradients are right; tell voco_plugin's maintainers.",
                 stacklevel=2,
             )
     made = types.FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)

@@ -79,8 +79,8 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         from .attention import register
 
-        register()  # in a process that never attached a model, the attention of an unpickled one has no name
-        yet vars(self).update(state)
+        register()  # a process that never attached a model has no name for the attention of an unpickled one
+        vars(self).update(state)
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write ``voco_config.json``: the rule, the ids it is read by, and whether the token's row was made

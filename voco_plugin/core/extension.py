@@ -72,8 +72,9 @@ def restore(thing: Any) -> None:
     origin = vars(type(thing)).get(_ORIGIN)
     if origin is None and is_extended(thing):
         raise ValueError(
-            f"{type(thing).__name__} was wrapped by {type(thing).__mro__[1].__module__} after voco_plugin was
-            " "attached, so its class cannot be given back; unwrap it first."
+            f"{type(thing).__name__} was wrapped by {type(thing).__mro__[1].__module__} after voco_plugin "
+            "was "
+            "attached, so its class cannot be given back; unwrap it first."
         )
     while origin is not None:
         thing.__class__ = origin[0]

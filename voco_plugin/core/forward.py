@@ -251,8 +251,9 @@ def _prepare(
             layout = SequenceLayout.from_ids(ids, mask[:, length:], attachment.vocab)
     if frozen and layout is not None and layout.has_vision:
         raise ValueError(
-            "this model's stage 1 is frozen (frozen_stage1): it compresses without its adapter and reads with
-            " "it, which one pass over image and text cannot do; use generate(**inputs), or compress and "
+            "this model's stage 1 is frozen (frozen_stage1): it compresses without its adapter and reads "
+            "with "
+            "it, which one pass over image and text cannot do; use generate(**inputs), or compress and "
             "voco_cache=…"
         )
     if embeddings is not None and layout is not None:
@@ -398,8 +399,9 @@ def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str,
     if attachment.embeddings is not None:
         if attachment.embeddings.compressor.reads_question:
             raise ValueError(
-                f"compressor={attachment.config.compressor!r} reads the question behind an image, which packed
-                " "rows do not keep apart; train it without packing."
+                f"compressor={attachment.config.compressor!r} reads the question behind an image, which "
+                "packed "
+                "rows do not keep apart; train it without packing."
             )
         running.places = attachment.embeddings.places(packed.blocks, attachment.vocab)
     running.rule = ActiveRule(attachment.config, packed.table)

@@ -143,16 +143,18 @@ def _check_can_take_off(model: torch.nn.Module, state: Attachment) -> None:
     for module in model.modules():
         if is_extended(module) and "_voco_extension" not in vars(type(module)):
             raise ValueError(
-                f"detach: {type(module).__name__} was wrapped after the model was attached (FSDP2 makes a
-                class " "of its own); detach the model before it is wrapped, or load it anew."
+                f"detach: {type(module).__name__} was wrapped after the model was attached (FSDP2 makes a "
+                "class "
+                "of its own); detach the model before it is wrapped, or load it anew."
             )
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    if "rows" in state.restore and any(_held_by_adapter(module) for module in embeddings if module is not
-    None):
+    held = any(_held_by_adapter(module) for module in embeddings if module is not None)
+    if "rows" in state.restore and held:
         raise ValueError(
-            "detach: an adapter holds the embedding rows that attach added (the VoCo token's row is trained);
-            take " "the adapter off first: model = model.unload(), or merge_and_unload() to keep what it
-            learnt."
+            "detach: an adapter holds the embedding rows that attach added (the VoCo token's row is "
+            "trained); "
+            "take the adapter off first: model = model.unload(), or merge_and_unload() to keep what it "
+            "learnt."
         )
 
 

@@ -53,8 +53,9 @@ class Distilling(_Base):
         student = unwrap(model)
         check_distillation(self, packs)
         if self._fused is None:
-            raise ValueError("distill needs TRL's fused loss, which is off here (use_liger_kernel, or another
-            loss).")
+            raise ValueError(
+                "distill needs TRL's fused loss, which is off here (use_liger_kernel, or another loss)."
+            )
         vocab = attachment(student).vocab
         if config.teacher == "base":
             check_base(model, config, self._row_only)

@@ -141,8 +141,8 @@ class Staged(_Base):
         student = unwrap(self.accelerator.unwrap_model(self.model))
         if self._fused is None:
             raise ValueError(
-                f"stage1={args.stage1!r} needs TRL's fused loss, which is off here (use_liger_kernel, or
-                another loss)."
+                f"stage1={args.stage1!r} needs TRL's fused loss, which is off here (use_liger_kernel, or "
+                "another loss)."
             )
         can_checkpoint_with_cache(student)
         chunk = args.stage1_chunk or CHUNK
