@@ -25,7 +25,7 @@ from voco_plugin.inference.streaming.compress_frames import (
     compress_segments,
     compress_video,
     encode_videos,
-    way_of,
+    resolve_frames_as,
 )
 from voco_plugin.inference.streaming.video_prompt import check_layout, video_parts
 from voco_plugin.video.frames import Segment
@@ -158,7 +158,7 @@ def test_what_cannot_be_one_block_says_so(name, size, frames_as, message):
 
 def test_one_frame_is_an_image_where_nothing_is_said():
     _, tools = made("qwen2_5_vl")
-    assert way_of(tools, 1) == "image" and way_of(tools, 2) == "video"
+    assert resolve_frames_as(tools, 1) == "image" and resolve_frames_as(tools, 2) == "video"
 
 
 # -- the prompt

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cache.file_format import VoCoCacheError
+from ..cache.cache import VoCoCache
+from ..cache.container import VoCoCacheError
 from ..config import nearest
 from .env import Environment, acquire
 from .video_series import all_series, read_series
 
 if TYPE_CHECKING:
-    from ..cache.cache import VoCoCache
     from .store import VoCoCacheStore
 
 FOLDER = "names"
@@ -159,8 +159,6 @@ def caches_by_name(
             entry = known.get(name, tokens)
             video = read_series(store.path, name, tokens) if entry is None else None
             if video is not None:
-                from ..cache.cache import VoCoCache
-
                 found.append(VoCoCache.cat(caches_by_name(store, video.frames, tokens)))
                 continue
             if entry is None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from ..cache.cache import VoCoCache
-from ..cache.file_format import cache_from_buffer, cache_to_bytes
+from ..cache.cache import VoCoCache, cache_from_buffer, cache_to_bytes
 
 
 @torch.no_grad()

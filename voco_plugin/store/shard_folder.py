@@ -8,7 +8,7 @@ import re
 import uuid
 from typing import Any
 
-from ..cache.file_format import VoCoCacheError
+from ..cache.container import VoCoCacheError
 from ..files import atomic_path
 
 MANIFEST = "manifest.json"

@@ -26,8 +26,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ..cache.cache import VoCoCache
-from ..cache.file_format import VoCoCacheError, cache_from_buffer, cache_to_bytes
+from ..cache.cache import VoCoCache, cache_from_buffer, cache_to_bytes
+from ..cache.container import VoCoCacheError
 from ..cache.fingerprint import differences
 from .names import NameEntry
 from .shard_folder import MANIFEST, ShardFolder

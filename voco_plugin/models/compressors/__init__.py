@@ -9,7 +9,8 @@ rule then hides the vision tokens from these too. So each trains, caches and is 
 """
 
 from ...registry import compressors
-from .base import Compressor, build_compressor
+from .base import Compressor
+from .build import build_compressor
 
 for _name, _class in {
     "voco": "voco:VoCo",
