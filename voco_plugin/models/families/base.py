@@ -46,6 +46,9 @@ def _ids(source: Any, names: tuple[str, ...]) -> set[int]:
 class Family:
     """Accessors and rules of a vision-language family; subclasses override what differs.
 
+    ``model`` is a transformers model without wrappers, ``backbone`` its module that takes ``input_ids`` and
+    pixels. Both are ``Any`` to type checkers: what they have depends on the family.
+
     Attributes:
         prefix_lm: whether the backbone reads its prompt both ways where it is given ``token_type_ids``.
         images_by_row: whether its pixels are laid out by batch row, ``(rows, tiles, 3, H, W)``, with tiles
@@ -59,11 +62,11 @@ class Family:
         """Which tokens a prefix-LM reads both ways, of its ``token_type_ids`` ``(B, N)``."""
         raise NotImplementedError("only a prefix-LM has a prefix")
 
-    def backbone(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The module below the LM head that takes ``input_ids`` and pixels."""
+    def backbone(self, model: Any) -> torch.nn.Module:
+        """The module below the LM head."""
         return model.base_model
 
-    def text_model(self, model: torch.nn.Module) -> torch.nn.Module:
+    def text_model(self, model: Any) -> torch.nn.Module:
         """The decoder stack that runs over merged embeddings."""
         text = model.get_decoder()
         inner = getattr(text, "model", None)
@@ -71,7 +74,7 @@ class Family:
             text if inner is None or hasattr(text, "layers") else inner
         )  # Llama 4's decoder has its LM head on
 
-    def merged_at(self, model: torch.nn.Module) -> tuple[torch.nn.Module, bool]:
+    def merged_at(self, model: Any) -> tuple[torch.nn.Module, bool]:
         """Where the embeddings with the image features merged in can be had: a module, and whether they are
         its output (else its argument ``inputs_embeds``).
         """
@@ -79,13 +82,13 @@ class Family:
         merges = getattr(text, "embed_tokens_extend", None)  # Phi-4's decoder encodes the images itself
         return (text, False) if merges is None else (merges, True)
 
-    def chunk_size(self, model: torch.nn.Module) -> int | None:
+    def chunk_size(self, model: Any) -> int | None:
         """How many tokens a chunk of chunked attention holds, or ``None`` where no layer has it."""
         config = self.text_model(model).config
         chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
         return getattr(config, "attention_chunk_size", None) if chunked else None
 
-    def windowed(self, model: torch.nn.Module) -> bool:
+    def windowed(self, model: Any) -> bool:
         """Whether any layer attends within a window or a chunk, so that it asks where a slot stood."""
         config = self.text_model(model).config
         types = getattr(config, "layer_types", None)
@@ -93,7 +96,7 @@ class Family:
             return bool({"sliding_attention", "chunked_attention"} & set(types))
         return getattr(config, "sliding_window", None) is not None
 
-    def refusal(self, model: torch.nn.Module) -> str | None:
+    def refusal(self, model: Any) -> str | None:
         """Why the isolation rule cannot hold in this model, or ``None``.
 
         Recurrent and convolutional layers carry vision past any mask in their state; an encoder-decoder or a
@@ -221,7 +224,7 @@ class Family:
 
     def sequential(
         self,
-        backbone: torch.nn.Module,
+        backbone: Any,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         vision: dict[str, Any],
@@ -258,7 +261,7 @@ class Family:
                 types[input_ids == token] = value
         return types
 
-    def shape_positions(self, backbone: torch.nn.Module, positions: torch.Tensor) -> torch.Tensor:
+    def shape_positions(self, backbone: Any, positions: torch.Tensor) -> torch.Tensor:
         """1-D text positions ``(B, N)`` in the shape the backbone wants."""
         if hasattr(backbone, "get_rope_index") and positions.dim() == 2:
             return positions.expand(3, *positions.shape)
