@@ -8,7 +8,6 @@ import gc
 import re
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -369,15 +368,13 @@ def test_what_a_user_gets_wrong():
 
 
 def test_a_file_is_read_by_read_video(monkeypatch):
-    import sys
-
     seen = {}
 
     def read_video(source, **options):
         seen.update(source=source, **options)
         return iter(frames(3))
 
-    monkeypatch.setitem(sys.modules, "voco_plugin.video.reading", SimpleNamespace(read_video=read_video))
+    monkeypatch.setattr("voco_plugin.video.reading.read_video", read_video)
     model, tools = made("llava_llama")
     for source in ("clip.mp4", 0, ["a.png", "b.png"]):
         session = vp.VoCoSession(model, tools)
