@@ -210,7 +210,7 @@ def test_the_stream_of_many_images_is_written_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(prompts, "stream_ids", lambda *a: (widest.append(max(a[3])), real(*a))[1])
     found = prompts.stream_of(model, tools, talks, cache)
     assert max(widest) <= 32
-    monkeypatch.setattr(prompts, "_AT_ONCE", 100)
+    monkeypatch.setattr(prompts, "_IMAGES_AT_ONCE", 100)
     whole = prompts.stream_of(model, tools, talks, cache)
     assert max(widest) == 40 and all(torch.equal(found[key], whole[key]) for key in whole)
 

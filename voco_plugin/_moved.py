@@ -148,8 +148,9 @@ MOVED: dict[str, str] = {
 
 MOVED_NAMES: dict[str, dict[str, str]] = {
     "cache": {"VoCoCacheStore": "store", "image_key": "store", "quantization_error": "store"},
+    "cache.file_format": {"cache_from_buffer": "cache.cache", "cache_to_bytes": "cache.cache"},
 }
-"""Names that a package which still exists gave away: package → name → where it is now."""
+"""Names that a module which still exists gave away: module → name → where it is now."""
 
 
 def new_path(old: str) -> str | None:

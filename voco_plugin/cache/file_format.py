@@ -17,10 +17,11 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
+from .._moved import moved_name
 from ..files import atomic_path
 from . import container, int8
 from .container import Contents, Entry, VoCoCacheError
@@ -36,6 +37,12 @@ _MAX_ROWS = 1 << 20
 _MAX_TEXT = 1000
 _MAX_NAMES = 64
 _EXACT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return moved_name(__name__, name)
 
 
 class Block(Protocol):

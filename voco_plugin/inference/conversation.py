@@ -16,7 +16,8 @@ import torch
 from .._compat import cache_of
 from ..cache import VoCoCache
 from ..core.attached import attachment, is_attached
-from .prompts import render, stream_ids_in_pieces, with_counts
+from ..data.padding import tokenizer_of
+from .prompts import adds_special_tokens, render, stream_ids_in_pieces, with_counts
 
 _MARK = "\ue000"  # private use: in no prompt, so that a turn's end can be found in the rendered text
 _ONE_ANSWER = ("num_beams", "num_return_sequences")
@@ -106,8 +107,7 @@ class Conversation:
         """
         if self._past is None:
             text = render(self.processor, [[*base, *turns]])[0]
-            bos = getattr(getattr(self.processor, "tokenizer", self.processor), "bos_token", None)
-            return text, not (bos and text.startswith(bos))
+            return text, adds_special_tokens(self.processor, [text])
         whole = render(self.processor, [[*base[:-1], said(_MARK), *turns]])[0]
         before, mark, text = whole.rpartition(_MARK)
         if not mark or before.count(_MARK):
@@ -119,16 +119,14 @@ class Conversation:
         return text, False
 
     def _decode(self, ids: Sequence[int]) -> str:
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return tokenizer_of(self.processor).decode(ids, skip_special_tokens=True).strip()
 
     def _end_ids(self, generate: dict[str, Any]) -> set[int]:
         ends = generate.get("eos_token_id")
         if ends is None:
             ends = getattr(self.model.generation_config, "eos_token_id", None)
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
         listed = ends if isinstance(ends, (list, tuple)) else [ends]
-        return {e for e in (*listed, tokenizer.eos_token_id) if isinstance(e, int)}
+        return {e for e in (*listed, tokenizer_of(self.processor).eos_token_id) if isinstance(e, int)}
 
     @staticmethod
     def _check_options(generate: dict[str, Any]) -> None:

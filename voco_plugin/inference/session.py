@@ -142,9 +142,9 @@ class VoCoSession(Conversation):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, those of waiting images included."""
-        held = 0 if self._past is None else sum(x.keys.nbytes + x.values.nbytes for x in self._past.layers)
+        read = 0 if self._past is None else sum(x.keys.nbytes + x.values.nbytes for x in self._past.layers)
         video = 0 if self._video is None else self._video.nbytes
-        return held + video + sum(cache.nbytes for cache in self._waiting)
+        return read + video + sum(cache.nbytes for cache in self._waiting)
 
     def _check_no_video(self, what: str) -> None:
         if self._video is not None:

@@ -11,6 +11,7 @@ import torch
 
 from .._compat import full_shape, gathered
 from ..config import VoCoConfig
+from ..data.padding import tokenizer_of
 
 
 def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:
@@ -19,7 +20,7 @@ def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:
     Raises:
         ValueError: the tokenizer gives the token another id than ``config.token_id`` names.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     new = config.token not in tokenizer.get_vocab()
     if new:
         from tokenizers import AddedToken
@@ -99,7 +100,7 @@ def remove_token(processor: Any, token: str) -> None:
     """
     import json
 
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     backend = getattr(tokenizer, "_tokenizer", None)
     if backend is None:
         return

@@ -158,7 +158,7 @@ def write_manifest(folder: ShardFolder) -> dict[str, Any]:
     found: dict[str, Any] = {"format_version": FORMAT_VERSION, "fingerprint": None, "shards": {}}
     for name in folder.shards():
         where = f"{folder.url}/{name}"
-        with folder.fs.open(folder.path(name), "rb") as stream, _clear(where):
+        with folder.fs.open(folder.path(name), "rb") as stream, _translated_errors(where):
             facts = pq.read_metadata(stream)
         fingerprint = _metadata(facts.schema.to_arrow_schema(), where)["fingerprint"]
         found["fingerprint"] = found["fingerprint"] or fingerprint
@@ -228,7 +228,7 @@ def _table(stream: Any, where: str, columns: list[str] | None, size: int) -> Any
     """The columns asked for, after checks of the format and of what the shard claims to hold."""
     import pyarrow.parquet as pq
 
-    with _clear(where):
+    with _translated_errors(where):
         file = pq.ParquetFile(stream)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         claimed = sum(g.column(i).total_uncompressed_size for g in groups for i in range(g.num_columns))
@@ -241,7 +241,7 @@ def _table(stream: Any, where: str, columns: list[str] | None, size: int) -> Any
 
 
 @contextlib.contextmanager
-def _clear(where: str) -> Iterator[None]:
+def _translated_errors(where: str) -> Iterator[None]:
     """What pyarrow stumbles over in a damaged file, as VoCoCacheError."""
     import pyarrow as pa
 

@@ -19,7 +19,7 @@ from ...cache import VoCoCache
 from ...core.attached import attachment
 from ...video.frames import Frame, Segment
 from ..answering import compress_images, on_device
-from ..prompts import ask, image_text, render
+from ..prompts import ask, image_text, render, run_processor
 
 FRAMES_AS = ("auto", "image", "video")
 
@@ -174,12 +174,8 @@ def _encoded(processor: Any, texts: list[str], chunk: list[Segment]) -> dict[str
     videos = [[f.image for f in s.frames] for s in chunk]
     for video in videos:  # a last segment that is short: Qwen2-VL repeats its last frame, Qwen3-VL refuses it
         video += [video[-1]] * (-len(video) % _temporal_patch(processor))
-    out = processor(
-        text=texts, videos=videos, do_sample_frames=False, return_tensors="pt", padding=True,
-        padding_side="left",
-        video_metadata=[_metadata(s, len(video)) for s, video in zip(chunk, videos, strict=True)],
-    )  # fmt: skip
-    return dict(out)
+    metadata = [_metadata(s, len(video)) for s, video in zip(chunk, videos, strict=True)]
+    return run_processor(processor, texts, videos=videos, do_sample_frames=False, video_metadata=metadata)
 
 
 def _temporal_patch(processor: Any) -> int:

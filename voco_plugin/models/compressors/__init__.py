@@ -4,8 +4,9 @@
                       + token_init    slots: a row for each slot; pooled: seeded with the mean of the image
     outside it        avg_pool  qformer  llama_vid  pixel_shuffle  token_merge  matryoshka
 
-A rival outside the LLM makes K embeddings of the vision tokens, which stand where the VoCo tokens stand; the
-rule then hides the vision tokens from these too. So each trains, caches and is evaluated as VoCo is.
+A compressor outside the LLM (a baseline) makes K embeddings of the vision tokens, which stand where the VoCo
+tokens stand; the rule then hides the vision tokens from these too. So each trains, caches and is evaluated as
+VoCo is.
 """
 
 from ...registry import compressors

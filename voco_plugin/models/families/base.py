@@ -5,12 +5,14 @@ processor.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...config import VoCoConfig
 from ...core.layout import TokenVocabulary, sequential_positions
+from ...data.padding import tokenizer_of
 from .observe import observed_markers
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -32,6 +34,7 @@ _ENDS = (
 )
 _START_NAMES = ("boi_token", "start_image_token", "image_start_token", "vision_start_token")
 _END_NAMES = ("eoi_token", "end_image_token", "image_end_token", "vision_end_token")
+_GRID = "grid_thw"
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
@@ -95,6 +98,18 @@ class Family:
         if types:
             return bool({"sliding_attention", "chunked_attention"} & set(types))
         return getattr(config, "sliding_window", None) is not None
+
+    def shares_keys(self, model: Any) -> bool:
+        """Whether layers use the keys and values of an earlier layer (Gemma 3n), which must then be whole."""
+        return bool(getattr(self.text_model(model).config, "num_kv_shared_layers", 0))
+
+    def multi_axis(self, backbone: Any) -> bool:
+        """Whether positions have three axes (mrope: Qwen-VL's), which the backbone reads off the grids."""
+        return hasattr(backbone, "get_rope_index")
+
+    def has_grids(self, vision: Mapping[str, Any]) -> bool:
+        """Whether a forward's keyword arguments hold the grids that place image tokens on three axes."""
+        return any(name.endswith(_GRID) and value is not None for name, value in vision.items())
 
     def refusal(self, model: Any) -> str | None:
         """Why the isolation rule cannot hold in this model, or ``None``.
@@ -178,7 +193,7 @@ class Family:
 
     def vocabulary(self, *, config: Any = None, processor: Any = None, voco: VoCoConfig) -> TokenVocabulary:
         """The ids by which sequences of this family are read."""
-        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer = tokenizer_of(processor)
         placeholders = self.placeholders(config, processor)
         if not placeholders:
             raise VocabularyError(
@@ -237,13 +252,13 @@ class Family:
         Raises:
             ValueError: an mrope family's image tokens without the grids that place them.
         """
-        if not hasattr(backbone, "get_rope_index"):
+        if not self.multi_axis(backbone):
             return sequential_positions(attention_mask)
         wanted = inspect.signature(backbone.get_rope_index).parameters
         given = {k: v for k, v in vision.items() if k in wanted and v is not None}
         if not bool((self.token_types(backbone.config, input_ids) > 0).any()):
             return sequential_positions(attention_mask).expand(3, *input_ids.shape).clone()
-        if not any(k.endswith("grid_thw") for k in given):
+        if not self.has_grids(given):
             raise ValueError(
                 "image tokens without image_grid_thw: their positions cannot be told (the backbone would "
                 "count them as text); pass the processor's image_grid_thw along."
@@ -263,6 +278,6 @@ class Family:
 
     def shape_positions(self, backbone: Any, positions: torch.Tensor) -> torch.Tensor:
         """1-D text positions ``(B, N)`` in the shape the backbone wants."""
-        if hasattr(backbone, "get_rope_index") and positions.dim() == 2:
+        if self.multi_axis(backbone) and positions.dim() == 2:
             return positions.expand(3, *positions.shape)
         return positions
