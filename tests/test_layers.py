@@ -225,6 +225,20 @@ def circles(files: dict[str, tuple[str, bool]]) -> set[frozenset[str]]:
     return {frozenset(group) for group in in_one.values() if group}
 
 
+@pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_import_names_a_module_that_is_there(path: Path) -> None:
+    """None goes through an old path, which would cost users a warning that is not theirs."""
+    lost = []
+    found = imports_of(path.read_text(encoding="utf-8"), _module_name(path), path.name == "__init__.py", True)
+    for line, name in found:
+        place = ROOT.joinpath(*name.split(".")[:-1])  # the last part may be a class or function
+        whole = ROOT.joinpath(*name.split("."))
+        there = [p.with_suffix(".py").is_file() or (p / "__init__.py").is_file() for p in (place, whole)]
+        if not any(there):
+            lost.append((line, name))
+    assert lost == []
+
+
 def test_no_file_imports_in_a_circle() -> None:
     files = {
         _module_name(path): (path.read_text(encoding="utf-8"), path.name == "__init__.py")

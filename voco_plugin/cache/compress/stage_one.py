@@ -22,8 +22,7 @@ from ..._compat import as_cache, cache_names
 from ...core.adapter_switch import starting_weights
 from ...core.kv_cache import CacheState
 from ...core.layout import BlockSpan, SequenceLayout, compact_positions
-from ..block import VoCoBlock
-from ..cache import VoCoCache
+from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import block_fingerprint
 from .batching import Limits, chunks_of
 from .last_layer import NotCut, last_rows
