@@ -292,7 +292,7 @@ def blocks_of(tensors: dict[str, torch.Tensor], record: dict[str, Any], copy: bo
     return blocks
 
 
-# -- the record, field by field
+# -- checks of the record
 
 
 def check_record(record: dict[str, Any], where: str) -> None:

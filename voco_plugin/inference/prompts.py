@@ -54,7 +54,7 @@ def encode(
     rest.
 
     Args:
-        images: per conversation its images in order; ``None`` where there are none at all.
+        images: the images of each conversation, in order; ``None`` where there are none at all.
 
     Raises:
         ValueError: the processor has no chat template.

@@ -109,7 +109,7 @@ class VoCoSession(Conversation):
                 or an iterable of frames; ``None``: frames are given to ``feed``.
 
         Raises:
-            ValueError: another video is being watched, or an option cannot be kept.
+            ValueError: another video is being watched, or an option is not valid.
         """
         return VideoStream(self, source, **options)
 

@@ -119,7 +119,7 @@ def _config(tower: Encoder, language: Any, tokenizer: Any, projector: Projector)
     from transformers import FastVlmConfig, LlavaConfig, PerceptionLMConfig
 
     vision, text = tower.tower.config, language.config
-    for part in (vision, text):  # a local path is nobody else's business
+    for part in (vision, text):  # a local path is not published
         part._name_or_path = _shown(getattr(part, "_name_or_path", "") or "")
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     tied = bool(getattr(text, "tie_word_embeddings", False))
@@ -192,7 +192,7 @@ def _assembled(config: Any, tower: Encoder, language: Any, projector: Projector,
 
 
 def _compare_heads(name: str, text: Any, before: torch.Tensor, after: torch.Tensor) -> None:
-    """Text alone must get the LLM's own logits; a soft cap on them is the one thing that may be lost."""
+    """A prompt without images must get the LLM's own logits; only a soft cap on them may be lost."""
     cap = getattr(text, "final_logit_softcapping", None)
 
     def same(logits: torch.Tensor) -> bool:

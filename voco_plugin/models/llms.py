@@ -169,7 +169,7 @@ def fitting_template(tokenizer: Any) -> str:
 
 
 def refusal_of(source: str) -> str | None:
-    """Why VoCo cannot work with the LLM at ``source``, from its config alone (no weight is read)."""
+    """Why VoCo cannot work with the LLM at ``source``, told from its config (no weight is read)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

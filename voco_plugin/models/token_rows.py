@@ -1,4 +1,4 @@
-"""The VoCo token: an id in the tokenizer, a row in the embeddings, and both taken back.
+"""The VoCo token: an id in the tokenizer, a row in the embeddings, and both removed again.
 
 ``model`` is a transformers model without wrappers.
 """

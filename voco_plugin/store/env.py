@@ -2,7 +2,7 @@
 full.
 
 LMDB forbids opening a folder twice in a process, using it across a fork, and moving its memory map while a
-transaction reads from it; this module keeps those three rules, so that a store need not know them.
+transaction reads from it; this module keeps those three rules, so that a store need not.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _fork_hook = False
 
 
 def _after_fork() -> None:
-    """A child lets go of its parent's environments. It must not close them, nor end their transactions: that
-    would free the parent's places in the table of readers. Dropped in another process, py-lmdb's objects
-    call nothing.
+    """A child forgets its parent's environments. It must not close them, nor end their transactions: that
+    would free the parent's places in the table of readers. Dropped in another process, py-lmdb's objects do
+    nothing.
     """
     global _lock
     _lock = threading.Lock()
@@ -110,7 +110,7 @@ class Environment:
     """One LMDB environment of this process.
 
     Attributes:
-        dbs: handles of :data:`DATABASES`; empty where the folder is no store yet.
+        dbs: handles of :data:`DATABASES`; empty where the folder is not a store yet.
         pid: the process it belongs to.
     """
 
@@ -300,7 +300,7 @@ class Environment:
 
     @contextlib.contextmanager
     def _translated_errors(self) -> Iterator[None]:
-        """LMDB's errors as ``OSError`` or ``VoCoCacheError`` with the reason, but for those handled here."""
+        """LMDB's errors, but those handled here, become ``OSError`` or ``VoCoCacheError`` with a reason."""
         import lmdb
 
         try:

@@ -1,4 +1,4 @@
-"""Which image has which key: the names beside a cache store, so that answering from it needs no pixels.
+"""``StoreNames``: which image has which key, so that answering from a store needs no pixels.
 
 An LMDB environment of its own in the store's folder (``STORE/names``). Many processes may read and write it;
 writers take turns. A name is never a key or a path: entries lie under sha256(K and name).
@@ -54,7 +54,7 @@ class StoreNames:
 
     Args:
         store: the store's folder.
-        readonly: only look up. A store without names then has none.
+        readonly: only look names up.
 
     Raises:
         FileNotFoundError: the store does not exist.

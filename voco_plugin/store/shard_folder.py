@@ -80,7 +80,7 @@ class ShardFolder:
         """What ``write_manifest`` wrote; ``None`` where no run has ended yet.
 
         Raises:
-            VoCoCacheError: it is no manifest of this release.
+            VoCoCacheError: it is not a manifest of this release.
         """
         try:
             found = json.loads(self.get(MANIFEST))

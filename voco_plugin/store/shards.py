@@ -242,7 +242,7 @@ def _table(stream: Any, where: str, columns: list[str] | None, size: int) -> Any
 
 @contextlib.contextmanager
 def _translated_errors(where: str) -> Iterator[None]:
-    """What pyarrow stumbles over in a damaged file, as VoCoCacheError."""
+    """pyarrow's errors on a damaged file become VoCoCacheError."""
     import pyarrow as pa
 
     try:

@@ -1,7 +1,7 @@
 """``VoCoCacheStore``: compressed images by the content of the image, on disk, for many processes at once.
 
 An LMDB folder. A record is the bytes of a saved cache, so that a store and a file are read by the same
-checks; its key says which pixels, model, adapter, processor, rule and K made it (:mod:`.store_keys`).
+checks; its key says which pixels, model, adapter, processor, rule and K made it (:mod:`.keys`).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class VoCoCacheStore:
             leaves what it says (no limit for a new one).
         values: ``"keep"`` (bit for bit) or ``"int8"`` for a new store; ``None`` leaves what it says
             (``"keep"`` for a new one).
-        lock: ``False`` to read a store whose folder gives no permission to lock it, when nobody writes it.
+        lock: ``False`` to read a store in a folder that may not be written to, while nobody writes it.
         map_size: bytes of address space at first; grows by itself.
 
     Raises:
-        VoCoCacheError: the folder is no store, or one of another model (the message says in what), of another
-            ``values`` or of another format version.
+        VoCoCacheError: the folder is not a store, or is one of another model (the message says in what), of
+            another ``values`` or of another format version.
         OSError: it is not there, or cannot be read, written or locked.
         ImportError: the lmdb package is not installed.
     """

@@ -1,4 +1,4 @@
-"""Looking after a store: what is in it, whether it is whole."""
+"""What is in a store, and whether all of it is intact."""
 
 from __future__ import annotations
 

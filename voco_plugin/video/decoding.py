@@ -128,8 +128,8 @@ class VideoFile:
 
         Args:
             after: seconds of the last good frame before, for errors.
-            joined: decoding begins in the middle: what refers to frames before is not whole, and is passed
-                over until the first frame that is. So it is with a live source.
+            joined: decoding begins in the middle: frames that refer to earlier ones are damaged, and skipped
+                until the first whole one. A live source is always read so.
 
         Raises:
             BadVideoError: a packet or frame is damaged, or the data cannot be read on. A damaged picture is
@@ -164,7 +164,7 @@ class VideoFile:
                     yield frame
 
     def broken(self, reason: str) -> BadVideoError:
-        """The error of a damage here."""
+        """The error that says it is damaged at this point."""
         return BadVideoError(self.name, reason, _REPAIR, self.reached)
 
     def lazy_frames(self) -> Iterator[LazyFrame]:
@@ -213,7 +213,7 @@ class VideoFile:
         colours are used; no tone mapping, no deinterlacing, pixels are taken as square.
 
         Raises:
-            BadVideoError: it is to be shown at an angle that is no multiple of 90 degrees.
+            BadVideoError: it is to be shown at an angle that is not a multiple of 90 degrees.
         """
         image = frame.to_image()
         matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -238,12 +238,14 @@ class VideoFile:
 
 
 def slack_of(tick: Fraction) -> Fraction:
-    """By how many seconds a time may be rounded: half a tick, but not where ticks are frames (AVI)."""
+    """By how many seconds a time may be rounded: half a tick, but at most half a millisecond (one tick of AVI
+    is a whole frame).
+    """
     return min(tick / 2, _ROUNDING)
 
 
 def _turn(matrix: bytes) -> Image.Transpose | None | str:
-    """What a display matrix asks for; a string where it is no quarter turn or mirror."""
+    """What a display matrix asks for; a string where it is neither a quarter turn nor a mirror."""
     a, b, _, c, d, *_ = _PARTS.unpack(matrix[: _PARTS.size])
     signs = tuple((part > _NOISE) - (part < -_NOISE) for part in (a, b, c, d))
     return None if signs == (1, 0, 0, 1) else _TURNS.get(signs, "odd")  # type: ignore[call-overload]

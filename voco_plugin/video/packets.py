@@ -1,4 +1,4 @@
-"""What the packets of a video file say without a pixel being decoded: times, key frames, length."""
+"""The packets of a video file, read without decoding a pixel: times, key frames, length."""
 
 from __future__ import annotations
 

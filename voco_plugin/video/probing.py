@@ -1,4 +1,4 @@
-"""What a video is, read off its headers."""
+"""``probe``: facts of a video, read from its headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which frames of a video are taken: as a statement, and as a rule over frames in order.
+"""``Sampling``: which frames of a video are taken.
 
     fps     the frame on screen at start, start + 1/fps, start + 2/fps, …
     count   the frame on screen in the middle of each of `count` equal parts of the time from start to end

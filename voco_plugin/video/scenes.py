@@ -1,4 +1,4 @@
-"""Scene changes: a plain measure of how far two pictures differ, and the frames where it is passed."""
+"""Scene changes: how far two pictures differ, and the frames where that passes a threshold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may stand for a video, told apart once, and read by what knows it."""
+"""``VideoSource``: what may be given as a video, and how each kind is opened."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class VideoSource:
         kind: ``file``, ``live``, ``folder``, ``list`` or ``animation``.
         what: the path, URL, number of a camera or images.
         name: how errors and names of frames call it.
-        rate: frames a second of what has no clock.
+        rate: frames a second of sources without a clock.
         follow: seconds of patience with a growing file.
         options: FFmpeg's.
     """

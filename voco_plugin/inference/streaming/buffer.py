@@ -35,14 +35,15 @@ class BlockBuffer:
         num_tokens: K a block; ``None`` takes the model's.
         fps: take the first frame of each period of 1 / fps seconds; ``None``: every frame.
         frames_per_block, frames_as, tick: see
-        :func:`~voco_plugin.inference.streaming.compress_frames.compress_segments`. budget, policy: see
-        :mod:`~voco_plugin.inference.streaming.budget`. batch_size: segments that are compressed at a time.
+            :func:`~voco_plugin.inference.streaming.compress_frames.compress_segments`.
+        budget, policy: see :mod:`~voco_plugin.inference.streaming.budget`.
+        batch_size: segments that are compressed at a time.
 
     Attributes:
         frames_seen, blocks_seen: what has been compressed so far.
 
     Raises:
-        ValueError: an option that cannot be kept.
+        ValueError: an option is not valid.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class BlockBuffer:
         return sum(k.cache.nbytes for k in self.kept)
 
     def report(self) -> dict[str, Any]:
-        """What has been seen and what was kept of it, for a program; see
+        """What has been seen and what was kept of it, as values; see
         :func:`~voco_plugin.inference.streaming.stream_report.summary`.
         """
         with self._changed:

@@ -29,7 +29,6 @@ from typing import Any
 from ..._moved import renamed
 from ...cache import VoCoCache
 from ...core.attached import attachment
-from ...video import reading as video_reading
 from ...video.frames import Frame, Segment
 from ..conversation import Conversation, said
 from ..prompts import ask as user_turn
@@ -57,7 +56,7 @@ class VideoStream(BlockBuffer):
         reading: other options of ``read_video``: count, scene, start, end, max_frames.
 
     Raises:
-        ValueError: the session watches another video, or an option cannot be kept.
+        ValueError: the session watches another video, or an option is not valid.
     """
 
     def __init__(
@@ -90,7 +89,9 @@ class VideoStream(BlockBuffer):
         self.session, self.time_text, self.history = session, time_text, history
         self._source: Iterable[Frame] | None = source
         if named:
-            self._source = video_reading.read_video(source, fps=fps, **reading)
+            from ...video.reading import read_video
+
+            self._source = read_video(source, fps=fps, **reading)
         elif unused := [name for name, value in reading.items() if value is not None]:
             raise ValueError(f"{', '.join(unused)}: how a file is read; frames that are given are all taken.")
         self._base = list(session.messages)

@@ -1,4 +1,4 @@
-"""What a block's K tokens are when they enter the language model; one thing per file.
+"""Compressors: what a block's K tokens are when they enter the language model; one per file.
 
     inside the LLM    voco            the VoCo token's row; vision is read by attention (the paper's)
                       + token_init    slots: a row for each slot; pooled: seeded with the mean of the image

@@ -1,6 +1,4 @@
-"""What differs from one vision-language family to another. An unknown family gets the generic rules of
-``base``.
-"""
+"""What differs between vision-language families. An unknown family gets the generic rules of ``base``."""
 
 from __future__ import annotations
 

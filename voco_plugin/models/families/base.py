@@ -1,6 +1,4 @@
-"""The generic family: everything that can be read off a pure-attention vision-language model and its
-processor.
-"""
+"""The generic family: what can be told from a pure-attention vision-language model and its processor."""
 
 from __future__ import annotations
 

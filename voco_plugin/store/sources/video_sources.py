@@ -97,7 +97,7 @@ def video_source(sources: Sequence[str], options: VideoOptions, *, missing: bool
     """The frames of the videos that ``sources`` name: files, patterns, folders.
 
     Args:
-        missing: whether a name of which there is no file is kept, to be found missing when it is read.
+        missing: whether a name without a file is kept; it raises when it is read.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
