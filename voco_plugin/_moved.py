@@ -14,6 +14,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,7 @@ MOVED: dict[str, str] = {
     "bulk.ahead": "store.bulk.prefetch",
     "bulk.series": "store.bulk.videos",
     "bulk.stage": "store.bulk.job",
+    "cache.block": "cache.cache",
     "cache.files": "cache.file_format",
     "cache.frozen": "training.two_stage.frozen_blocks",
     "cache.groups": "cache.compress.batching",
@@ -39,7 +41,7 @@ MOVED: dict[str, str] = {
     "cache.pixels": "cache.compress.vision_inputs",
     "cache.plan": "cache.place.row_plan",
     "cache.recomputed": "training.two_stage.layer_checkpointing",
-    "cache.record": "cache.metadata",
+    "cache.record": "cache.file_format",
     "cache.recut": "cache.compress.num_voco_tokens",
     "cache.relocation": "cache.place.relocation",
     "cache.shard_folder": "store.shard_folder",
@@ -146,8 +148,9 @@ MOVED: dict[str, str] = {
 
 MOVED_NAMES: dict[str, dict[str, str]] = {
     "cache": {"VoCoCacheStore": "store", "image_key": "store", "quantization_error": "store"},
+    "cache.file_format": {"cache_from_buffer": "cache.cache", "cache_to_bytes": "cache.cache"},
 }
-"""Names that a package which still exists gave away: package → name → where it is now."""
+"""Names that a module which still exists gave away: module → name → where it is now."""
 
 
 def new_path(old: str) -> str | None:
@@ -171,6 +174,18 @@ def moved_name(module: str, name: str) -> Any:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     _warn(f"{module}.{name}", f"{_PACKAGE}{place}.{name}", 3)
     return getattr(importlib.import_module(_PACKAGE + place), name)
+
+
+def renamed(module: str, **names: str) -> Callable[[str], Any]:
+    """A ``__getattr__`` for ``module``: each old name gives what has the new one, with a warning."""
+
+    def old_name(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _warn(f"{module}.{name}", f"{module}.{names[name]}", 3)
+        return getattr(sys.modules[module], names[name])
+
+    return old_name
 
 
 def _warn(old: str, new: str, level: int) -> None:

@@ -15,7 +15,7 @@ import voco_plugin as vp
 from harness import attached, inputs, shared
 from tiny.processors import processor
 from voco_plugin.cache import VoCoCacheError
-from voco_plugin.cache.file_format import cache_from_buffer, cache_to_bytes
+from voco_plugin.cache.cache import cache_from_buffer, cache_to_bytes
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ import stores
 from mutations import BLIND, FORGED
 from stores import header_of, key, made, same, with_header
 from voco_plugin.cache import VoCoCache, VoCoCacheError
-from voco_plugin.cache.file_format import cache_from_buffer, cache_to_bytes, read_buffer
+from voco_plugin.cache.cache import cache_from_buffer, cache_to_bytes
+from voco_plugin.cache.file_format import read_buffer
 from voco_plugin.store import VoCoCacheStore
 
 SPARE_BYTES = 1 << 29

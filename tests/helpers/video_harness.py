@@ -14,7 +14,7 @@ from tiny.processors import _chat_template, processor
 from tiny.vocab import tokenizer
 from voco_plugin.core.layout import SequenceLayout, TokenKind
 from voco_plugin.inference.prompts import ask, encode
-from voco_plugin.inference.streaming.compress_frames import encode_videos, way_of
+from voco_plugin.inference.streaming.compress_frames import encode_videos, resolve_frames_as
 from voco_plugin.video.frames import Frame, Segment
 
 VIDEO_FAMILIES = ("llava_next_video", "video_llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
@@ -73,7 +73,7 @@ def one_pass(
     vocab = vp.attachment(model).vocab
     alone = []
     for segment in shown:
-        way = way_of(tools, len(segment.frames), frames_as)
+        way = resolve_frames_as(tools, len(segment.frames), frames_as)
         plain = (
             encode_videos(model, tools, [segment])
             if way == "video"

@@ -122,7 +122,7 @@ def test_video_needle_counts_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp
         kind = current["types"][asked.index(text)]
         return wrong.get(kind, answers[asked.index(text)])
 
-    monkeypatch.setattr("voco_plugin.inference.streaming.stream.Watching.ask", ask)
+    monkeypatch.setattr("voco_plugin.inference.streaming.stream.VideoStream.ask", ask)
     found: dict = {}
     for current in rows:
         for frames, kinds in needle.accuracy(model, processor, [current], tmp_path / "needle", {}).items():

@@ -10,9 +10,9 @@ import torch
 from voco_plugin.cache import VoCoBlock, VoCoCache
 from voco_plugin.inference.streaming.budget import (
     POLICIES,
-    Kept,
+    KeptBlock,
     check_policy,
-    keeper,
+    make_policy,
     parse_budget,
     similarity,
 )
@@ -29,17 +29,17 @@ def block(seed: int, position: int = 5, tokens: int = 2, like: int | None = None
     return VoCoBlock(tuple(parts[:2]), tuple(parts[2:]), position, 9, 9)
 
 
-def series(times, blocks=None) -> list[Kept]:
+def series(times, blocks=None) -> list[KeptBlock]:
     blocks = blocks or [block(n) for n in range(len(times))]
     return [
-        Kept(VoCoCache([b], fingerprint={"model": "x"}), t, t, 1, n)
+        KeptBlock(VoCoCache([b], fingerprint={"model": "x"}), t, t, 1, n)
         for n, (b, t) in enumerate(zip(blocks, times, strict=True))
     ]
 
 
-def run(policy: str, budget: int, items: list[Kept]):
-    """The indices kept after every step, and the keeper."""
-    found = keeper(policy, budget, items[0].cache.blocks[0])
+def run(policy: str, budget: int, items: list[KeptBlock]):
+    """The indices kept after every step, and the policy."""
+    found = make_policy(policy, budget, items[0].cache.blocks[0])
     steps = []
     for item in items:
         found.add(item)
@@ -180,7 +180,7 @@ def test_a_mean_of_unlike_blocks_is_refused():
 )
 def test_what_is_no_budget_says_so(policy, budget, message):
     with pytest.raises(ValueError, match=message):
-        keeper(policy, budget, block(0))
+        make_policy(policy, budget, block(0))
 
 
 def test_budgets_in_words():
@@ -192,4 +192,4 @@ def test_budgets_in_words():
 
 def test_bytes_are_counted_in_blocks():
     assert block(0).nbytes == 256
-    assert keeper("uniform", "1KB", block(0)).budget == 3
+    assert make_policy("uniform", "1KB", block(0)).budget == 3

@@ -25,7 +25,7 @@ from voco_plugin.inference.streaming.compress_frames import (
     compress_segments,
     compress_video,
     encode_videos,
-    way_of,
+    resolve_frames_as,
 )
 from voco_plugin.inference.streaming.video_prompt import check_layout, video_parts
 from voco_plugin.video.frames import Segment
@@ -158,7 +158,7 @@ def test_what_cannot_be_one_block_says_so(name, size, frames_as, message):
 
 def test_one_frame_is_an_image_where_nothing_is_said():
     _, tools = made("qwen2_5_vl")
-    assert way_of(tools, 1) == "image" and way_of(tools, 2) == "video"
+    assert resolve_frames_as(tools, 1) == "image" and resolve_frames_as(tools, 2) == "video"
 
 
 # -- the prompt
@@ -210,7 +210,7 @@ def test_the_stream_of_many_images_is_written_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(prompts, "stream_ids", lambda *a: (widest.append(max(a[3])), real(*a))[1])
     found = prompts.stream_of(model, tools, talks, cache)
     assert max(widest) <= 32
-    monkeypatch.setattr(prompts, "_AT_ONCE", 100)
+    monkeypatch.setattr(prompts, "_IMAGES_AT_ONCE", 100)
     whole = prompts.stream_of(model, tools, talks, cache)
     assert max(widest) == 40 and all(torch.equal(found[key], whole[key]) for key in whole)
 

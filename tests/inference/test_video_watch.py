@@ -8,7 +8,6 @@ import gc
 import re
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import torch
 import voco_plugin as vp
 from video_harness import Turns, frames, made, one_pass
 from voco_plugin.inference.streaming.compress_frames import compress_video
-from voco_plugin.inference.streaming.stream import Watching
+from voco_plugin.inference.streaming.stream import VideoStream
 from voco_plugin.video.frames import Frame, Segment, segments
 
 NEW = {"max_new_tokens": 4}
@@ -87,7 +86,7 @@ def test_after_a_conversation_and_back_into_one(monkeypatch):
         with pytest.raises(ValueError, match=f"not {message} while it watches"):
             session.fork() if message == "forked" else session.save("x")
     session.ask("Now?", **NEW)
-    assert session._watching is None and session.num_slots > slots
+    assert session._video is None and session.num_slots > slots
     session.ask("Sure?", **NEW)
     base = [*turns.ids[0], *turns.new[0][: slots - len(turns.ids[0])]]
     kept = [Segment((shown[k.index],)) for k in watching.kept]
@@ -140,7 +139,7 @@ def test_a_report_says_what_was_lost():
         watching.feed(frame)
     text = watching.report()["text"]
     assert "9 frame(s) seen as 9 block(s), 3 kept (6 VoCo tokens, 0.0 to 4.0 s)" in text
-    assert "6 dropped, nothing of them is left; at most" in text and repr(watching) == f"Watching({text})"
+    assert "6 dropped, nothing of them is left; at most" in text and repr(watching) == f"VideoStream({text})"
 
 
 # -- threads
@@ -209,7 +208,7 @@ def test_a_question_that_waits_goes_first():
     first, second = frames(2)
     watching.feed(first)
     answers: list[str] = []
-    with watching._model:  # as another session's question would
+    with watching._model_lock:  # as another session's question would
         asker = threading.Thread(target=lambda: answers.append(session.ask("What?", **NEW)))
         asker.start()
         while not watching._asking:
@@ -238,7 +237,7 @@ def test_two_sessions_of_one_model():
     expected = watched.ask("What is this?", remember=False, **NEW)
     answers: list[str] = []
 
-    def use(watching: Watching) -> None:
+    def use(watching: VideoStream) -> None:
         for frame in shown:
             watching.feed(frame)
         answers.append(watching.ask("What is this?", remember=False, **NEW))
@@ -347,7 +346,7 @@ def test_what_a_user_gets_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             session.watch(**options)
-    assert session._watching is None
+    assert session._video is None
     watching = session.watch()
     with pytest.raises(ValueError, match="watches a video already"):
         session.watch()
@@ -365,19 +364,17 @@ def test_what_a_user_gets_wrong():
         watching.feed(second)
     empty = vp.VoCoSession(model, tools)
     empty.watch().close()  # no video to go on with
-    assert empty._watching is None and empty.ask("Hi?", **NEW) is not None
+    assert empty._video is None and empty.ask("Hi?", **NEW) is not None
 
 
 def test_a_file_is_read_by_read_video(monkeypatch):
-    import sys
-
     seen = {}
 
     def read_video(source, **options):
         seen.update(source=source, **options)
         return iter(frames(3))
 
-    monkeypatch.setitem(sys.modules, "voco_plugin.video.reading", SimpleNamespace(read_video=read_video))
+    monkeypatch.setattr("voco_plugin.video.reading.read_video", read_video)
     model, tools = made("llava_llama")
     for source in ("clip.mp4", 0, ["a.png", "b.png"]):
         session = vp.VoCoSession(model, tools)

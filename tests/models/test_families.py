@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from harness import ROWS, inputs, largest_difference, shared
-from tiny.models import WINDOW
+from tiny.models import NAMES, WINDOW, build
+from voco_plugin.models.families import family_of
 
 PREFIX_LMS = ("paligemma", "paligemma2")
 
@@ -75,3 +76,20 @@ def test_a_block_stands_only_where_chunks_cut_it_as_before(before, k):
         assert largest_difference(model, batch, model(**batch).logits, stream, cached) <= 1e-4, shift
     assert refused and not any(shift % WINDOW == 0 for shift in refused)
     assert (1 not in refused) == (before == 7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_have_three_axes_where_the_config_divides_the_rotation(name: str) -> None:
+    model = build(name)
+    family, text = family_of(model.config), model.config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    assert family.multi_axis(family.backbone(model)) == ("mrope_section" in parameters)
+    assert not family.shares_keys(model)
+    text.num_kv_shared_layers = 1
+    assert family.shares_keys(model)
+
+
+def test_grids_are_told_by_their_name_whatever_they_are_of() -> None:
+    family = family_of(None)
+    assert family.has_grids({"pixel_values": 1, "video_grid_thw": torch.ones(1, 3)})
+    assert not family.has_grids({"image_grid_thw": None, "second_per_grid_ts": 1})

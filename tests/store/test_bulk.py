@@ -20,7 +20,7 @@ from voco_plugin.cli import main
 from voco_plugin.data.images import BadImageError, open_image
 from voco_plugin.inference.answering import compress_images
 from voco_plugin.store.bulk import Processes, compress_dataset
-from voco_plugin.store.bulk.prefetch import map_ahead
+from voco_plugin.store.bulk.prefetch import prefetch
 from voco_plugin.store.names import NameEntry, StoreNames, caches_by_name
 from voco_plugin.store.shards import read_shards
 
@@ -296,7 +296,7 @@ def test_work_done_ahead_keeps_its_order_and_its_bounds(threads) -> None:
             taken.append(number)
             yield number
 
-    results = map_ahead(lambda number: number * number, items(), threads, 5)
+    results = prefetch(lambda number: number * number, items(), threads, 5)
     for number in range(50):
         assert next(results) == number * number
         assert len(taken) <= number + 7

@@ -13,7 +13,7 @@ import pytest
 from fuzzing import corpus, fuzz, outcome
 from mutations import BLIND, FORGED, sealed
 from stores import header_of
-from voco_plugin.cache.file_format import cache_from_buffer
+from voco_plugin.cache.cache import cache_from_buffer
 
 
 def check_reached(found: dict, inputs: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from test_bulk import COUNT, equal, loaded, photos, ran, write_images  # noqa: F401
 
 import voco_plugin as vp
-from voco_plugin.cache.file_format import cache_to_bytes
+from voco_plugin.cache.cache import cache_to_bytes
 from voco_plugin.store.bulk import compress_dataset
 from voco_plugin.store.names import NameEntry
 from voco_plugin.store.shards import (

@@ -15,7 +15,8 @@ import voco_plugin as vp
 from harness import attached, inputs, shared
 from stores import MADE_BY, header_of, key, made, opened, raw_put, same, tensors_of
 from voco_plugin.cache import VoCoCacheError
-from voco_plugin.cache.file_format import cache_from_buffer, cache_to_bytes, read_buffer
+from voco_plugin.cache.cache import cache_from_buffer, cache_from_parts, cache_to_bytes
+from voco_plugin.cache.file_format import read_buffer
 from voco_plugin.cache.fingerprint import fingerprint
 from voco_plugin.store import image_key, quantization_error
 
@@ -222,7 +223,7 @@ def test_a_misaligned_record_is_copied_and_counted():
         memory[offset : offset + len(data)] = data
         parts = read_buffer(memoryview(memory)[offset : offset + len(data)], "x", copy=False)
         aligned = (torch.frombuffer(memory, dtype=torch.uint8).data_ptr() + offset) % 4 == 0
-        assert same(vp.VoCoCache(*parts[:4]), made(1)) and parts.copied == (0 if aligned else 4)
+        assert same(cache_from_parts(parts), made(1)) and parts.copied == (0 if aligned else 4)
 
 
 def test_a_buffer_read_without_copies_is_kept_alive():

@@ -18,7 +18,7 @@ import pytest
 
 from stores import MADE_BY, in_a_fork, key, made, opened, raw_put, same
 from voco_plugin.cache import VoCoCacheError
-from voco_plugin.cache.file_format import cache_from_buffer, cache_to_bytes
+from voco_plugin.cache.cache import cache_from_buffer, cache_to_bytes
 from voco_plugin.cli import main
 from voco_plugin.store import VoCoCacheStore
 from voco_plugin.store.pages import damaged_pages

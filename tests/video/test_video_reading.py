@@ -41,14 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seeks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The numbers of the frames that were gone to by seeking, a list for each reading."""
     seen: list[list[int]] = []
-    real = reading_module.shots_at
+    real = reading_module.frames_at
 
     def watched(video, table, indices):
         chosen = list(indices)
         seen.append(chosen)
         return real(video, table, chosen)
 
-    monkeypatch.setattr(reading_module, "shots_at", watched)
+    monkeypatch.setattr(reading_module, "frames_at", watched)
     return seen
 
 
@@ -107,7 +107,7 @@ def test_few_frames_are_gone_to_by_key_frames_with_the_same_result(
     def everything(self):
         raise AssertionError("decoded from the start")
 
-    monkeypatch.setattr(VideoFile, "shots", everything)
+    monkeypatch.setattr(VideoFile, "lazy_frames", everything)
     found = list(read_video(folder / name, fps=0.5))
     assert seeks == [[0, 50]]
     check(found, folder / name, [0, 50])
@@ -303,7 +303,7 @@ def test_times_that_go_back_are_refused(folder: Path) -> None:
             return super().time_of(frame, index) - (index == 10)
 
     with Back(str(folder / "h264.mp4"), "back.mp4") as video, pytest.raises(BadVideoError, match="go back"):
-        list(video.shots())
+        list(video.lazy_frames())
 
 
 # -- what is asked for

@@ -6,9 +6,8 @@
 from typing import Any
 
 from .._moved import moved_name
-from .block import VoCoBlock
-from .cache import VoCoCache
-from .file_format import VoCoCacheError
+from .cache import VoCoBlock, VoCoCache
+from .container import VoCoCacheError
 
 __all__ = ["VoCoBlock", "VoCoCache", "VoCoCacheError"]
 

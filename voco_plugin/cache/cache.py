@@ -1,16 +1,99 @@
-"""``VoCoCache``: an ordered series of compressed blocks, with the fingerprint of what made them."""
+"""``VoCoBlock``: one compressed image. ``VoCoCache``: an ordered series of blocks, with the fingerprint of
+what made them.
+
+Shapes: ``L`` layers, ``H`` key-value heads, ``K`` VoCo tokens of a block, ``D`` head dim.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .block import VoCoBlock
-from .file_format import read_cache, write_cache
+from .file_format import Parts, read_buffer, read_file, to_chunks, write_file
 from .fingerprint import check_nested, differences
+
+
+@dataclass(frozen=True)
+class VoCoBlock:
+    """The cache of one block (paper, Sec. 3.3).
+
+    Attributes:
+        keys: per layer ``(H, K, D)``, rotated for ``position``.
+        values: per layer ``(H, K, D)``.
+        position: the position its first VoCo token was computed at. Placing the block there changes no bit;
+            elsewhere its keys are rotated by the difference.
+        extent: how far the backbone's positions advance over its vision tokens.
+        num_vision: how many vision tokens it compresses.
+        relocatable: whether it depends on nothing before it (``block_context="self"``).
+        order: index of its first VoCo token in the whole sequence (vision tokens counted) it was compressed
+            in. Only a backbone that attends in chunks (Llama 4) asks where a block stood.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    position: int
+    extent: int
+    num_vision: int
+    relocatable: bool = True
+    order: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """K."""
+        return self.keys[0].shape[1]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.keys)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def cuts(self, chunk: int, order: int) -> list[int]:
+        """Where chunks of ``chunk`` tokens would cut this block, were its first VoCo token at ``order``."""
+        start = order - self.num_vision
+        return [i for i in range(1, self.num_vision + self.num_tokens) if (start + i) % chunk == 0]
+
+    def first(self, k: int) -> VoCoBlock:
+        """The block of its first ``k`` VoCo tokens (paper, Table 4): under causal attention they are what a
+        compression into ``k`` tokens gives.
+
+        Raises:
+            ValueError: ``k`` is not within 1 … K.
+        """
+        if not 1 <= k <= self.num_tokens:
+            raise ValueError(
+                f"first({k}): this block has {self.num_tokens} VoCo tokens; k must be 1…{self.num_tokens}."
+            )
+        return dataclasses.replace(
+            self,
+            keys=tuple(t[:, :k].contiguous() for t in self.keys),
+            values=tuple(t[:, :k].contiguous() for t in self.values),
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> VoCoBlock:
+        """Moved or cast as ``Tensor.to``."""
+        return dataclasses.replace(
+            self,
+            keys=tuple(t.to(*args, **kwargs) for t in self.keys),
+            values=tuple(t.to(*args, **kwargs) for t in self.values),
+        )
 
 
 class VoCoCache:
@@ -134,8 +217,8 @@ class VoCoCache:
         """Every block cut to its first ``k`` VoCo tokens (paper, Table 4).
 
         Raises:
-            ValueError: the blocks' tokens were made for their whole number (``token_init="pooled"``, a
-                rival): the first of them are not what a compression into ``k`` gives.
+            ValueError: the K tokens of a block were made together (``token_init="pooled"``, or a compressor
+                outside the LLM), so the first of them are not what a compression into ``k`` gives.
         """
         check_nested(self.fingerprint)
         return VoCoCache([b.first(k) for b in self.blocks], self.rows, self.num_rows, self.fingerprint)
@@ -158,7 +241,7 @@ class VoCoCache:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file with metadata and a checksum; whole or not at all."""
-        write_cache(path, self.blocks, self.rows, self.num_rows, self.fingerprint)
+        write_file(path, to_chunks(self.blocks, self.rows, self.num_rows, self.fingerprint))
 
     @staticmethod
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> VoCoCache:
@@ -168,9 +251,42 @@ class VoCoCache:
             VoCoCacheError: not a cache file, truncated, tampered with, or of another format version.
             FileNotFoundError: there is no such file.
         """
-        cache = VoCoCache(*read_cache(path))
+        cache = cache_from_parts(read_file(path))
         return cache if str(device) == "cpu" else cache.to(device)
 
     def __repr__(self) -> str:
         tokens = sorted(set(self.num_tokens))
         return f"VoCoCache({len(self)} blocks, K={tokens}, {self.num_rows} rows, {self.nbytes / 1e6:.3f} MB)"
+
+
+def cache_to_bytes(cache: VoCoCache, values: str = "keep") -> bytes:
+    """The bytes of the file that ``cache.save`` writes.
+
+    Args:
+        values: ``"keep"``, or ``"int8"`` for 8 bits a value (:mod:`.int8`).
+
+    Raises:
+        ValueError: the blocks differ in layers or dtype, or ``values`` is not known.
+        VoCoCacheError: the cache holds what no reader would take back.
+    """
+    return b"".join(to_chunks(cache.blocks, cache.rows, cache.num_rows, cache.fingerprint, values))
+
+
+def cache_from_buffer(buffer: Any, where: str = "this buffer", copy: bool = True) -> VoCoCache:
+    """The cache in ``buffer``, the bytes of a saved file, after every check.
+
+    Args:
+        where: what it is called in messages.
+        copy: ``False`` gives tensors that lie in ``buffer`` (where its bytes are aligned for their dtype):
+            read-only, whatever torch believes, and valid as long as the buffer is.
+
+    Raises:
+        VoCoCacheError: not a cache, truncated, changed, or of another format version.
+    """
+    return cache_from_parts(read_buffer(buffer, where, copy))
+
+
+def cache_from_parts(parts: Parts) -> VoCoCache:
+    """The cache of what :func:`~voco_plugin.cache.file_format.read_buffer` found."""
+    blocks = [VoCoBlock(**fields) for fields in parts.blocks]
+    return VoCoCache(blocks, parts.rows, parts.num_rows, parts.fingerprint)

@@ -1,7 +1,7 @@
 """A saved VoCo cache: its bytes, in a file or in a store's record, written and read by the same code.
 
 layers.{l}.key, layers.{l}.value   (T, H, D), T = the K of all blocks together, block after block
-metadata["voco"]                   JSON: format version, blocks, rows, fingerprint (:mod:`.record`)
+metadata["voco"]                   JSON: format version, blocks, rows, fingerprint
 metadata["sha256"]                 over that record and every tensor's name, dtype, shape and bytes
 
 Format version 2 keeps the values as they are; version 3 holds them in 8 bits (:mod:`.int8`), with
@@ -17,36 +17,58 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
+from .._moved import moved_name
 from ..files import atomic_path
-from . import int8
-from .block import VoCoBlock
-from .container import Contents, Entry, VoCoCacheError, parse, to_chunks
-from .metadata import BLOCK_FIELDS, FORMAT_VERSION, INT8_VERSION, check_record
+from . import container, int8
+from .container import Contents, Entry, VoCoCacheError
 
-if TYPE_CHECKING:
-    from .cache import VoCoCache
-
-__all__ = [
-    "FORMAT_VERSION", "Parts", "VoCoCacheError", "cache_from_buffer", "cache_to_bytes", "read_buffer",
-    "read_cache", "write_cache",
-]  # fmt: skip
+FORMAT_VERSION, INT8_VERSION = 2, 3
 VALUES = ("keep", "int8")
+BLOCK_FIELDS = ("num_tokens", "position", "extent", "num_vision", "relocatable", "order")
+_FIELDS = {"format_version", "blocks", "rows", "num_rows", "fingerprint"}
+_INT8_FIELDS = {"values", "dtype", "group"}
+_INT8_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_POSITIONS = 1 << 31
+_MAX_ROWS = 1 << 20
+_MAX_TEXT = 1000
+_MAX_NAMES = 64
 _EXACT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return moved_name(__name__, name)
+
+
+class Block(Protocol):
+    """What is written of a block: a :class:`~voco_plugin.cache.cache.VoCoBlock`, which also has the fields of
+    ``BLOCK_FIELDS``."""
+
+    @property
+    def keys(self) -> tuple[torch.Tensor, ...]: ...
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 class Parts(NamedTuple):
     """What a saved cache holds.
 
     Attributes:
+        blocks: the fields of each block, as ``VoCoBlock`` takes them.
         values: ``"keep"`` (bit for bit what was saved) or ``"int8"``.
         copied: tensors that a read without copies had to copy: misaligned ones, and all of ``"int8"``.
     """
 
-    blocks: list[VoCoBlock]
+    blocks: list[dict[str, Any]]
     rows: list[int]
     num_rows: int
     fingerprint: dict[str, Any]
@@ -57,8 +79,14 @@ class Parts(NamedTuple):
 # -- writing
 
 
-def cache_to_bytes(cache: VoCoCache, values: str = "keep") -> bytes:
-    """The bytes of the file that ``cache.save`` writes.
+def to_chunks(
+    blocks: Sequence[Block],
+    rows: Iterable[int],
+    num_rows: int,
+    fingerprint: dict[str, Any],
+    values: str = "keep",
+) -> list[Any]:
+    """The bytes of a saved cache, as a list of buffers.
 
     Args:
         values: ``"keep"``, or ``"int8"`` for 8 bits a value (:mod:`.int8`).
@@ -67,24 +95,6 @@ def cache_to_bytes(cache: VoCoCache, values: str = "keep") -> bytes:
         ValueError: the blocks differ in layers or dtype, or ``values`` is not known.
         VoCoCacheError: the cache holds what no reader would take back.
     """
-    return b"".join(_chunks(cache.blocks, cache.rows, cache.num_rows, cache.fingerprint, values))
-
-
-def write_cache(path, blocks, rows, num_rows, fingerprint) -> None:
-    """Write the file atomically."""
-    chunks = _chunks(blocks, rows, num_rows, fingerprint, "keep")
-    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        for chunk in chunks:
-            stream.write(chunk)
-
-
-def _chunks(
-    blocks: Sequence[VoCoBlock],
-    rows: Iterable[int],
-    num_rows: int,
-    fingerprint: dict[str, Any],
-    values: str,
-) -> list[Any]:
     if values not in VALUES:
         raise ValueError(f"values={values!r} is not known; use {' or '.join(VALUES)}.")
     tensors = block_tensors(blocks)
@@ -102,10 +112,17 @@ def _chunks(
     check_record(record, "this cache cannot be saved")
     facts = [(n, t.dtype, tuple(t.shape), bytes_of(t)) for n, t in tensors.items()]
     metadata = {"voco": json.dumps(record, sort_keys=True), "sha256": digest(facts, record)}
-    return to_chunks(tensors, metadata)
+    return container.to_chunks(tensors, metadata)
 
 
-def block_tensors(blocks: Sequence[VoCoBlock]) -> dict[str, torch.Tensor]:
+def write_file(path: str | os.PathLike, chunks: Iterable[Any]) -> None:
+    """Write ``chunks`` into a file atomically."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+
+
+def block_tensors(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
     """The blocks' keys and values, on the CPU, laid out as a file has them: ``layers.{l}.key`` ``(T, H, D)``.
 
     Raises:
@@ -141,8 +158,8 @@ def digest(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], Any]], rec
 # -- reading
 
 
-def read_cache(path: str | os.PathLike) -> tuple[list[VoCoBlock], list[int], int, dict[str, Any]]:
-    """Blocks, rows, number of rows and fingerprint of a file, after every check.
+def read_file(path: str | os.PathLike) -> Parts:
+    """What a file holds, after every check.
 
     Raises:
         VoCoCacheError: not a cache, truncated, changed, or of another format version.
@@ -154,29 +171,15 @@ def read_cache(path: str | os.PathLike) -> tuple[list[VoCoBlock], list[int], int
     with open(path, "rb") as stream:
         empty = os.fstat(stream.fileno()).st_size == 0
         data = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return read_buffer(data, str(path))[:4]
-
-
-def cache_from_buffer(buffer: Any, where: str = "this buffer", copy: bool = True) -> VoCoCache:
-    """The cache in ``buffer``, the bytes of a saved file, after every check.
-
-    Args:
-        where: what it is called in messages.
-        copy: ``False`` gives tensors that lie in ``buffer`` (where its bytes are aligned for their dtype):
-            read-only, whatever torch believes, and valid as long as the buffer is.
-
-    Raises:
-        VoCoCacheError: not a cache, truncated, changed, or of another format version.
-    """
-    from .cache import VoCoCache
-
-    return VoCoCache(*read_buffer(buffer, where, copy)[:4])
+    return read_buffer(data, str(path))
 
 
 def read_buffer(buffer: Any, where: str, copy: bool = True) -> Parts:
-    """As :func:`cache_from_buffer`, in parts."""
+    """What ``buffer``, the bytes of a saved file, holds, after every check; see
+    :func:`~voco_plugin.cache.cache.cache_from_buffer`.
+    """
     view = memoryview(buffer).cast("B")
-    contents = parse(view, where)
+    contents = container.parse(view, where)
     record = _record(contents.metadata["voco"], where)
     _check_tensors(contents.entries, record, where)
     facts = [(n, e.dtype, e.shape, view[e.start : e.stop]) for n, e in contents.entries.items()]
@@ -268,21 +271,88 @@ def _writable(view: memoryview) -> Any:
     return mapped
 
 
-def blocks_of(tensors: dict[str, torch.Tensor], record: dict[str, Any], copy: bool) -> list[VoCoBlock]:
+def blocks_of(tensors: dict[str, torch.Tensor], record: dict[str, Any], copy: bool) -> list[dict[str, Any]]:
+    """The blocks that ``record`` describes, each as the fields of a ``VoCoBlock``."""
     counts = [block["num_tokens"] for block in record["blocks"]]
     layers = sum(name.endswith(".key") for name in tensors)
-    alone = len(counts) == 1  # else a block that stays would keep the memory of all
-    parts = {name: (tensor,) if alone else tensor.split(counts) for name, tensor in tensors.items()}
+    single = len(counts) == 1  # of several, a block that outlives the others would keep the memory of all
+    parts = {name: (tensor,) if single else tensor.split(counts) for name, tensor in tensors.items()}
 
     def take(name: str, number: int) -> torch.Tensor:
         part = parts[name][number].transpose(0, 1)
         if not copy:
             return part
-        return part.contiguous() if alone else part.clone(memory_format=torch.contiguous_format)
+        return part.contiguous() if single else part.clone(memory_format=torch.contiguous_format)
 
     blocks = []
     for i, facts in enumerate(record["blocks"]):
         keys = tuple(take(f"layers.{n}.key", i) for n in range(layers))
         values = tuple(take(f"layers.{n}.value", i) for n in range(layers))
-        blocks.append(VoCoBlock(keys, values, *(facts[f] for f in BLOCK_FIELDS[1:])))
+        blocks.append({"keys": keys, "values": values, **{f: facts[f] for f in BLOCK_FIELDS[1:]}})
     return blocks
+
+
+# -- checks of the record
+
+
+def check_record(record: dict[str, Any], where: str) -> None:
+    """Raise where a field is missing, unknown, of another type or out of range.
+
+    Raises:
+        VoCoCacheError: the message names the field.
+    """
+
+    def wrong(what: str) -> VoCoCacheError:
+        return VoCoCacheError(f"{where}: its metadata cannot be used ({what}).")
+
+    quantized = record.get("format_version") == INT8_VERSION
+    if set(record) != (_FIELDS | _INT8_FIELDS if quantized else _FIELDS):
+        raise wrong("it has other fields than a cache")
+    if quantized:
+        if record["values"] != "int8" or record["dtype"] not in _INT8_DTYPES:
+            raise wrong(f"values {record['values']!r} of dtype {record['dtype']!r}")
+        if not _within(record["group"], 1, 1 << 16):
+            raise wrong("group is no number of channels")
+    blocks, rows, num_rows = record["blocks"], record["rows"], record["num_rows"]
+    if not _within(num_rows, 0, _MAX_ROWS):
+        raise wrong(f"num_rows is not within 0 and {_MAX_ROWS}")
+    if not isinstance(blocks, list) or not isinstance(rows, list) or len(blocks) != len(rows):
+        raise wrong("blocks and rows are not lists of one length")
+    if not all(_within(row, 0, num_rows - 1) for row in rows):
+        raise wrong(f"a row is not within the {num_rows} rows")
+    for number, block in enumerate(blocks):
+        fault = _fault_of_block(block)
+        if fault:
+            raise wrong(f"block {number}: {fault}")
+    fault = _fault_of_fingerprint(record["fingerprint"])
+    if fault:
+        raise wrong(fault)
+
+
+def _within(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _fault_of_block(block: Any) -> str | None:
+    if not isinstance(block, dict) or set(block) != set(BLOCK_FIELDS):
+        return "it has other fields than a block"
+    if not _within(block["num_tokens"], 1, _POSITIONS):
+        return "num_tokens is no number of tokens"
+    for name in ("num_vision", "order"):
+        if not _within(block[name], 0, _POSITIONS):
+            return f"{name} is not within 0 and {_POSITIONS}"
+    for name in ("position", "extent"):
+        if not _within(block[name], -_POSITIONS, _POSITIONS):
+            return f"{name} is not within ±{_POSITIONS}"
+    return None if isinstance(block["relocatable"], bool) else "relocatable is neither true nor false"
+
+
+def _fault_of_fingerprint(fingerprint: Any) -> str | None:
+    if not isinstance(fingerprint, dict) or len(fingerprint) > _MAX_NAMES:
+        return f"the fingerprint is no record of at most {_MAX_NAMES} entries"
+    for name, value in fingerprint.items():
+        texts = [text for text in (name, value) if isinstance(text, str)]
+        plain = value is None or isinstance(value, (str, bool, int, float))
+        if not plain or any(len(text) > _MAX_TEXT for text in texts):
+            return "an entry of the fingerprint is no short text or number"
+    return None

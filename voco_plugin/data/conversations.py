@@ -28,7 +28,7 @@ def time_text(seconds: float) -> str:
     """``12`` → ``<12.0s>``: a frame's time from the start of its video, to a tenth of a second.
 
     Raises:
-        ValueError: no finite time, or one before the start.
+        ValueError: the time is not finite, or before the start.
     """
     if not 0 <= seconds < float("inf"):
         raise ValueError(f"time {seconds} s of a frame is none: give seconds from the video's start.")
@@ -47,7 +47,7 @@ def is_time_text(content: Sequence[Mapping[str, Any]], place: int) -> bool:
 
 
 def image_times(messages: Sequence[Mapping[str, Any]]) -> list[str | None]:
-    """Per image of a conversation, in order, the time text before it; ``None`` where there is none."""
+    """The time text before each image of a conversation, in order; ``None`` where there is none."""
     found: list[str | None] = []
     for message in messages:
         content = message["content"]

@@ -1,13 +1,12 @@
-"""The one place where images are opened: a file, a URL, bytes or a PIL image → 8-bit RGB, or an error that
-names it.
+"""Where every image is opened: a file, a URL, bytes or a PIL image → 8-bit RGB, or an error that names it.
 
-    kind                              what becomes of it
-    animated (GIF, APNG, WebP, …)     its first frame
-    EXIF orientation                  turned upright
-    16 bits a channel                 scaled: 65535 is white (Pillow's own conversion clips at 255)
-    transparent (alpha or palette)    laid on white
-    CMYK, grey, 1 bit, palette        Pillow's conversion; colour profiles are not applied
-    more than PIL.Image.MAX_IMAGE_PIXELS, floating point, broken, empty, missing      BadImageError
+kind                              what is made of it
+animated (GIF, APNG, WebP, …)     its first frame
+EXIF orientation                  turned upright
+16 bits a channel                 scaled: 65535 is white (Pillow's own conversion clips at 255)
+transparent (alpha or palette)    laid on white
+CMYK, grey, 1 bit, palette        Pillow's conversion; colour profiles are not applied
+more than PIL.Image.MAX_IMAGE_PIXELS, floating point, broken, empty, missing      BadImageError
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ logger = logging.getLogger(__name__)
 ON_BAD_SAMPLE = ("raise", "skip")
 IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ORIENTATION = 0x0112
-_LYING = (5, 6, 7, 8)
-"""EXIF orientations whose sides are swapped."""
+_SIDES_SWAPPED = (5, 6, 7, 8)
+"""EXIF orientations whose width and height are swapped."""
 _URL_SECONDS = 30.0
 
 
@@ -66,7 +65,7 @@ def open_image(source: Any, where: str | None = None) -> Image.Image:
                 return to_rgb(image)
     except MemoryError:
         raise
-    except Exception as error:  # malformed data makes Pillow raise whatever its readers stumble over
+    except Exception as error:  # on malformed data Pillow raises errors of any class
         begin = f"{where}: " if where else ""
         raise BadImageError(
             f"{begin}image {describe(source)} cannot be read: {_reason(source, error)}."
@@ -85,10 +84,10 @@ def image_size(source: Any, where: str | None = None) -> tuple[int, int]:
             with _opened(source) as image:
                 _check_size(image)
                 try:
-                    lying = image.getexif().get(_ORIENTATION, 1) in _LYING
+                    swapped = image.getexif().get(_ORIENTATION, 1) in _SIDES_SWAPPED
                 except Exception:  # broken EXIF is ignored, as in to_rgb
-                    lying = False
-                return (image.height, image.width) if lying else (image.width, image.height)
+                    swapped = False
+                return (image.height, image.width) if swapped else (image.width, image.height)
     except MemoryError:
         raise
     except Exception as error:
@@ -131,8 +130,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def find_refused(image_processor: Any, images: Iterable[Any]) -> dict[int, str]:
-    """Which of ``images`` a model's image processor will not take alone (Qwen's refuses sides of more than
-    200 : 1): number → reason."""
+    """Which of ``images``, each tried by itself, an image processor does not take (Qwen's refuses sides of
+    more than 200 : 1): number → reason.
+    """
     refused = {}
     for number, image in enumerate(images):
         try:

@@ -1,7 +1,7 @@
-"""Datasets whose images are left as stored until somebody opens them who can name the sample.
+"""Datasets whose images stay as stored until code that can name the sample opens them.
 
 ``datasets`` decodes an image when its row is read: a broken one then raises inside a worker, without a name,
-and nothing can be put in its place.
+and no other sample can replace it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ COLUMNS = ("image", "images")
 
 
 def undecoded(dataset: Any, columns: tuple[str, ...] = COLUMNS) -> Any:
-    """``dataset`` with the image columns among ``columns`` as records of ``bytes`` and ``path``; other things
-    as they are.
+    """``dataset`` with the image columns among ``columns`` as records of ``bytes`` and ``path``; any other
+    object as it is.
 
     A column whose feature asks for a mode (``Image(mode="L")``) is left to ``datasets``. No data is copied.
     """

@@ -1,6 +1,6 @@
-"""Loads a vision instruction set into TRL's vision format: LLaVA JSON, a saved folder, local files, a hub id.
+"""``load_vision_dataset``: LLaVA JSON, a saved folder, local files or a hub id, in TRL's vision format.
 
-What comes out is a `datasets.Dataset` with, per row,
+The result is a `datasets.Dataset` whose rows have
 
     messages  [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": …}]}, …]
     images    in the order of their {"type": "image"} parts, decoded when the row is read
@@ -53,8 +53,7 @@ def load_vision_dataset(
 
     Raises:
         ValueError: the source does not exist, has no such split or is in neither format; a record is
-        malformed or
-            its image is missing (the message names the record).
+            malformed or its image is missing (the message names the record).
     """
     path = Path(path_or_name).expanduser()
     if path.is_file() and path.suffix.lower() in (".json", ".jsonl"):

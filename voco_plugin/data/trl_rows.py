@@ -37,7 +37,8 @@ def as_trl_row(
         raise ValueError(
             f"{where} has videos and no images, and videos are not read here; give frames as images."
         )
-    row["images"] = images = []
+    images: list[Any] = []
+    row["images"] = images
     for key in ("messages", "prompt", "completion"):
         if isinstance(row.get(key), list):
             row[key] = [_lift_images(message, given, images, where, opener) for message in row[key]]

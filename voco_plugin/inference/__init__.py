@@ -1,3 +1,1 @@
-"""What a user asks of a compressed image: the two-stage methods of a model, prompts, answers,
-conversations.
-"""
+"""Prompts, answers and conversations over compressed images, and a model's two-stage methods."""

@@ -9,13 +9,13 @@ Shapes: ``B`` prompts of a batch, ``K`` VoCo tokens of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..cache import VoCoCache
 from ..core.attachment import is_attached
+from ..core.modes import evaluating
 from ..data.images import BadImageError, find_refused
 from .prompts import Messages, ask, check_times, encode, stream_of
 
@@ -34,7 +34,7 @@ def compress_images(
     tick: Tick | None = None,
     refused: Callable[[int, str], Any] | None = None,
 ) -> Iterator[VoCoCache]:
-    """Each image compressed alone (paper, Sec. 3.3, stage 1): a cache of one block, in order.
+    """Each image compressed by itself (paper, Sec. 3.3, stage 1): a cache of one block, in order.
 
     Args:
         images: PIL images; read as they are needed.
@@ -73,8 +73,8 @@ def _encode_images(
         before: images before these, for their numbers.
     """
 
-    def encoded(kept: list[Any]) -> dict[str, Any]:
-        return encode(processor, [ask("") for _ in kept], [[image] for image in kept]) if kept else {}
+    def encoded(usable: list[Any]) -> dict[str, Any]:
+        return encode(processor, [ask("") for _ in usable], [[image] for image in usable]) if usable else {}
 
     try:
         return images, encoded(images)
@@ -86,8 +86,8 @@ def _encode_images(
         if refused is None:
             raise BadImageError(f"image number {before + number + 1} cannot be used: {reason}.")
         refused(before + number, reason)
-    kept = [image for number, image in enumerate(images) if number not in bad]
-    return kept, encoded(kept)
+    usable = [image for number, image in enumerate(images) if number not in bad]
+    return usable, encoded(usable)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def answer(
     """The model's answers, greedy unless ``generate`` says otherwise.
 
     Args:
-        questions: ``Q`` questions, each asked alone.
+        questions: ``Q`` questions, each in a prompt of its own.
         images: per question its images. An attached model compresses them, a plain one reads every vision
             token.
         caches: instead of images: per question the cache of its images, which are not opened again.
@@ -196,14 +196,3 @@ def on_device(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         else value.to(device) if torch.is_tensor(value) else value
         for key, value in inputs.items()
     }  # fmt: skip
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode (a cache is the same whenever it is made), and back to what it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -1,5 +1,5 @@
-"""A conversation in words → the token ids that a processor and a chat template make of it, with its images or
-without: what stage 2 reads is written with a blank image in each place.
+"""A conversation in words → the token ids that a processor and its chat template make of it, with its images
+or without. What stage 2 reads is written with a blank image in the place of each.
 
     messages   →  text (chat template)  →  ids (processor)  →  compressed stream: text and VoCo tokens
 
@@ -19,12 +19,13 @@ from ..cache import VoCoCache
 from ..core.attachment import attachment
 from ..core.injection import insert_voco_tokens
 from ..core.layout import SequenceLayout
+from ..data.padding import pad_id_of, tokenizer_of
 
 Messages = list[dict[str, Any]]
 
 _BLANK = (56, 56)
 _MARK = "\ue001"  # private use: in no prompt
-_AT_ONCE = 32  # images in a prompt that the processor is run on
+_IMAGES_AT_ONCE = 32  # in a prompt that the processor runs on
 
 
 def ask(question: str, num_images: int = 1, times: Sequence[str | None] | None = None) -> Messages:
@@ -53,30 +54,33 @@ def encode(
     rest.
 
     Args:
-        images: per conversation its images in order; ``None`` where there are none at all.
+        images: the images of each conversation, in order; ``None`` where there are none at all.
 
     Raises:
         ValueError: the processor has no chat template.
     """
     texts = render(processor, batch)
-    return _tokenized(processor, texts, images, _adds_special_tokens(processor, texts))
+    return _tokenized(processor, texts, images, adds_special_tokens(processor, texts))
 
 
 def _tokenized(
     processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]] | None, special: bool
 ) -> dict[str, Any]:
     more = {} if images is None else {"images": [list(row) for row in images]}
-    out = processor(
-        text=list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special,
-        **more,
-    )  # fmt: skip
-    return dict(out)
+    return run_processor(processor, texts, add_special_tokens=special, **more)
+
+
+def run_processor(processor: Any, texts: Sequence[str], **given: Any) -> dict[str, Any]:
+    """The processor's output for ``texts`` and what is ``given`` with them (images, videos, options), padded
+    on the left, as generation wants it.
+    """
+    return dict(processor(text=list(texts), return_tensors="pt", padding=True, padding_side="left", **given))
 
 
 def render(processor: Any, batch: Sequence[Messages]) -> list[str]:
     """The chat template's text of each conversation, up to where the answer begins."""
     template = getattr(processor, "chat_template", None)
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     if template is None and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "this processor has no chat template; save one with it (processor.chat_template = …)."
@@ -85,9 +89,9 @@ def render(processor: Any, batch: Sequence[Messages]) -> list[str]:
     return renderer.apply_chat_template(list(batch), tokenize=False, add_generation_prompt=True)
 
 
-def _adds_special_tokens(processor: Any, texts: Sequence[str]) -> bool:
-    """No second BOS where the template has written one already."""
-    bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+def adds_special_tokens(processor: Any, texts: Sequence[str]) -> bool:
+    """Whether the tokenizer should add its special tokens: not where the template has written the BOS."""
+    bos = getattr(tokenizer_of(processor), "bos_token", None)
     return not (bos and texts and texts[0].startswith(bos))
 
 
@@ -97,13 +101,13 @@ def stream_of(
     """``input_ids`` and ``attention_mask`` of the compressed stream of ``B`` conversations, made without
     their images.
 
-    The processor runs on a blank image in each place: what it writes around an image (line breaks, markers)
-    is its own affair, and only the text that stays in the stream is kept. Row ``b`` gets the K of each block
+    The processor runs on a blank image in the place of each. What it writes around an image (line breaks,
+    markers) is up to it; only the text that stays in the stream is taken. Row ``b`` gets the K of each block
     that ``cache`` holds for it.
     """
     places = [sum(part.get("type") == "image" for turn in talk for part in _parts(turn)) for talk in batch]
     texts = render(processor, batch)
-    return stream_of_texts(model, processor, texts, places, cache, _adds_special_tokens(processor, texts))
+    return stream_of_texts(model, processor, texts, places, cache, adds_special_tokens(processor, texts))
 
 
 def stream_of_texts(
@@ -121,7 +125,7 @@ def stream_of_texts(
         special: whether the tokenizer puts its own special tokens around them.
     """
     vocab = attachment(model).vocab
-    pad = getattr(processor, "tokenizer", processor).pad_token_id or 0
+    pad = pad_id_of(processor)
     rows = []
     for number, ids in enumerate(_streams(model, processor, texts, places, special)):
         counts = [b.num_tokens for b, row in zip(cache, cache.rows, strict=True) if row == number]
@@ -139,7 +143,7 @@ def stream_of_texts(
 def _streams(
     model: Any, processor: Any, texts: Sequence[str], places: Sequence[int], special: bool
 ) -> list[list[int]]:
-    if max(places, default=0) <= _AT_ONCE:
+    if max(places, default=0) <= _IMAGES_AT_ONCE:
         return stream_ids(model, processor, texts, places, special)
     known: dict[str, list[int]] = {}
     return [
@@ -151,7 +155,7 @@ def _streams(
 def stream_ids(
     model: Any, processor: Any, texts: Sequence[str], places: Sequence[int], special: bool = False
 ) -> list[list[int]]:
-    """Per text the ids of its compressed stream, with one VoCo token for each image; arguments as in
+    """The ids of each text's compressed stream, with one VoCo token for each image; arguments as in
     :func:`stream_of_texts`.
     """
     vocab = attachment(model).vocab
@@ -161,7 +165,7 @@ def stream_ids(
         _tokenized(processor, texts, blanks, special),
         vocab,
         1,
-        pad_token_id=getattr(processor, "tokenizer", processor).pad_token_id or 0,
+        pad_token_id=pad_id_of(processor),
         padding_side="left",
         images_per_row=list(places),
     )
@@ -210,7 +214,7 @@ def stream_ids_in_pieces(
         places: images in it.
         known: ids by text between two images, from an earlier call; filled with those of this one.
     """
-    unit = image_text(processor) if places > _AT_ONCE else ""
+    unit = image_text(processor) if places > _IMAGES_AT_ONCE else ""
     pieces = text.split(unit) if unit else []
     if len(pieces) != places + 1:  # few images, or a template that numbers them: all at once
         return stream_ids(model, processor, [text], [places], special)[0]
@@ -220,8 +224,8 @@ def stream_ids_in_pieces(
     before = {} if known is None else dict(known)
     found = {piece: before[piece] for piece in pieces[1:-1] if piece in before}
     new = [piece for piece in dict.fromkeys(pieces[1:-1]) if piece not in found]
-    for start in range(0, len(new), _AT_ONCE):
-        part = new[start : start + _AT_ONCE]
+    for start in range(0, len(new), _IMAGES_AT_ONCE):
+        part = new[start : start + _IMAGES_AT_ONCE]
         joined = unit + "".join(piece + unit for piece in part)
         (ids,) = stream_ids(model, processor, [joined], [len(part) + 1])
         at = [i for i, token in enumerate(ids) if token == voco]

@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..cache import VoCoCache, VoCoCacheError
+from ..cache import VoCoBlock, VoCoCacheError
 from ..cache import file_format as files
 from ..cache.container import Contents, parse, to_chunks
+from ..cache.file_format import BLOCK_FIELDS, check_record
 from ..cache.fingerprint import differences
-from ..cache.metadata import BLOCK_FIELDS, check_record
-from ..cache.place.stage_two import blocks_made_by, made_by
-from ..core.attachment import attachment
 from ..core.kv_cache import KVSlots, VoCoKVCache
 from ..core.layout import TokenKind
 from ..core.masks import TokenTable
 from ..files import atomic_path
-
-if TYPE_CHECKING:
-    from .session import VoCoSession
 
 FORMAT = "session-1"
 _TABLE = ("kind", "block", "order")
@@ -35,11 +32,33 @@ _COUNTS = ("next_position", "next_order", "num_blocks")
 _WAITING = "waiting."
 
 
-def write_session(path: str | os.PathLike, session: VoCoSession) -> None:
-    """Write ``session`` atomically; see :meth:`~voco_plugin.inference.session.VoCoSession.save`."""
-    waiting = VoCoCache.cat(session._waiting).to("cpu")
-    tensors = {f"{_WAITING}{n}": t for n, t in files.block_tensors(waiting.blocks).items()}
-    past, slots = session._past, None
+@dataclass(frozen=True)
+class SavedSession:
+    """What is saved of a :class:`~voco_plugin.inference.session.VoCoSession`.
+
+    Attributes:
+        messages: the conversation so far.
+        num_tokens: K of its images; ``None``: the model's.
+        past: the KV cache of what has been read (a ``DynamicCache`` of one row), or ``None``.
+        unread: ids of the conversation that are not in ``past`` yet.
+        waiting: blocks of the images for the next question.
+    """
+
+    messages: list[dict[str, Any]]
+    num_tokens: int | None
+    past: Any
+    unread: tuple[int, ...]
+    waiting: Sequence[VoCoBlock]
+
+
+def write_session(path: str | os.PathLike, session: SavedSession, fingerprint: dict[str, Any]) -> None:
+    """Write ``session`` atomically.
+
+    Args:
+        fingerprint: what its KV cache was made by.
+    """
+    tensors = {f"{_WAITING}{n}": t for n, t in files.block_tensors(session.waiting).items()}
+    past, slots = session.past, None
     if past is not None:
         for index, layer in enumerate(past.layers):
             tensors[f"layers.{index}.key"] = layer.keys[0].detach().cpu()
@@ -54,12 +73,12 @@ def write_session(path: str | os.PathLike, session: VoCoSession) -> None:
         }
     record = {
         "format_version": FORMAT,
-        "fingerprint": made_by(session.model, attachment(session.model)),
+        "fingerprint": fingerprint,
         "messages": session.messages,
         "num_tokens": session.num_tokens,
-        "unread": list(session._unread),
+        "unread": list(session.unread),
         "slots": slots,
-        "waiting": [{f: getattr(b, f) for f in BLOCK_FIELDS} for b in waiting],
+        "waiting": [{f: getattr(b, f) for f in BLOCK_FIELDS} for b in session.waiting],
     }
     facts = [(n, t.dtype, tuple(t.shape), files.bytes_of(t)) for n, t in tensors.items()]
     metadata = {"voco": json.dumps(record, sort_keys=True), "sha256": files.digest(facts, record)}
@@ -68,8 +87,11 @@ def write_session(path: str | os.PathLike, session: VoCoSession) -> None:
             stream.write(chunk)
 
 
-def read_session(path: str | os.PathLike, session: VoCoSession) -> None:
-    """Fill a fresh ``session`` from a file, after every check.
+def read_session(path: str | os.PathLike, fingerprint: dict[str, Any], device: torch.device) -> SavedSession:
+    """The session in a file, its KV cache on ``device``, after every check.
+
+    Args:
+        fingerprint: what it must have been made by.
 
     Raises:
         VoCoCacheError: no session file, changed since it was written, or of another model or rule.
@@ -81,22 +103,21 @@ def read_session(path: str | os.PathLike, session: VoCoSession) -> None:
     view = memoryview(path.read_bytes())
     contents = parse(view, str(path))
     record = _record(contents, view, str(path))
-    wrong = differences(made_by(session.model, attachment(session.model)), record["fingerprint"])
+    wrong = differences(fingerprint, record["fingerprint"])
     if wrong:
         raise VoCoCacheError(f"{path} was not made by this model under this rule: {'; '.join(wrong)}.")
     tensors, _ = files.tensors_of(view, contents, copy=True)
     try:
-        past = _past(tensors, record["slots"], session.model.device)
+        past = _past(tensors, record["slots"], device)
         waiting = {n.removeprefix(_WAITING): t for n, t in tensors.items() if n.startswith(_WAITING)}
-        blocks = files.blocks_of(waiting, {"blocks": record["waiting"]}, copy=True)
+        found = files.blocks_of(waiting, {"blocks": record["waiting"]}, copy=True)
+        blocks = [VoCoBlock(**fields) for fields in found]
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise VoCoCacheError(f"{path}: tensors and metadata do not match ({error}).") from None
     if past is not None:
         past.voco_made_by = record["fingerprint"]
-    session.messages, session.num_tokens = record["messages"], record["num_tokens"]
-    session._past, session._unread = past, tuple(record["unread"])
-    compressed_by = blocks_made_by(session.model, attachment(session.model))
-    session._waiting = (VoCoCache(blocks, fingerprint=compressed_by),) if blocks else ()
+    unread = tuple(record["unread"])
+    return SavedSession(record["messages"], record["num_tokens"], past, unread, blocks)
 
 
 def _record(contents: Contents, view: memoryview, where: str) -> dict[str, Any]:

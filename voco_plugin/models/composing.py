@@ -60,7 +60,11 @@ def compose(
     Raises:
         ValueError: a name is unknown, or the parts do not fit; the message says how they would.
     """
-    options = {"image_size": image_size, "feature_layer": feature_layer, "class_token": class_token}
+    options: dict[str, Any] = {
+        "image_size": image_size,
+        "feature_layer": feature_layer,
+        "class_token": class_token,
+    }
     check_names(encoder, llm, projector, chat_template=chat_template, seed=seed, **options)
     language, tokenizer, spec = load_llm(llm, dtype, attn_implementation)
     tower = load_encoder(encoder, dtype=language.dtype, pretrained=pretrained, **options)
@@ -115,7 +119,7 @@ def _config(tower: Encoder, language: Any, tokenizer: Any, projector: Projector)
     from transformers import FastVlmConfig, LlavaConfig, PerceptionLMConfig
 
     vision, text = tower.tower.config, language.config
-    for part in (vision, text):  # a local path is nobody else's business
+    for part in (vision, text):  # a local path is not published
         part._name_or_path = _shown(getattr(part, "_name_or_path", "") or "")
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     tied = bool(getattr(text, "tie_word_embeddings", False))
@@ -188,12 +192,15 @@ def _assembled(config: Any, tower: Encoder, language: Any, projector: Projector,
 
 
 def _compare_heads(name: str, text: Any, before: torch.Tensor, after: torch.Tensor) -> None:
-    """Text alone must get the LLM's own logits; a soft cap on them is the one thing that may be lost."""
+    """A prompt without images must get the LLM's own logits; only a soft cap on them may be lost."""
     cap = getattr(text, "final_logit_softcapping", None)
-    close = {"atol": 1e-3, "rtol": 1e-2}
-    if cap is None and torch.allclose(before, after, **close):
+
+    def same(logits: torch.Tensor) -> bool:
+        return torch.allclose(before, logits, atol=1e-3, rtol=1e-2)
+
+    if cap is None and same(after):
         return
-    if cap is not None and torch.allclose(before, cap * torch.tanh(after / cap), **close):
+    if cap is not None and same(cap * torch.tanh(after / cap)):
         logger.warning(
             "llm %s caps its logits softly at %s, and transformers' LLaVA classes do not: greedy answers are "
             "the same, probabilities (the loss, sampling) are sharper.",

@@ -1,4 +1,4 @@
-"""What can be checked of a composition before anything loads: keys, names and types. Imports no torch."""
+"""The checks of a composition before anything is loaded: keys, names and types. Imports no torch."""
 
 from __future__ import annotations
 

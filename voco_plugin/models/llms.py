@@ -169,7 +169,7 @@ def fitting_template(tokenizer: Any) -> str:
 
 
 def refusal_of(source: str) -> str | None:
-    """Why VoCo cannot work with the LLM at ``source``, from its config alone (no weight is read)."""
+    """Why VoCo cannot work with the LLM at ``source``, told from its config (no weight is read)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -212,11 +212,12 @@ def load_llm(
     if reason is not None:
         raise ValueError(f"llm {name!r} cannot be composed: {reason}; use another LLM.")
     # under these names the tokens survive save_pretrained, and transformers' processors find them
-    named = {"image_token": IMAGE_TOKEN, "video_token": VIDEO_TOKEN}
+    named: dict[str, Any] = {"image_token": IMAGE_TOKEN, "video_token": VIDEO_TOKEN}
     tokenizer = AutoTokenizer.from_pretrained(spec.source, extra_special_tokens=named)
     if tokenizer.pad_token is None:
         known = tokenizer.get_vocab()
-        tokenizer.add_special_tokens({"pad_token": spec.pad_token if spec.pad_token in known else "<pad>"})
+        named_pad = spec.pad_token if spec.pad_token in known else None
+        tokenizer.add_special_tokens({"pad_token": named_pad or "<pad>"})
     tokenizer.padding_side = "left"
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = AutoModelForCausalLM.from_pretrained(spec.source, dtype=dtype or "float32", **options)

@@ -35,7 +35,8 @@ def find_file(source: str, name: str, **hub: Any) -> str | None:
 
 def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
     sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
-    return TokenVocabulary(**{k: frozenset(v) if k in sets else v for k, v in values.items()})
+    fields: dict[str, Any] = {k: frozenset(v) if k in sets else v for k, v in values.items()}
+    return TokenVocabulary(**fields)
 
 
 def _made_alike(config: VoCoConfig, saved: VoCoConfig) -> bool:
@@ -91,7 +92,7 @@ def load(
     source = os.fspath(source)
     if not os.path.isdir(source) and (os.sep in source and source.count("/") != 1 or source.startswith(".")):
         raise FileNotFoundError(f"{source} does not exist; give a checkpoint folder or a hub id.")
-    hub = {"revision": revision} if revision else {}
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
     if isinstance(voco, dict):
         voco = VoCoConfig.from_dict(voco)
     saved, vocabulary, make_row = None, None, None
@@ -133,13 +134,13 @@ def load(
         config = VoCoConfig.from_dict({**voco.to_dict(), **facts})
     same = saved is not None and _made_alike(config, saved)
     asked = config.num_tokens
-    if same and config.makes_embeddings:  # built with the K it was trained with; read at the K asked for
+    if saved is not None and same and config.makes_embeddings:  # built with the K it was trained with
         config = dataclasses.replace(config, num_tokens=saved.num_tokens)
     with expected_by(loader, base, config.makes_embeddings, **remote):
         model = loader.from_pretrained(base, **common, **model_kwargs)
     if adapter_file is not None and find_file(base, CONFIG_NAME) is None:
         make_row = extra.get("row_made") if saved is not None else None
-    if vocabulary is not None and config.block_sink != saved.block_sink:
+    if saved is not None and config.block_sink != saved.block_sink:
         vocabulary = None
     attach(model, config, processor, vocabulary=vocabulary, initialize_token=make_row)
     attachment(model).config.num_tokens = asked

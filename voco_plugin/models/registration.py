@@ -1,4 +1,4 @@
-"""transformers learns the one model class of this package, as late as possible.
+"""Registers the one model class of this package with transformers, as late as possible.
 
 ``AutoModel`` has to know ``open_clip_vision`` before a composed checkpoint with an open_clip tower is loaded.
 ``import voco_plugin`` must not import transformers' model code (three seconds), so it waits for it: where
@@ -34,7 +34,7 @@ def register_when_loaded() -> None:
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
-    """Finds the one module it waits for as everybody else does, and adds a step after its execution."""
+    """Finds the module it waits for as the other finders do, and adds a step after it has run."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         if fullname != _TARGET:

@@ -1,4 +1,7 @@
-"""The VoCo token: an id in the tokenizer, a row in the embeddings, and both taken back."""
+"""The VoCo token: an id in the tokenizer, a row in the embeddings, and both removed again.
+
+``model`` is a transformers model without wrappers.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 
 from .._compat import full_shape, gathered
 from ..config import VoCoConfig
+from ..data.padding import tokenizer_of
 
 
 def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:
@@ -16,7 +20,7 @@ def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:
     Raises:
         ValueError: the tokenizer gives the token another id than ``config.token_id`` names.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     new = config.token not in tokenizer.get_vocab()
     if new:
         from tokenizers import AddedToken
@@ -31,12 +35,12 @@ def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:
     return token_id, new
 
 
-def embedding_rows(model: torch.nn.Module) -> int:
+def embedding_rows(model: Any) -> int:
     """How many rows the input embeddings have, also where ZeRO-3 has split them."""
     return full_shape(model.get_input_embeddings().weight)[0]
 
 
-def make_rows(model: torch.nn.Module, config: VoCoConfig, token_id: int, known: int) -> dict[str, Any]:
+def make_rows(model: Any, config: VoCoConfig, token_id: int, known: int) -> dict[str, Any]:
     """Make sure row ``token_id`` exists in the embeddings and, where the token is new, initialise it.
 
     The row is the mean of the ``known`` existing rows plus seeded noise of a hundredth of their spread, so
@@ -69,7 +73,7 @@ def make_rows(model: torch.nn.Module, config: VoCoConfig, token_id: int, known: 
     return record
 
 
-def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
+def _weights(model: Any) -> list[torch.Tensor]:
     """The input embedding's weight and, where it is another tensor, the LM head's."""
     weights = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
@@ -78,7 +82,7 @@ def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
     return weights
 
 
-def restore_rows(model: torch.nn.Module, record: dict[str, Any]) -> None:
+def restore_rows(model: Any, record: dict[str, Any]) -> None:
     """Undo :func:`make_rows`."""
     if record["resized"]:
         model.resize_token_embeddings(record["rows"], mean_resizing=False)
@@ -96,7 +100,7 @@ def remove_token(processor: Any, token: str) -> None:
     """
     import json
 
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     backend = getattr(tokenizer, "_tokenizer", None)
     if backend is None:
         return

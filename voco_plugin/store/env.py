@@ -2,7 +2,7 @@
 full.
 
 LMDB forbids opening a folder twice in a process, using it across a fork, and moving its memory map while a
-transaction reads from it; this module keeps those three rules, so that a store need not know them.
+transaction reads from it; this module keeps those three rules, so that a store need not.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DATABASES = ("meta", "blocks", "facts", "recent")
 
 _lock = threading.Lock()
 _open: dict[tuple[int, int], Environment] = {}
-_watching = False
+_fork_hook = False
 
 
 def _after_fork() -> None:
-    """A child lets go of its parent's environments. It must not close them, nor end their transactions: that
-    would free the parent's places in the table of readers. Dropped in another process, py-lmdb's objects
-    call nothing.
+    """A child forgets its parent's environments. It must not close them, nor end their transactions: that
+    would free the parent's places in the table of readers. Dropped in another process, py-lmdb's objects do
+    nothing.
     """
     global _lock
     _lock = threading.Lock()
@@ -53,12 +53,12 @@ def acquire(path: Path, *, readonly: bool, map_size: int, lock: bool) -> Environ
         VoCoCacheError: the folder holds something else than LMDB, or a damaged file.
         OSError: it cannot be read, written or locked; the disk is full.
     """
-    global _watching
+    global _fork_hook
     with _lock:
-        if not _watching:
+        if not _fork_hook:
             if hasattr(os, "register_at_fork"):
                 os.register_at_fork(after_in_child=_after_fork)
-            _watching = True
+            _fork_hook = True
         identity = _identity(path)
         found = _open.get(identity) if identity else None
         if found is None:
@@ -110,7 +110,7 @@ class Environment:
     """One LMDB environment of this process.
 
     Attributes:
-        dbs: handles of :data:`DATABASES`; empty where the folder is no store yet.
+        dbs: handles of :data:`DATABASES`; empty where the folder is not a store yet.
         pid: the process it belongs to.
     """
 
@@ -129,7 +129,7 @@ class Environment:
 
         if self.lock:
             _allocate_lock(self.path)
-        with self._clear_errors():
+        with self._translated_errors():
             while True:
                 try:
                     self.env: Any = lmdb.open(
@@ -151,7 +151,7 @@ class Environment:
         import lmdb
 
         try:
-            with self._clear_errors():
+            with self._translated_errors():
                 self.dbs = {name: self.env.open_db(name.encode(), create=create) for name in DATABASES}
         except (lmdb.NotFoundError, lmdb.ReadonlyError):
             self.dbs = {}
@@ -161,7 +161,7 @@ class Environment:
         """Close it and open it for more; waits for this process's transactions to end. Where that fails, it
         is what it was.
         """
-        with self._alone("opened anew"):
+        with self._exclusive("opened anew"):
             before, size = (self.readonly, self.lock), self.env.info()["map_size"]
             self.env.close()
             self.readonly, self.lock = readonly, lock
@@ -193,10 +193,10 @@ class Environment:
     @contextlib.contextmanager
     def read(self) -> Iterator[Any]:
         """A snapshot; what it reads stays as it is until the block ends, whoever writes."""
-        with self._clear_errors():
+        with self._translated_errors():
             txn = self._begin(write=False)
         try:
-            with self._clear_errors():
+            with self._translated_errors():
                 yield txn
         finally:
             if self.pid == os.getpid():  # else a child leaves its parent's view
@@ -208,7 +208,7 @@ class Environment:
         import lmdb
 
         while True:
-            with self._writing, self._clear_errors():
+            with self._writing, self._translated_errors():
                 self.env.reader_check()  # a reader that was killed would keep freed pages from being used
                 txn = self._begin(write=True)
                 try:
@@ -226,7 +226,7 @@ class Environment:
 
     def grow(self) -> None:
         """Twice the memory map, or what another process has grown it to."""
-        with self._alone("grown"):
+        with self._exclusive("grown"):
             before = self.env.info()["map_size"]
             self.env.set_mapsize(0)  # what the file says by now
             if self.env.info()["map_size"] <= before:
@@ -242,7 +242,7 @@ class Environment:
                 return self.env.begin(write=write, buffers=True)
             except lmdb.MapResizedError:
                 self._leave()
-                with self._alone("grown"):
+                with self._exclusive("grown"):
                     self.env.set_mapsize(0)
             except lmdb.ReadersFullError:
                 self._leave()
@@ -270,7 +270,7 @@ class Environment:
             self._changed.notify_all()
 
     @contextlib.contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
+    def _exclusive(self, what: str) -> Iterator[None]:
         """No transaction of this process is open inside the block."""
         with self._changed:
             if threading.get_ident() in self._inside:
@@ -299,8 +299,8 @@ class Environment:
     # -- errors
 
     @contextlib.contextmanager
-    def _clear_errors(self) -> Iterator[None]:
-        """LMDB's errors as ``OSError`` or ``VoCoCacheError`` with the reason, but for those handled here."""
+    def _translated_errors(self) -> Iterator[None]:
+        """LMDB's errors, but those handled here, become ``OSError`` or ``VoCoCacheError`` with a reason."""
         import lmdb
 
         try:

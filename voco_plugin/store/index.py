@@ -1,4 +1,4 @@
-"""What a store knows of its records: their sizes, when each was used last, and how many bytes there are.
+"""The index of a store: the size of each record, when it was used last, and the bytes of all.
 
     blocks   key → record                facts    key → tick, bytes
     meta     counters, description       recent   tick + key → nothing: the oldest first

@@ -1,4 +1,4 @@
-"""Keys of a store: what an image's block depends on, and nothing else, as 64 hex digits."""
+"""Keys of a store: 64 hex digits, over exactly what an image's block depends on."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def image_key(image: Any, made_by: dict[str, Any], num_tokens: int | None = None
     """sha256 over the decoded pixels, the fingerprint (model, adapter, processor, rule, dtype) and K.
 
     Args:
-        image: whatever :func:`~voco_plugin.data.images.open_image` opens; a PIL image it has opened already
-        gives
-            the same key as its file.
+        image: whatever :func:`~voco_plugin.data.images.open_image` opens; a PIL image that it has
+            opened gives the same key as its file.
         made_by: the fingerprint of the model that compresses it.
         num_tokens: K; the fingerprint's own where left out.
 

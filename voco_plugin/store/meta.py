@@ -1,4 +1,4 @@
-"""What a store says of itself: format, fingerprint, kind of values, limit; and how it is opened or made."""
+"""``StoreMeta``: a store's format, fingerprint, kind of values and limit; and how one is opened or made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which image has which key: the names beside a cache store, so that answering from it needs no pixels.
+"""``StoreNames``: which image has which key, so that answering from a store needs no pixels.
 
 An LMDB environment of its own in the store's folder (``STORE/names``). Many processes may read and write it;
 writers take turns. A name is never a key or a path: entries lie under sha256(K and name).
@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cache.file_format import VoCoCacheError
+from ..cache.cache import VoCoCache
+from ..cache.container import VoCoCacheError
 from ..config import nearest
 from .env import Environment, acquire
 from .video_series import all_series, read_series
 
 if TYPE_CHECKING:
-    from ..cache.cache import VoCoCache
     from .store import VoCoCacheStore
 
 FOLDER = "names"
@@ -54,7 +54,7 @@ class StoreNames:
 
     Args:
         store: the store's folder.
-        readonly: only look up. A store without names then has none.
+        readonly: only look names up.
 
     Raises:
         FileNotFoundError: the store does not exist.
@@ -159,8 +159,6 @@ def caches_by_name(
             entry = known.get(name, tokens)
             video = read_series(store.path, name, tokens) if entry is None else None
             if video is not None:
-                from ..cache.cache import VoCoCache
-
                 found.append(VoCoCache.cat(caches_by_name(store, video.frames, tokens)))
                 continue
             if entry is None:

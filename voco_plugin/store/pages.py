@@ -24,7 +24,7 @@ def damaged_pages(path: str | os.PathLike) -> list[str] | None:
 
     Raises:
         FileNotFoundError: there is no store.
-        VoCoCacheError: the file is no LMDB file at all.
+        VoCoCacheError: the file is not an LMDB file.
     """
     file = Path(path) / "data.mdb"
     if not file.is_file():
@@ -63,8 +63,8 @@ def check_length(path: Path) -> None:
     last_page = max(metas, key=lambda meta: meta[4])[3]
     if size >= (last_page + 1) * page_size:
         return
-    # a page at the end that was freed before it was written is missing rightly, so look closer; twice, since
-    # a process that writes meanwhile can look like damage
+    # a page at the end that was freed before it was written may rightly be missing, so look closer; twice,
+    # since a process that writes meanwhile can look like damage
     faults = damaged_pages(path) and damaged_pages(path)
     if faults:
         raise VoCoCacheError(

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..cache.cache import VoCoCache
-from ..cache.file_format import cache_from_buffer, cache_to_bytes
+from ..cache.cache import VoCoCache, cache_from_buffer, cache_to_bytes
+from ..core.attachment import attachment
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def quantization_error(
     saved = cache_to_bytes(exact, "int8")
     quantized = cache_from_buffer(saved)
     stream = {name: value for name, value in inputs.items() if name != "voco_cache"}
-    voco = model._voco_attachment.vocab.voco_id
+    voco = attachment(model).vocab.voco_id
     is_voco = stream["input_ids"] == voco
     chosen = stream["attention_mask"].bool() & ~is_voco & (is_voco.cumsum(dim=1) > 0)
     if not bool(chosen.any()):

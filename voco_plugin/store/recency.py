@@ -1,10 +1,11 @@
-"""What a store's readers used last: collected, and written in batches, so that reading takes no lock."""
+"""Which records were used last: collected, and written in batches, so that reading takes no lock."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 from ..cache.container import VoCoCacheError
 from .env import Environment
@@ -45,7 +46,7 @@ class Recency:
         if not keys:
             return
 
-        def work(txn) -> None:
+        def work(txn: Any) -> None:
             index = Index(txn, env.dbs)
             index.touch(keys)
             index.save()

@@ -8,7 +8,7 @@ import re
 import uuid
 from typing import Any
 
-from ..cache.file_format import VoCoCacheError
+from ..cache.container import VoCoCacheError
 from ..files import atomic_path
 
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ class ShardFolder:
         """What ``write_manifest`` wrote; ``None`` where no run has ended yet.
 
         Raises:
-            VoCoCacheError: it is no manifest of this release.
+            VoCoCacheError: it is not a manifest of this release.
         """
         try:
             found = json.loads(self.get(MANIFEST))

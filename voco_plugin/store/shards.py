@@ -26,8 +26,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ..cache.cache import VoCoCache
-from ..cache.file_format import VoCoCacheError, cache_from_buffer, cache_to_bytes
+from ..cache.cache import VoCoCache, cache_from_buffer, cache_to_bytes
+from ..cache.container import VoCoCacheError
 from ..cache.fingerprint import differences
 from .names import NameEntry
 from .shard_folder import MANIFEST, ShardFolder
@@ -158,7 +158,7 @@ def write_manifest(folder: ShardFolder) -> dict[str, Any]:
     found: dict[str, Any] = {"format_version": FORMAT_VERSION, "fingerprint": None, "shards": {}}
     for name in folder.shards():
         where = f"{folder.url}/{name}"
-        with folder.fs.open(folder.path(name), "rb") as stream, _clear(where):
+        with folder.fs.open(folder.path(name), "rb") as stream, _translated_errors(where):
             facts = pq.read_metadata(stream)
         fingerprint = _metadata(facts.schema.to_arrow_schema(), where)["fingerprint"]
         found["fingerprint"] = found["fingerprint"] or fingerprint
@@ -228,7 +228,7 @@ def _table(stream: Any, where: str, columns: list[str] | None, size: int) -> Any
     """The columns asked for, after checks of the format and of what the shard claims to hold."""
     import pyarrow.parquet as pq
 
-    with _clear(where):
+    with _translated_errors(where):
         file = pq.ParquetFile(stream)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         claimed = sum(g.column(i).total_uncompressed_size for g in groups for i in range(g.num_columns))
@@ -241,8 +241,8 @@ def _table(stream: Any, where: str, columns: list[str] | None, size: int) -> Any
 
 
 @contextlib.contextmanager
-def _clear(where: str) -> Iterator[None]:
-    """What pyarrow stumbles over in a damaged file, as VoCoCacheError."""
+def _translated_errors(where: str) -> Iterator[None]:
+    """pyarrow's errors on a damaged file become VoCoCacheError."""
     import pyarrow as pa
 
     try:

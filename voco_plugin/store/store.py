@@ -1,7 +1,7 @@
 """``VoCoCacheStore``: compressed images by the content of the image, on disk, for many processes at once.
 
 An LMDB folder. A record is the bytes of a saved cache, so that a store and a file are read by the same
-checks; its key says which pixels, model, adapter, processor, rule and K made it (:mod:`.store_keys`).
+checks; its key says which pixels, model, adapter, processor, rule and K made it (:mod:`.keys`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from ..cache.cache import VoCoCache
+from ..cache.cache import VoCoCache, cache_from_parts, cache_to_bytes
 from ..cache.container import VoCoCacheError
-from ..cache.file_format import cache_to_bytes, read_buffer
-from . import transfer as store_transfer
-from . import verify as store_care
+from ..cache.file_format import read_buffer
+from . import transfer, verify
 from .env import MAP_SIZE, Environment
 from .index import Index
 from .keys import fingerprint_of, image_key, key_bytes
@@ -47,12 +46,12 @@ class VoCoCacheStore:
             leaves what it says (no limit for a new one).
         values: ``"keep"`` (bit for bit) or ``"int8"`` for a new store; ``None`` leaves what it says
             (``"keep"`` for a new one).
-        lock: ``False`` to read a store whose folder gives no permission to lock it, when nobody writes it.
+        lock: ``False`` to read a store in a folder that may not be written to, while nobody writes it.
         map_size: bytes of address space at first; grows by itself.
 
     Raises:
-        VoCoCacheError: the folder is no store, or one of another model (the message says in what), of another
-            ``values`` or of another format version.
+        VoCoCacheError: the folder is not a store, or is one of another model (the message says in what), of
+            another ``values`` or of another format version.
         OSError: it is not there, or cannot be read, written or locked.
         ImportError: the lmdb package is not installed.
     """
@@ -226,7 +225,19 @@ class VoCoCacheStore:
         where = f"record {key} of store {self.path}"
         parts = read_buffer(record, where, copy)
         check_maker(self.path, self._meta, parts.fingerprint, where)
-        return VoCoCache(*parts[:4]), parts.copied
+        return cache_from_parts(parts), parts.copied
+
+    def _check(self, txn: Any, key: str) -> None:
+        """Read a record with every check."""
+        self._read(txn, key, copy=False)
+
+    def _check_imported(self, made_by: dict[str, Any], values: str, file: str) -> None:
+        check_maker(self.path, self._meta, made_by, file)
+        if values != self.values:
+            raise VoCoCacheError(
+                f"{file} has values={values!r}, store {self.path} {self.values!r}; import it into a store of "
+                "its own."
+            )
 
     def __contains__(self, key: str) -> bool:
         with self._environment().read() as txn:
@@ -262,7 +273,7 @@ class VoCoCacheStore:
 
     def stat(self) -> dict[str, Any]:
         """What is in it: records, bytes, limit, fingerprint, the measured error of 8 bits, readers."""
-        return store_care.stat(self)
+        return verify.stat(self._environment(), self.path)
 
     def verify(self, progress: Callable[[int], Any] | None = None) -> dict[str, Any]:
         """Read every record with every check: ``{"records", "bytes", "bad": [{"key", "reason"}], "index"}``.
@@ -270,20 +281,21 @@ class VoCoCacheStore:
         Args:
             progress: called with the number of records just read.
         """
-        return store_care.verify(self, progress)
+        return verify.verify(self._environment(), self.path, self, self._check, progress)
 
     def note_error(self, error: dict[str, Any]) -> None:
         """Keep a measured error (:func:`~voco_plugin.store.quantization_error.quantization_error`) in the
         store, for :meth:`stat`."""
-        store_care.note_error(self, error)
+        verify.note_error(self._writable(), self.path, error)
 
     def export(self, path: str | os.PathLike, keys: Iterable[str] | None = None) -> int:
         """Write each record (or those of ``keys``) as ``path/KEY.safetensors``; how many."""
-        return store_transfer.export(self, path, keys)
+        chosen = self if keys is None else keys
+        return transfer.export(self._environment(), Path(path), chosen, self._check, may_be_gone=keys is None)
 
     def import_(self, path: str | os.PathLike) -> int:
         """Take in a folder that :meth:`export` wrote, each file checked; how many were new."""
-        return store_transfer.import_(self, path)
+        return transfer.import_(Path(path), self._put_records, self._check_imported, self.max_bytes)
 
     # -- opening and closing
 

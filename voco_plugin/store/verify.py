@@ -1,33 +1,31 @@
-"""Looking after a store: what is in it, whether it is whole."""
+"""What is in a store, and whether all of it is intact."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 from ..cache.container import VoCoCacheError
+from .env import Environment
 from .index import Index
 from .meta import STORE_VERSION, StoreMeta, write_meta
 
-if TYPE_CHECKING:
-    from .store import VoCoCacheStore
 
-
-def stat(store: VoCoCacheStore) -> dict[str, Any]:
+def stat(env: Environment, path: Path) -> dict[str, Any]:
     """See :meth:`~voco_plugin.store.store.VoCoCacheStore.stat`."""
-    env = store._environment()
     with env.read() as txn:
         index = Index(txn, env.dbs)
-        meta = StoreMeta.read(txn, env.dbs, store.path)
+        meta = StoreMeta.read(txn, env.dbs, path)
         records, size = len(index), index.bytes
     info = env.env.info()
     return {
-        "path": str(store.path),
+        "path": str(path),
         "format_version": STORE_VERSION,
         "records": records,
         "bytes": size,
-        "file_bytes": (store.path / "data.mdb").stat().st_size,
+        "file_bytes": (path / "data.mdb").stat().st_size,
         "max_bytes": meta.max_bytes,
         "values": meta.values,
         "error": meta.error,
@@ -37,16 +35,27 @@ def stat(store: VoCoCacheStore) -> dict[str, Any]:
     }
 
 
-def verify(store: VoCoCacheStore, progress: Callable[[int], Any] | None = None) -> dict[str, Any]:
+def verify(
+    env: Environment,
+    path: Path,
+    keys: Iterable[str],
+    check: Callable[[Any, str], Any],
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, Any]:
     """See :meth:`~voco_plugin.store.store.VoCoCacheStore.verify`. Each record is read from a snapshot of its
     own, so that a long check keeps no freed pages from being used again.
+
+    Args:
+        path: the store's folder, for messages.
+        keys: of the records to read.
+        check: ``check(transaction, key)`` reads a record with every check, and raises ``VoCoCacheError``.
+        progress: called with the number of records just read.
     """
-    env = store._environment()
     with env.read() as txn:
         faults = Index(txn, env.dbs).faults()
     records = size = 0
     bad: list[dict[str, str]] = []
-    for key in store:
+    for key in keys:
         with env.read() as txn:
             noted = Index(txn, env.dbs).size_of(bytes.fromhex(key))
             if noted is None:
@@ -54,13 +63,13 @@ def verify(store: VoCoCacheStore, progress: Callable[[int], Any] | None = None) 
             try:
                 record = txn.get(bytes.fromhex(key), db=env.dbs["blocks"])
                 if record is None:
-                    raise VoCoCacheError(f"record {key} of store {store.path} is lost.")
+                    raise VoCoCacheError(f"record {key} of store {path} is lost.")
                 if len(record) != noted:
                     raise VoCoCacheError(
-                        f"record {key} of store {store.path} has {len(record)} bytes, {noted} were written."
+                        f"record {key} of store {path} has {len(record)} bytes, {noted} were written."
                     )
                 size += len(record)
-                store._read(txn, key, copy=False)
+                check(txn, key)
             except VoCoCacheError as error:
                 bad.append({"key": key, "reason": str(error)})
         records += 1
@@ -69,12 +78,11 @@ def verify(store: VoCoCacheStore, progress: Callable[[int], Any] | None = None) 
     return {"records": records, "bytes": size, "bad": bad, "index": faults}
 
 
-def note_error(store: VoCoCacheStore, error: dict[str, Any]) -> None:
+def note_error(env: Environment, path: Path, error: dict[str, Any]) -> None:
     """See :meth:`~voco_plugin.store.store.VoCoCacheStore.note_error`."""
-    env = store._writable()
 
     def work(txn: Any) -> None:
-        meta = StoreMeta.read(txn, env.dbs, store.path)
+        meta = StoreMeta.read(txn, env.dbs, path)
         write_meta(txn, env.dbs, dataclasses.replace(meta, error=dict(error)))
 
     env.write(work)

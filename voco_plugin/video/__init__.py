@@ -1,8 +1,8 @@
 """Videos as frames with their times.
 
 Reading order: `frames` (what others see), `reading` (`read_video`), `sampling` (which frames), `sources`
-(what a video may be), `decoding` (PyAV), `packets` and `seeking` (few frames of a long file), `stills`,
-`live`, `scenes`, `probing`, `errors`.
+(what a video may be), `decoding` (PyAV), `packets` and `seeking` (few frames of a long file),
+`image_sequence`, `live`, `scenes`, `probing`, `errors`; `dataset_rows` for training sets.
 """
 
 from .decoding import VIDEO_SUFFIXES

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from .errors import BadVideoError
-from .lazy_frames import Shot
+from .lazy_frames import LazyFrame
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".flv", ".wmv",
@@ -94,7 +94,7 @@ class VideoFile:
         streams = list(self.container.streams)
         for stream in streams:
             if stream.type == "video" and not stream.disposition & Disposition.attached_pic:
-                return stream  # the cover of a piece of music is no video
+                return stream  # not the cover of a piece of music
         kinds = [stream.type for stream in streams]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         raise BadVideoError(self.name, f"it holds no video stream ({counts or 'no streams'})", _OTHER)
@@ -128,8 +128,8 @@ class VideoFile:
 
         Args:
             after: seconds of the last good frame before, for errors.
-            joined: decoding begins in the middle: what refers to frames before is not whole, and is passed
-                over until the first frame that is. So it is with a live source.
+            joined: decoding begins in the middle: frames that refer to earlier ones are damaged, and skipped
+                until the first whole one. A live source is always read so.
 
         Raises:
             BadVideoError: a packet or frame is damaged, or the data cannot be read on. A damaged picture is
@@ -153,10 +153,10 @@ class VideoFile:
         except av.FFmpegError as error:
             damage = _reason(error)
         if damage:
-            yield from self._held()
+            yield from self._frames_left()
             raise self.broken(damage)
 
-    def _held(self) -> Iterator[Any]:
+    def _frames_left(self) -> Iterator[Any]:
         """Frames from before the damage that the decoder still holds."""
         with contextlib.suppress(pyav().FFmpegError):
             for frame in self.stream.codec_context.decode(None):
@@ -164,10 +164,10 @@ class VideoFile:
                     yield frame
 
     def broken(self, reason: str) -> BadVideoError:
-        """The error of a damage here."""
+        """The error that says it is damaged at this point."""
         return BadVideoError(self.name, reason, _REPAIR, self.reached)
 
-    def shots(self) -> Iterator[Shot]:
+    def lazy_frames(self) -> Iterator[LazyFrame]:
         """Every frame, from the first on.
 
         Raises:
@@ -175,17 +175,17 @@ class VideoFile:
                 headers promise, or it holds no frame.
         """
         origin: Fraction | None = None
-        last: Shot | None = None
+        last: LazyFrame | None = None
         gap = Fraction(0)
         for index, frame in enumerate(self.frames()):
             time = self.time_of(frame, index)
             origin = time if origin is None else origin
-            shot = self.shot(frame, time - origin, index)
-            if last is not None and shot.time < last.time:
-                raise self.broken(f"its time stamps go back to {float(shot.time):.3f} s")
-            gap = max(gap, shot.time - last.time) if last is not None else gap
-            last, self.reached = shot, float(shot.time)
-            yield shot
+            current = self.lazy_frame(frame, time - origin, index)
+            if last is not None and current.time < last.time:
+                raise self.broken(f"its time stamps go back to {float(current.time):.3f} s")
+            gap = max(gap, current.time - last.time) if last is not None else gap
+            last, self.reached = current, float(current.time)
+            yield current
         if last is None:
             raise BadVideoError(self.name, "it holds no frame that can be decoded", _OTHER)
         self.check_end(last.time + last.length, gap)
@@ -202,18 +202,18 @@ class VideoFile:
         if promised is not None and end + max(Fraction(1), 3 * gap) < promised:
             raise self.broken(f"it ends there, where its headers promise {float(promised):.3f} s: cut off")
 
-    def shot(self, frame: Any, time: Fraction, index: int) -> Shot:
+    def lazy_frame(self, frame: Any, time: Fraction, index: int) -> LazyFrame:
         """A decoded frame at ``time``, still in the decoder's colours."""
         tick = Fraction(frame.time_base or self.tick)
         length = frame.duration * tick if frame.duration else (1 / self.rate if self.rate else Fraction(0))
-        return Shot(time, index, length, lambda: self.picture(frame), slack_of(tick))
+        return LazyFrame(time, index, length, lambda: self.picture(frame), slack_of(tick))
 
     def picture(self, frame: Any) -> Image.Image:
         """A decoded frame as 8-bit RGB, the right way up. The matrix and range that the stream names for its
         colours are used; no tone mapping, no deinterlacing, pixels are taken as square.
 
         Raises:
-            BadVideoError: it is to be shown at an angle that is no multiple of 90 degrees.
+            BadVideoError: it is to be shown at an angle that is not a multiple of 90 degrees.
         """
         image = frame.to_image()
         matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -238,12 +238,14 @@ class VideoFile:
 
 
 def slack_of(tick: Fraction) -> Fraction:
-    """By how many seconds a time may be rounded: half a tick, but not where ticks are frames (AVI)."""
+    """By how many seconds a time may be rounded: half a tick, but at most half a millisecond (one tick of AVI
+    is a whole frame).
+    """
     return min(tick / 2, _ROUNDING)
 
 
 def _turn(matrix: bytes) -> Image.Transpose | None | str:
-    """What a display matrix asks for; a string where it is no quarter turn or mirror."""
+    """What a display matrix asks for; a string where it is neither a quarter turn nor a mirror."""
     a, b, _, c, d, *_ = _PARTS.unpack(matrix[: _PARTS.size])
     signs = tuple((part > _NOISE) - (part < -_NOISE) for part in (a, b, c, d))
     return None if signs == (1, 0, 0, 1) else _TURNS.get(signs, "odd")  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""What a video is to the rest of the package: frames with their times, and segments of them.
+"""Frames with their times, and segments of them: a video as the rest of the package sees it.
 
 One segment becomes one block (paper, Sec. 3.4).
 """

@@ -1,4 +1,4 @@
-"""Videos that are no video files: image sequences, frame folders, animated images."""
+"""Image sequences as videos: lists of images, folders of frames, animated images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.images import IMAGE_SUFFIXES, BadImageError, describe, image_size, open_image, to_rgb
 from .errors import BadVideoError
-from .lazy_frames import Shot
+from .lazy_frames import LazyFrame
 
 _NUMBERS = re.compile(r"(\d+)")
 _NO_DELAY = Fraction(1, 10)
@@ -47,7 +47,7 @@ def frame_files(folder: Path) -> list[str]:
     return [str(folder / name) for name in found]
 
 
-def sequence(images: Sequence[Any], rate: Fraction, name: str) -> Iterator[Shot]:
+def sequence(images: Sequence[Any], rate: Fraction, name: str) -> Iterator[LazyFrame]:
     """Images (whatever :func:`~voco_plugin.data.images.open_image` opens) as frames, ``rate`` a second.
 
     Raises:
@@ -64,7 +64,7 @@ def sequence(images: Sequence[Any], rate: Fraction, name: str) -> Iterator[Shot]
             ) from None
 
     for number in range(len(images)):
-        yield Shot(number / rate, number, 1 / rate, partial(opened, number))
+        yield LazyFrame(number / rate, number, 1 / rate, partial(opened, number))
 
 
 def is_animated(path: Path) -> bool:
@@ -72,7 +72,7 @@ def is_animated(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def animation(path: Path, rate: Fraction) -> Iterator[Shot]:
+def animation(path: Path, rate: Fraction) -> Iterator[LazyFrame]:
     """The frames of a GIF, APNG or WebP, each as long on screen as the file says; one after the other, so
     that one decoded frame is held. An image that is not animated is one frame.
 
@@ -104,8 +104,8 @@ def animation(path: Path, rate: Fraction) -> Iterator[Shot]:
             except Exception as error:
                 reason = f"{describe(path)}, frame {number}: {str(error) or type(error).__name__}"
                 raise BadVideoError(name, reason, _CHECK, last) from None
-            length = _length(image, rate)
-            yield Shot(time, number, length, partial(_same, picture))
+            length = _seconds_shown(image, rate)
+            yield LazyFrame(time, number, length, partial(_same, picture))
             last = float(time)
             number, time = number + 1, time + length
 
@@ -114,7 +114,7 @@ def _same(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _length(image: Image.Image, rate: Fraction) -> Fraction:
+def _seconds_shown(image: Image.Image, rate: Fraction) -> Fraction:
     """Seconds that the frame just read stays."""
     if image.format not in ("GIF", "PNG", "WEBP"):
         return 1 / rate
@@ -125,6 +125,6 @@ def _length(image: Image.Image, rate: Fraction) -> Fraction:
 def animation_duration(path: Path, rate: Fraction) -> tuple[Fraction, int]:
     """``(seconds, frames)`` of an animated image, by playing it once."""
     seconds, count = Fraction(0), 0
-    for shot in animation(path, rate):
-        seconds, count = shot.time + shot.length, count + 1
+    for frame in animation(path, rate):
+        seconds, count = frame.time + frame.length, count + 1
     return seconds, count

@@ -1,5 +1,6 @@
-"""A frame that is not a picture yet: most frames of a video are passed over, and converting them to RGB would
-cost more than decoding them."""
+"""``LazyFrame``: a frame whose picture is made when it is asked for. Most frames of a video are passed over,
+and converting them to RGB would cost more than decoding them.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +13,16 @@ from .frames import Frame
 
 
 @dataclass(frozen=True)
-class Shot:
-    """What is known of a frame before its pixels are asked for.
+class LazyFrame:
+    """A frame before its pixels are asked for.
 
     Attributes:
         time: seconds from the first frame, exact.
         index: its number in the source.
-        length: seconds it stays on screen where nothing follows it; 0 where nothing tells.
+        length: seconds it stays on screen where no other follows; 0 where the file does not say.
         picture: gives the image, 8-bit RGB; may be called in another thread.
-        slack: seconds by which ``time`` may be rounded (Matroska counts
-            milliseconds, so that the frame of 1/24 s is at 42 ms).
+        slack: seconds by which ``time`` may be rounded (Matroska counts milliseconds, so that the frame of
+            1/24 s is at 42 ms).
     """
 
     time: Fraction
@@ -30,6 +31,6 @@ class Shot:
     picture: Callable[[], Any]
     slack: Fraction = Fraction(0)
 
-    def frame(self) -> Frame:
-        """The picture itself, with its time."""
+    def load(self) -> Frame:
+        """The frame with its picture."""
         return Frame(self.picture(), float(self.time), self.index)

@@ -1,4 +1,4 @@
-"""Sources that are being made while they are read: cameras, network streams, files that grow."""
+"""Live sources: cameras, network streams, files that grow."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def open_live(source: Any, follow: float | None, options: Mapping[str, str] | No
 
     Raises:
         BadVideoError: it cannot be opened.
-        ValueError: cameras have no numbers on this system, or ``follow`` is given for what is no file.
+        ValueError: cameras have no numbers on this system, or ``follow`` is given for what is not a file.
     """
     given: dict[str, Any] = {"options": dict(options or {})}
     if type(source) is int:

@@ -1,4 +1,4 @@
-"""What the packets of a video file say without a pixel being decoded: times, key frames, length."""
+"""The packets of a video file, read without decoding a pixel: times, key frames, length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .decoding import VideoFile, pyav, slack_of
-from .lazy_frames import Shot
+from .lazy_frames import LazyFrame
 
 _ONE_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg")
 """Codecs whose packets are one shown frame each. VP8's may be a hidden one."""
@@ -39,7 +39,7 @@ class PacketTable:
         """Seconds of the longest pause between frames."""
         return int(np.diff(self.pts).max(initial=0)) * self.tick
 
-    def shots(self) -> list[Shot]:
+    def lazy_frames(self) -> list[LazyFrame]:
         """The frames without pictures, for picking."""
         first = int(self.pts[0])
         last = len(self.pts) - 1
@@ -47,7 +47,7 @@ class PacketTable:
         times = [(int(pts) - first) * self.tick for pts in self.pts]
         lengths = [Fraction(0)] * last + [end - times[-1]]
         return [
-            Shot(time, i, length, _no_picture, slack_of(self.tick))
+            LazyFrame(time, i, length, _no_picture, slack_of(self.tick))
             for i, (time, length) in enumerate(zip(times, lengths, strict=True))
         ]
 

@@ -1,4 +1,4 @@
-"""What a video is, read off its headers."""
+"""``probe``: facts of a video, read from its headers."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def probe(
     """
     found = VideoSource.of(source, rate=rate, follow=follow, options=options)
     if found.kind not in ("file", "live"):
-        first = next(iter(found.still_shots()), None)
+        first = next(iter(found.image_frames()), None)
         if first is None:
             raise BadVideoError(found.name, "it holds no frame", "Give at least one.")
         size = first.picture().size
-        seconds, count = found.still_length()
+        seconds, count = found.images_length()
         return VideoInfo(found.kind, None, size, float(seconds), count, float(count / seconds))
     with found.opened() as video:
         context = video.stream.codec_context

@@ -9,11 +9,11 @@ from typing import Any
 
 from .decoding import VideoFile
 from .frames import Frame
-from .lazy_frames import Shot
+from .lazy_frames import LazyFrame
 from .packets import PacketTable, packet_table
 from .sampling import Sampling, at_times, within
 from .scenes import scene_changes
-from .seeking import UnsoundError, shots_at
+from .seeking import UnsoundError, frames_at
 from .sources import VideoSource
 
 logger = logging.getLogger(__name__)
@@ -57,11 +57,11 @@ def read_video(
     """
     sampling = Sampling(fps=fps, count=count, scene=scene, start=start, end=end, max_frames=max_frames)
     found = VideoSource.of(source, rate=rate, follow=follow, options=options)
-    return (shot.frame() for shot in read_shots(found, sampling))
+    return (frame.load() for frame in read_lazy_frames(found, sampling))
 
 
-def read_shots(source: VideoSource, sampling: Sampling) -> Iterator[Shot]:
-    """As :func:`read_video`; a shot's picture is made when it is asked for, which may be in another thread.
+def read_lazy_frames(source: VideoSource, sampling: Sampling) -> Iterator[LazyFrame]:
+    """As :func:`read_video`; a frame's picture is made when it is asked for, which may be in another thread.
 
     Raises:
         ValueError: ``count`` of a live source.
@@ -73,20 +73,20 @@ def read_shots(source: VideoSource, sampling: Sampling) -> Iterator[Shot]:
                 "fps."
             )
         return _live(source, sampling)
-    return _file(source, sampling) if source.kind == "file" else _stills(source, sampling)
+    return _file(source, sampling) if source.kind == "file" else _images(source, sampling)
 
 
-def _stills(source: VideoSource, sampling: Sampling) -> Iterator[Shot]:
-    duration = source.still_length()[0] if sampling.count is not None else None
-    yield from sampling.pick(source.still_shots(), duration)
+def _images(source: VideoSource, sampling: Sampling) -> Iterator[LazyFrame]:
+    duration = source.images_length()[0] if sampling.count is not None else None
+    yield from sampling.pick(source.image_frames(), duration)
 
 
-def _live(source: VideoSource, sampling: Sampling) -> Iterator[Shot]:
+def _live(source: VideoSource, sampling: Sampling) -> Iterator[LazyFrame]:
     with source.opened() as video:
-        yield from sampling.pick(video.shots())
+        yield from sampling.pick(video.lazy_frames())
 
 
-def _file(source: VideoSource, sampling: Sampling) -> Iterator[Shot]:
+def _file(source: VideoSource, sampling: Sampling) -> Iterator[LazyFrame]:
     sparse = sampling.fps is not None and sampling.fps <= _SPARSE
     duration: Fraction | None = None
     last: Fraction | None = None
@@ -97,32 +97,32 @@ def _file(source: VideoSource, sampling: Sampling) -> Iterator[Shot]:
         duration = table.duration
         if table.sound:
             try:
-                for shot in _seeking(source, table, sampling):
-                    yield shot
-                    last = shot.time
+                for frame in _seeking(source, table, sampling):
+                    yield frame
+                    last = frame.time
                 return
             except UnsoundError:
                 logger.info("video %s: its packets do not tell its frames; decoding all of it.", source.name)
     with source.opened() as video:
-        for shot in sampling.pick(video.shots(), duration):
-            if last is None or shot.time > last:
-                yield shot
+        for frame in sampling.pick(video.lazy_frames(), duration):
+            if last is None or frame.time > last:
+                yield frame
         if sampling.count is not None and table is not None:  # the last part's middle is not the end
             _check_end(video, table, sampling)
 
 
-def _seeking(source: VideoSource, table: PacketTable, sampling: Sampling) -> Iterator[Shot]:
+def _seeking(source: VideoSource, table: PacketTable, sampling: Sampling) -> Iterator[LazyFrame]:
     """The same frames as decoding everything gives, found by their packets."""
     times = sampling.times(table.duration)
     if times is not None:
-        chosen = at_times(table.shots(), times)
+        chosen = at_times(table.lazy_frames(), times)
     else:
-        chosen = within(table.shots(), sampling.begin, sampling.stop)
+        chosen = within(table.lazy_frames(), sampling.begin, sampling.stop)
     with source.opened() as video:
-        shots = shots_at(video, table, (shot.index for shot in chosen))
+        frames = frames_at(video, table, (frame.index for frame in chosen))
         if sampling.scene is not None:
-            shots = scene_changes(shots, sampling.scene)
-        yield from Sampling(max_frames=sampling.max_frames).pick(shots)
+            frames = scene_changes(frames, sampling.scene)
+        yield from Sampling(max_frames=sampling.max_frames).pick(frames)
         _check_end(video, table, sampling)
 
 

@@ -1,4 +1,4 @@
-"""Which frames of a video are taken: as a statement, and as a rule over frames in order.
+"""``Sampling``: which frames of a video are taken.
 
     fps     the frame on screen at start, start + 1/fps, start + 2/fps, …
     count   the frame on screen in the middle of each of `count` equal parts of the time from start to end
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .errors import BadVideoError
-from .lazy_frames import Shot
+from .lazy_frames import LazyFrame
 from .scenes import scene_changes
 
 
@@ -97,10 +97,10 @@ class Sampling:
             return (self.begin + part * (2 * k + 1) / 2 for k in range(self.count))
         return None
 
-    def pick(self, shots: Iterable[Shot], duration: Fraction | None = None) -> Iterator[Shot]:
-        """The shots that are taken of ``shots``, which come in the order of their times."""
+    def pick(self, frames: Iterable[LazyFrame], duration: Fraction | None = None) -> Iterator[LazyFrame]:
+        """Those of ``frames`` that are taken; they come in the order of their times."""
         times = self.times(duration)
-        taken = at_times(shots, times) if times is not None else within(shots, self.begin, self.stop)
+        taken = at_times(frames, times) if times is not None else within(frames, self.begin, self.stop)
         if self.scene is not None:
             taken = scene_changes(taken, self.scene)
         return itertools.islice(taken, self.max_frames)
@@ -137,40 +137,40 @@ def exact(value: float) -> Fraction:
     return Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
 
 
-def at_times(shots: Iterable[Shot], times: Iterator[Fraction]) -> Iterator[Shot]:
-    """The shot on screen at each of ``times`` (rising), each shot once. One shot is held back."""
+def at_times(frames: Iterable[LazyFrame], times: Iterator[Fraction]) -> Iterator[LazyFrame]:
+    """The frame on screen at each of ``times`` (rising), each frame once. Reads one frame ahead."""
     wanted = next(times, None)
-    held: Shot | None = None
+    shown: LazyFrame | None = None
     broken: BadVideoError | None = None
     if wanted is None:
         return
     try:
-        for shot in shots:
+        for frame in frames:
             seen = False
-            while wanted is not None and wanted + shot.slack < shot.time:
+            while wanted is not None and wanted + frame.slack < frame.time:
                 seen, wanted = True, next(times, None)
-            if seen and held is not None:
-                yield held
+            if seen and shown is not None:
+                yield shown
             if wanted is None:
                 return
-            held = shot
+            shown = frame
     except BadVideoError as problem:
-        broken = problem  # the frame held is from before the damage
+        broken = problem  # the frame shown last is from before the damage
     # the last one is on screen until its own end; of unknown length, at its own time only
     if (
-        held is not None
+        shown is not None
         and wanted is not None
-        and (wanted <= held.time + held.slack or wanted < held.time + held.length)
+        and (wanted <= shown.time + shown.slack or wanted < shown.time + shown.length)
     ):
-        yield held
+        yield shown
     if broken is not None:
         raise broken
 
 
-def within(shots: Iterable[Shot], begin: Fraction, stop: Fraction | None) -> Iterator[Shot]:
-    """The shots from ``begin`` on, before ``stop``."""
-    for shot in shots:
-        if stop is not None and shot.time + shot.slack >= stop:
+def within(frames: Iterable[LazyFrame], begin: Fraction, stop: Fraction | None) -> Iterator[LazyFrame]:
+    """The frames from ``begin`` on, before ``stop``."""
+    for frame in frames:
+        if stop is not None and frame.time + frame.slack >= stop:
             return
-        if shot.time + shot.slack >= begin:
-            yield shot
+        if frame.time + frame.slack >= begin:
+            yield frame

@@ -1,4 +1,4 @@
-"""Scene changes: a plain measure of how far two pictures differ, and the frames where it is passed."""
+"""Scene changes: how far two pictures differ, and the frames where that passes a threshold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from .lazy_frames import Shot
+from .lazy_frames import LazyFrame
 
 _SIDE = 32
 
@@ -26,18 +26,18 @@ def difference(a: Image.Image, b: Image.Image) -> float:
     return float(np.abs(x - y).mean()) / 255
 
 
-def scene_changes(shots: Iterable[Shot], threshold: float) -> Iterator[Shot]:
-    """The first shot, and each that differs from the last one given by more than ``threshold``.
+def scene_changes(frames: Iterable[LazyFrame], threshold: float) -> Iterator[LazyFrame]:
+    """The first frame, and each that differs from the last one given by more than ``threshold``.
 
-    Compared is with the last frame given, not with the one before: a fade and a slow pan then change the
-    scene as a cut does, at any frame rate.
+    A frame is compared with the last one given, not with the one before it: a fade and a slow pan then change
+    the scene as a cut does, at any frame rate.
     """
     last: Any = None
-    for shot in shots:
-        image = shot.picture()
+    for frame in frames:
+        image = frame.picture()
         if last is None or difference(last, image) > threshold:
             last = _small(image)
-            yield replace(shot, picture=partial(_same, image))
+            yield replace(frame, picture=partial(_same, image))
 
 
 def _same(image: Image.Image) -> Image.Image:

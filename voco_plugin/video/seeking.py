@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .decoding import VideoFile
-from .lazy_frames import Shot
+from .lazy_frames import LazyFrame
 from .packets import PacketTable
 
 _WORTH_A_SEEK = 8
@@ -22,7 +22,7 @@ class UnsoundError(Exception):
     """The file's frames are not what its packets said: it must be decoded from the start."""
 
 
-def shots_at(video: VideoFile, table: PacketTable, indices: Iterable[int]) -> Iterator[Shot]:
+def frames_at(video: VideoFile, table: PacketTable, indices: Iterable[int]) -> Iterator[LazyFrame]:
     """The frames of these numbers (rising), as decoding everything would give them.
 
     Raises:
@@ -47,7 +47,7 @@ def shots_at(video: VideoFile, table: PacketTable, indices: Iterable[int]) -> It
             time = (int(frame.pts) - first) * table.tick
             video.reached = float(time)
             if found == index:
-                yield video.shot(frame, time, index)
+                yield video.lazy_frame(frame, time, index)
                 break
 
 

@@ -1,4 +1,4 @@
-"""What may stand for a video, told apart once, and read by what knows it."""
+"""``VideoSource``: what may be given as a video, and how each kind is opened."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from . import image_sequence as stills
-from . import live
+from . import image_sequence, live
 from .decoding import VideoFile
 from .errors import BadVideoError
-from .lazy_frames import Shot
+from .lazy_frames import LazyFrame
 from .sampling import exact
 
 _DEFAULT_RATE = 1.0
@@ -28,7 +27,7 @@ class VideoSource:
         kind: ``file``, ``live``, ``folder``, ``list`` or ``animation``.
         what: the path, URL, number of a camera or images.
         name: how errors and names of frames call it.
-        rate: frames a second of what has no clock.
+        rate: frames a second of sources without a clock.
         follow: seconds of patience with a growing file.
         options: FFmpeg's.
     """
@@ -78,18 +77,18 @@ class VideoSource:
         with video:
             yield video
 
-    def still_shots(self) -> Iterator[Shot]:
+    def image_frames(self) -> Iterator[LazyFrame]:
         """Every frame of a folder, list or animation."""
         if self.kind == "animation":
-            return stills.animation(self.what, self.rate)
-        images: Sequence[Any] = stills.frame_files(self.what) if self.kind == "folder" else self.what
-        return stills.sequence(images, self.rate, self.name)
+            return image_sequence.animation(self.what, self.rate)
+        images: Sequence[Any] = image_sequence.frame_files(self.what) if self.kind == "folder" else self.what
+        return image_sequence.sequence(images, self.rate, self.name)
 
-    def still_length(self) -> tuple[Fraction, int]:
+    def images_length(self) -> tuple[Fraction, int]:
         """``(seconds, frames)`` of a folder, list or animation."""
         if self.kind == "animation":
-            return stills.animation_duration(self.what, self.rate)
-        count = len(stills.frame_files(self.what) if self.kind == "folder" else self.what)
+            return image_sequence.animation_duration(self.what, self.rate)
+        count = len(image_sequence.frame_files(self.what) if self.kind == "folder" else self.what)
         return count / self.rate, count
 
 
@@ -117,4 +116,4 @@ def _kind(source: Any, follow: float | None) -> tuple[str, Any, str]:
         raise BadVideoError(text, "the file does not exist", "Check the name.")
     if path.is_file() and not path.stat().st_size:
         raise BadVideoError(text, "the file is empty", "Copy or record it again.")
-    return ("animation" if stills.is_animated(path) else "file"), path, text
+    return ("animation" if image_sequence.is_animated(path) else "file"), path, text

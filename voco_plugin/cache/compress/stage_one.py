@@ -22,8 +22,7 @@ from ...core.attachment import Attachment
 from ...core.forward import STAGE_ONE, ForwardMode
 from ...core.kv_cache import KVSlots, VoCoKVCache
 from ...core.layout import BlockSpan, SequenceLayout, compact_positions
-from ..block import VoCoBlock
-from ..cache import VoCoCache
+from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import block_fingerprint
 from .batching import Limits, chunks_of
 from .last_rows import LastSlotsCache, NotCut, last_rows, plan_last_rows, voco_rows_only

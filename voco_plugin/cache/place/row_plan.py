@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...core.layout import TokenKind
-from ..block import VoCoBlock
+from ..cache import VoCoBlock
 
 
 @dataclass

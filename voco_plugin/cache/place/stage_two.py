@@ -17,8 +17,7 @@ from transformers import Cache
 from ...core.kv_cache import KVSlots, VoCoKVCache
 from ...core.layout import TokenKind, on_cpu
 from ...core.masks import TokenTable
-from ..block import VoCoBlock
-from ..cache import VoCoCache
+from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import differences, fingerprint, of_blocks
 from .relocation import relocator_for
 from .row_plan import RowPlan, plan_row

@@ -1,3 +1,1 @@
-"""Video while it is watched: frames compressed as they come, kept within a budget, asked about at any
-time.
-"""
+"""Video streams: frames are compressed as they come, kept within a budget, and asked about at any time."""

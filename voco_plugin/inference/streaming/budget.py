@@ -1,4 +1,4 @@
-"""What of a video is kept when its blocks are more than the budget: a policy, block by block as they come.
+"""Which blocks of a video are kept when there are more than the budget: a policy, applied block by block.
 
 uniform   drop the block whose neighbours stand closest together in time     first and latest always stay
 merge     of the two neighbours most alike, keep the earlier                  for both their times
@@ -26,11 +26,11 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptBlock:
     """A block of a video that is kept.
 
     Attributes:
-        cache: the block alone.
+        cache: of this one block.
         time, end: seconds of the first and last frame that it stands for.
         frames: how many frames it stands for, those of blocks merged into it included.
         index: its number among the video's blocks.
@@ -43,7 +43,7 @@ class Kept:
     index: int
 
 
-class Everything:
+class KeepAll:
     """No budget: every block is kept. Also what the policies share.
 
     Attributes:
@@ -55,16 +55,16 @@ class Everything:
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget, self.dropped, self.merged = budget, 0, 0
-        self._kept: list[Kept] = []
+        self._kept: list[KeptBlock] = []
 
-    def add(self, block: Kept) -> None:
+    def add(self, block: KeptBlock) -> None:
         """The next block, later than those before it."""
         self._kept.append(block)
         if self.budget is not None and len(self._kept) > self.budget:
             self._shrink()
 
     @property
-    def kept(self) -> tuple[Kept, ...]:
+    def kept(self) -> tuple[KeptBlock, ...]:
         """In order of time."""
         return tuple(self._kept)
 
@@ -72,7 +72,7 @@ class Everything:
         raise NotImplementedError("a policy with a budget says what goes")
 
 
-class Uniform(Everything):
+class Uniform(KeepAll):
     """Keeps blocks evenly spaced in time: whenever there is one too many, the block between first and last
     whose two neighbours are the least time apart goes (of several, the earliest).
     """
@@ -86,7 +86,7 @@ class Uniform(Everything):
         self.dropped += 1
 
 
-class Merge(Everything):
+class Merge(KeepAll):
     """Merges the two neighbours most alike: the earlier block stays as it is, for the times of both.
 
     Alike: the mean over layers of the cosines of their keys and of their values (:func:`similarity`). The
@@ -100,7 +100,7 @@ class Merge(Everything):
         super().__init__(budget)
         self._alike: list[float] = []  # of each block and the next
 
-    def add(self, block: Kept) -> None:
+    def add(self, block: KeptBlock) -> None:
         if self._kept:
             self._alike.append(similarity(self._kept[-1], block))
         super().add(block)
@@ -114,7 +114,7 @@ class Merge(Everything):
             if 0 <= pair < len(self._alike):
                 self._alike[pair] = similarity(*self._kept[pair : pair + 2])
 
-    def _joined(self, first: Kept, second: Kept) -> Kept:
+    def _joined(self, first: KeptBlock, second: KeptBlock) -> KeptBlock:
         return dataclasses.replace(first, end=second.end, frames=first.frames + second.frames)
 
 
@@ -127,7 +127,7 @@ class Average(Merge):
 
     name = "average"
 
-    def _joined(self, first: Kept, second: Kept) -> Kept:
+    def _joined(self, first: KeptBlock, second: KeptBlock) -> KeptBlock:
         a, b = first.cache.blocks[0], second.cache.blocks[0]
         facts = [(x.position, x.extent, x.num_vision, x.num_tokens) for x in (a, b)]
         if facts[0] != facts[1]:
@@ -147,7 +147,7 @@ class Average(Merge):
         return dataclasses.replace(super()._joined(first, second), cache=cache)
 
 
-class Window(Everything):
+class Window(KeepAll):
     """The last blocks all, and before them a :class:`Uniform` summary of everything earlier.
 
     Args:
@@ -160,24 +160,24 @@ class Window(Everything):
         super().__init__(budget)
         self.recent = budget // 2
         self._summary = Uniform(budget - self.recent)
-        self._window: deque[Kept] = deque()
+        self._window: deque[KeptBlock] = deque()
 
-    def add(self, block: Kept) -> None:
+    def add(self, block: KeptBlock) -> None:
         self._window.append(block)
         if len(self._window) > self.recent:
             self._summary.add(self._window.popleft())
             self.dropped = self._summary.dropped
 
     @property
-    def kept(self) -> tuple[Kept, ...]:
+    def kept(self) -> tuple[KeptBlock, ...]:
         return (*self._summary.kept, *self._window)
 
 
-POLICIES: dict[str, type] = {c.name: c for c in (Uniform, Merge, Average, Window)}
+POLICIES: dict[str, type[KeepAll]] = {c.name: c for c in (Uniform, Merge, Average, Window)}
 _FEWEST = {"window": 3}
 
 
-def similarity(first: Kept, second: Kept) -> float:
+def similarity(first: KeptBlock, second: KeptBlock) -> float:
     """How alike two blocks are, -1 … 1: the cosine of their keys and that of their values, each ``(H, K, D)``
     taken as one vector, averaged over both and over layers, in fp32.
 
@@ -226,7 +226,7 @@ def check_policy(policy: str | None, budget: int | str | None) -> str | None:
     return None if budget is None else policy or "uniform"
 
 
-def keeper(policy: str | None, budget: int | str | None, block: VoCoBlock) -> Everything:
+def make_policy(policy: str | None, budget: int | str | None, block: VoCoBlock) -> KeepAll:
     """The policy, empty. A budget in bytes is counted in blocks of the size of ``block``.
 
     Raises:
@@ -234,7 +234,7 @@ def keeper(policy: str | None, budget: int | str | None, block: VoCoBlock) -> Ev
     """
     name = check_policy(policy, budget)
     if name is None:
-        return Everything()
+        return KeepAll()
     blocks, size = parse_budget(budget)
     if blocks is None:
         assert size is not None

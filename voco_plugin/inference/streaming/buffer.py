@@ -1,5 +1,5 @@
-"""Frames in as they come, blocks within a budget: what
-:class:`~voco_plugin.inference.streaming.stream.Watching` holds.
+"""``BlockBuffer``: takes frames as they come, and keeps their blocks within a budget; the lower half of
+:class:`~voco_plugin.inference.streaming.stream.VideoStream`.
 
 One thread feeds, others may look: a block is in or not, never half.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 from ...cache import VoCoCache
 from ...video.frames import Frame, Segment
-from .budget import Everything, Kept, check_policy, keeper, parse_budget
-from .compress_frames import compress_segments, way_of
+from .budget import KeepAll, KeptBlock, check_policy, make_policy, parse_budget
+from .compress_frames import compress_segments, resolve_frames_as
 from .stream_report import summary
 
 _LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -22,12 +22,12 @@ _LOCKS_LOCK = threading.Lock()
 
 
 def lock_of(model: Any) -> Any:
-    """One lock a model: stage 1 shortens its last layer while it runs, and a question must not see that."""
+    """One lock per model: stage 1 shortens its last layer while it runs, and a question must not see that."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
-class Intake:
+class BlockBuffer:
     """The blocks of a video that are kept, frame by frame.
 
     Args:
@@ -35,14 +35,15 @@ class Intake:
         num_tokens: K a block; ``None`` takes the model's.
         fps: take the first frame of each period of 1 / fps seconds; ``None``: every frame.
         frames_per_block, frames_as, tick: see
-        :func:`~voco_plugin.inference.streaming.compress_frames.compress_segments`. budget, policy: see
-        :mod:`~voco_plugin.inference.streaming.budget`. batch_size: segments that are compressed at a time.
+            :func:`~voco_plugin.inference.streaming.compress_frames.compress_segments`.
+        budget, policy: see :mod:`~voco_plugin.inference.streaming.budget`.
+        batch_size: segments that are compressed at a time.
 
     Attributes:
         frames_seen, blocks_seen: what has been compressed so far.
 
     Raises:
-        ValueError: an option that cannot be kept.
+        ValueError: an option is not valid.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Intake:
         batch_size: int = 1,
         tick: Callable[[int], Any] | None = None,
     ) -> None:
-        way_of(processor, frames_per_block, frames_as)
+        resolve_frames_as(processor, frames_per_block, frames_as)
         parse_budget(budget)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
@@ -74,20 +75,20 @@ class Intake:
             "tick": tick,
         }  # fmt: skip
         self._size, self._batch = frames_per_block, batch_size
-        self._group: list[Frame] = []  # frames of a segment that is not whole yet
+        self._group: list[Frame] = []  # frames of a segment that is not complete yet
         self._pending: list[Segment] = []  # segments that are not compressed yet
         self._last = self._due = float("-inf")
         self._start: float | None = None
-        self._keeper: Everything | None = None
-        self._model, self._feeding = lock_of(model), threading.RLock()
-        self._changed = threading.Condition()  # guards the keeper; told of every block
-        self._asking = 0  # questions that wait: frames let them go first
+        self._kept: KeepAll | None = None
+        self._model_lock, self._feeding = lock_of(model), threading.RLock()
+        self._changed = threading.Condition()  # guards the blocks that are kept; notified of every new one
+        self._asking = 0  # questions that wait; frames let them go first
 
     def feed(self, frame: Frame) -> None:
         """The next frame of the video.
 
         Raises:
-            ValueError: it is earlier than the one before it, or the watching is closed.
+            ValueError: it is earlier than the one before it, or the stream is closed.
         """
         self._take(frame)
 
@@ -120,7 +121,7 @@ class Intake:
             time, end: seconds of its first and last frame.
 
         Raises:
-            ValueError: not one block, earlier than the one before it, or the watching is closed.
+            ValueError: not one block, earlier than the one before it, or the stream is closed.
         """
         if len(cache) != 1:
             raise ValueError(f"a block of a video is one block, not {len(cache)}; add cache[i], one by one.")
@@ -142,7 +143,7 @@ class Intake:
         pending, self._pending = self._pending, []
         if not pending:
             return []
-        with self._model:
+        with self._model_lock:
             made = list(compress_segments(*self._tools, pending, batch_size=len(pending), **self._options))
         for segment, cache in made:
             self._keep(cache, segment.time, segment.end, len(segment.frames))
@@ -150,26 +151,31 @@ class Intake:
 
     def _keep(self, cache: VoCoCache, time: float, end: float, frames: int) -> None:
         with self._changed:
-            if self._keeper is None:
-                self._keeper = keeper(self.policy, self.budget, cache.blocks[0])
-            self._keeper.add(Kept(cache, time, end, frames, self.blocks_seen))
+            if self._kept is None:
+                self._kept = make_policy(self.policy, self.budget, cache.blocks[0])
+            self._kept.add(KeptBlock(cache, time, end, frames, self.blocks_seen))
             self.blocks_seen += 1
             self.frames_seen += frames
             self._changed.notify_all()
 
     def _check_open(self, time: float) -> None:
         if self.closed:
-            raise ValueError("this watching is closed; open another: session.watch(…).")
+            raise ValueError("this video is closed; open another: session.watch(…).")
         if time < self._last:
             raise ValueError(
                 f"a frame at {time:g} s comes after one at {self._last:g} s; give frames in order of time."
             )
 
     @property
-    def kept(self) -> tuple[Kept, ...]:
+    def kept(self) -> tuple[KeptBlock, ...]:
         """The blocks that a question would be answered from now, in order of time."""
         with self._changed:
-            return () if self._keeper is None else self._keeper.kept
+            return () if self._kept is None else self._kept.kept
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks are kept."""
+        return len(self.kept)
 
     @property
     def nbytes(self) -> int:
@@ -177,11 +183,11 @@ class Intake:
         return sum(k.cache.nbytes for k in self.kept)
 
     def report(self) -> dict[str, Any]:
-        """What has been seen and what was kept of it, for a program; see
+        """What has been seen and what was kept of it, as values; see
         :func:`~voco_plugin.inference.streaming.stream_report.summary`.
         """
         with self._changed:
-            return summary(self._keeper, self.policy, self.frames_seen, self.blocks_seen)
+            return summary(self._kept, self.policy, self.frames_seen, self.blocks_seen)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.report()['text']})"

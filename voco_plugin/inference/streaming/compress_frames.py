@@ -1,5 +1,5 @@
-"""Stage 1 over a video: each frame or segment compressed alone, in chunks, so that any length streams through
-at flat memory (paper, Sec. 3.4).
+"""Stage 1 over a video: each frame or segment is compressed by itself, chunk by chunk, so that a video of any
+length runs at flat memory (paper, Sec. 3.4).
 
 A segment of one frame is an image to every family. Families whose processors take videos (LLaVA-NeXT-Video,
 Video-LLaVA, LLaVA-OneVision, Qwen2/2.5/3-VL) also make one block of several frames, as their vision towers
@@ -19,9 +19,9 @@ from ...cache import VoCoCache
 from ...core.attachment import attachment
 from ...video.frames import Frame, Segment
 from ..answering import compress_images, on_device
-from ..prompts import ask, image_text, render
+from ..prompts import ask, image_text, render, run_processor
 
-WAYS = ("auto", "image", "video")
+FRAMES_AS = ("auto", "image", "video")
 
 
 def compress_video(
@@ -72,8 +72,8 @@ def compress_segments(
     made = _segments(frames, frames_per_block)
     while chunk := list(islice(made, batch_size)):
         longest = max(len(s.frames) for s in chunk)
-        way = way_of(processor, max(longest, frames_per_block), frames_as)
-        if way == "image":
+        kind = resolve_frames_as(processor, max(longest, frames_per_block), frames_as)
+        if kind == "image":
             caches = compress_images(
                 model, processor, [s.frames[0].image for s in chunk], num_tokens=num_tokens,
                 batch_size=batch_size, max_memory=max_memory,
@@ -105,14 +105,14 @@ def _segments(frames: Iterable[Frame | Segment], frames_per_block: int) -> Itera
         yield Segment(tuple(group))
 
 
-def way_of(processor: Any, frames_per_block: int, frames_as: str = "auto") -> str:
-    """``image`` or ``video``: how blocks of so many frames are made with this processor.
+def resolve_frames_as(processor: Any, frames_per_block: int, frames_as: str = "auto") -> str:
+    """``image`` or ``video``: what blocks of so many frames are made as with this processor.
 
     Raises:
         ValueError: they cannot be; the message says what can.
     """
-    if frames_as not in WAYS:
-        raise ValueError(f"frames_as={frames_as!r} is not known; use one of {', '.join(WAYS)}.")
+    if frames_as not in FRAMES_AS:
+        raise ValueError(f"frames_as={frames_as!r} is not known; use one of {', '.join(FRAMES_AS)}.")
     if frames_as == "image" and frames_per_block > 1:
         raise ValueError(
             f"frames_as='image' makes a block of one frame, not of {frames_per_block}; use frames_per_block=1"
@@ -126,7 +126,7 @@ def way_of(processor: Any, frames_per_block: int, frames_as: str = "auto") -> st
             f"{name} takes no videos, so {frames_per_block} frame(s) cannot become one block; use "
             "frames_per_block=1 with frames_as='image'."
         )
-    merged = _merged(processor)
+    merged = _temporal_patch(processor)
     if frames_per_block % merged:
         raise ValueError(
             f"{name} merges {merged} frames into one temporal patch: frames_per_block={frames_per_block} "
@@ -173,16 +173,12 @@ def encode_videos(model: Any, processor: Any, chunk: list[Segment]) -> dict[str,
 def _encoded(processor: Any, texts: list[str], chunk: list[Segment]) -> dict[str, Any]:
     videos = [[f.image for f in s.frames] for s in chunk]
     for video in videos:  # a last segment that is short: Qwen2-VL repeats its last frame, Qwen3-VL refuses it
-        video += [video[-1]] * (-len(video) % _merged(processor))
-    out = processor(
-        text=texts, videos=videos, do_sample_frames=False, return_tensors="pt", padding=True,
-        padding_side="left",
-        video_metadata=[_metadata(s, len(video)) for s, video in zip(chunk, videos, strict=True)],
-    )  # fmt: skip
-    return dict(out)
+        video += [video[-1]] * (-len(video) % _temporal_patch(processor))
+    metadata = [_metadata(s, len(video)) for s, video in zip(chunk, videos, strict=True)]
+    return run_processor(processor, texts, videos=videos, do_sample_frames=False, video_metadata=metadata)
 
 
-def _merged(processor: Any) -> int:
+def _temporal_patch(processor: Any) -> int:
     """How many frames the processor merges into one temporal patch."""
     return getattr(getattr(processor, "video_processor", None), "temporal_patch_size", None) or 1
 

@@ -1,20 +1,20 @@
-"""``Watching``: a video that comes in frame by frame while questions about it are asked.
+"""``VideoStream``: a video that comes in frame by frame while questions about it are asked.
 
-watching = session.watch(fps=1, budget=64)          # frames are given to it
-watching.feed(frame); session.ask("What is going on?"); watching.feed(frame); session.ask("And now?")
+stream = session.watch(fps=1, budget=64)            # frames are given to it
+stream.feed(frame); session.ask("What is going on?"); stream.feed(frame); session.ask("And now?")
 
 for segment in session.watch("clip.mp4", fps=1):    # it reads a source, in this thread
     ...
-with session.watch(0, fps=2, budget="64MB") as watching:    # or in one of its own: a camera, a growing file
-    watching.wait(10)
+with session.watch(0, fps=2, budget="64MB") as stream:      # or in one of its own: a camera, a growing file
+    stream.wait(10)
     session.ask("Who has come in?")
 
 Blocks stay outside the conversation's KV cache, where they could never be thinned again. A question reads
 
     [what was said before the video]  [blocks kept now]  [turns since]  [question]
 
-the first part from the KV cache, the blocks by placing them (their keys turn, nothing is computed), the
-turns since as text. So each answer is that of one pass over the frames kept at that moment, and memory is
+the first part from the KV cache, the blocks by placing them (their keys are rotated, nothing is computed),
+the turns since as text. So each answer is that of one pass over the frames kept at that moment, and memory is
 bounded by the budget however long the stream is.
 """
 
@@ -24,22 +24,21 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..._moved import renamed
 from ...cache import VoCoCache
 from ...core.attachment import attachment
 from ...video.frames import Frame, Segment
+from ..conversation import Conversation, said
 from ..prompts import ask as user_turn
-from .buffer import Intake
+from .buffer import BlockBuffer
 from .video_prompt import check_layout, video_parts
-
-if TYPE_CHECKING:
-    from ..session import VoCoSession
 
 _STOP_SECONDS = 10.0
 
 
-class Watching(Intake):
+class VideoStream(BlockBuffer):
     """A video within a session; made by :meth:`~voco_plugin.inference.session.VoCoSession.watch`.
 
     Frames may come from one thread and questions from another; a frame that comes while a question is
@@ -52,17 +51,17 @@ class Watching(Intake):
         history: how many earlier questions and answers about the video a question is read with; ``None``:
             all.
         fps, frames_per_block, frames_as, budget, policy, batch_size, tick: see
-            :class:`~voco_plugin.inference.streaming.buffer.Intake`. A question does not wait for a batch to
-            be full.
+            :class:`~voco_plugin.inference.streaming.buffer.BlockBuffer`. A question does not wait for a full
+            batch.
         reading: other options of ``read_video``: count, scene, start, end, max_frames.
 
     Raises:
-        ValueError: the session watches another video, or an option cannot be kept.
+        ValueError: the session watches another video, or an option is not valid.
     """
 
     def __init__(
         self,
-        session: VoCoSession,
+        session: Conversation,
         source: Any = None,
         *,
         time_text: bool = False,
@@ -76,7 +75,7 @@ class Watching(Intake):
         tick: Callable[[int], Any] | None = None,
         **reading: Any,
     ) -> None:
-        if session._watching is not None:
+        if session._video is not None:
             raise ValueError("this session watches a video already; close() it and ask once more first.")
         if history is not None and history < 0:
             raise ValueError(f"history={history} must be at least 0, or None for all.")
@@ -102,7 +101,7 @@ class Watching(Intake):
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._ended = False
-        session._watching = self
+        session._video = self
 
     # -- a source
 
@@ -129,14 +128,14 @@ class Watching(Intake):
             self._ended = True
             self._changed.notify_all()
 
-    def run(self, each: Callable[[Segment], Any] | None = None) -> Watching:
+    def run(self, each: Callable[[Segment], Any] | None = None) -> VideoStream:
         """Read the source to its end in this thread; ``each`` is called after every block, and may ask."""
         for segment in self:
             if each is not None:
                 each(segment)
         return self
 
-    def start(self) -> Watching:
+    def start(self) -> VideoStream:
         """Read the source in a thread of its own."""
         segments = iter(self)
 
@@ -144,12 +143,12 @@ class Watching(Intake):
             try:
                 for _ in segments:
                     pass
-            except BaseException as problem:  # told to whoever asks or waits next
+            except BaseException as problem:  # raised in whoever asks or waits next
                 with self._changed:
                     self._error = problem
                     self._changed.notify_all()
 
-        self._thread = threading.Thread(target=read, name="voco-watching", daemon=True)
+        self._thread = threading.Thread(target=read, name="voco-video-stream", daemon=True)
         self._thread.start()
         return self
 
@@ -191,7 +190,7 @@ class Watching(Intake):
             self.flush(end=True)
             self.closed = True
         if not self.blocks_seen:  # there is no video to go on with
-            self.session._watching = None
+            self.session._video = None
         self._raise()
 
     def _raise(self) -> None:
@@ -199,14 +198,14 @@ class Watching(Intake):
             error, self._error = self._error, None
             raise error
 
-    def __enter__(self) -> Watching:
+    def __enter__(self) -> VideoStream:
         return self.start() if self._source is not None else self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
             self.close()
         except Exception:
-            if kind is None:  # else that error is told
+            if kind is None:  # otherwise the error inside the block is the one to see
                 raise
 
     # -- questions
@@ -227,7 +226,7 @@ class Watching(Intake):
             self._asking += 1
         try:
             self.flush()
-            with self._model:
+            with self._model_lock:
                 self._raise()
                 return self._answer(question, remember, max_new_tokens, generate)
         finally:
@@ -246,7 +245,7 @@ class Watching(Intake):
         since = (
             self._since if self.history is None else self._since[max(len(self._since) - self.history, 0) :]
         )
-        turns = [*(message for asked, said, _ in since for message in (asked, said)), turn]
+        turns = [*(turn for asked, answered, _ in since for turn in (asked, answered)), turn]
         parts = video_parts([k.time for k in kept], self.time_text)
         turns[0] = {**turns[0], "content": [*parts, *turns[0]["content"]]}
         images = [*(cache for _, _, own in since for cache in own), *waiting]
@@ -256,13 +255,15 @@ class Watching(Intake):
         )  # fmt: skip
         if not remember:
             return answer
-        answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        self._since.append((turn, answered, waiting))
+        self._since.append((turn, said(answer), waiting))
         session._waiting = session._waiting[len(waiting) :]
-        if self.closed:  # the blocks change no more: they and the turns since have been read for good
+        if self.closed:  # the blocks no longer change: they and the turns since are in the KV cache for good
             self._since[0][0]["content"] = [*parts, *self._since[0][0]["content"]]
-            session._past, session._unread, session._watching = past, unread, None
-        session.messages = [*self._base, *(m for asked, said, _ in self._since for m in (asked, said))]
+            session._past, session._unread, session._video = past, unread, None
+        session.messages = [
+            *self._base,
+            *(turn for asked, answered, _ in self._since for turn in (asked, answered)),
+        ]
         return answer
 
 
@@ -273,4 +274,5 @@ def _is_name(source: Any) -> bool:
     return isinstance(source, (str, os.PathLike, int))
 
 
-__all__ = ["Watching"]
+__all__ = ["VideoStream"]
+__getattr__ = renamed(__name__, Watching="VideoStream")

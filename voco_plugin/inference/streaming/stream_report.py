@@ -1,13 +1,13 @@
-"""What a watched video has come to: how much was seen, how much is kept, and what was lost."""
+"""The report of a video stream: how much was seen, how much is kept, and what was lost."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .budget import Everything
+from .budget import KeepAll
 
 
-def summary(keeper: Everything | None, policy: str | None, frames: int, blocks: int) -> dict[str, Any]:
+def summary(kept_by: KeepAll | None, policy: str | None, frames: int, blocks: int) -> dict[str, Any]:
     """The report of a video of which ``frames`` frames were seen as ``blocks`` blocks.
 
     Returns:
@@ -16,16 +16,16 @@ def summary(keeper: Everything | None, policy: str | None, frames: int, blocks: 
         one a kept block); ``largest_gap`` (seconds between two neighbours); ``exact``, whether every kept
         block is one that stage 1 has made; and ``text``, all of it as a sentence.
     """
-    kept = () if keeper is None else keeper.kept
+    kept = () if kept_by is None else kept_by.kept
     times = [k.time for k in kept]
     gap = max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)
     found: dict[str, Any] = {
-        "policy": policy, "budget": None if keeper is None else keeper.budget, "frames": frames,
-        "blocks": blocks, "kept": len(kept), "dropped": 0 if keeper is None else keeper.dropped,
-        "merged": 0 if keeper is None else keeper.merged,
+        "policy": policy, "budget": None if kept_by is None else kept_by.budget, "frames": frames,
+        "blocks": blocks, "kept": len(kept), "dropped": 0 if kept_by is None else kept_by.dropped,
+        "merged": 0 if kept_by is None else kept_by.merged,
         "voco_tokens": sum(sum(k.cache.num_tokens) for k in kept),
         "nbytes": sum(k.cache.nbytes for k in kept), "times": times, "largest_gap": gap,
-        "exact": not (policy == "average" and keeper is not None and keeper.merged),
+        "exact": not (policy == "average" and kept_by is not None and kept_by.merged),
     }  # fmt: skip
     return {**found, "text": _sentence(found)}
 

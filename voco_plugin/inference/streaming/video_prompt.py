@@ -1,4 +1,4 @@
-"""How a video stands in a prompt: its blocks in order, each with its time before it where that is asked for.
+"""A video in a prompt: its blocks in order, each with its time before it where that is asked for.
 
     plain        C C  C C  C C  question                    2 positions a frame (K = 2)
     time text    <0.0s> C C  <1.0s> C C  question           and the time's own tokens

@@ -1,15 +1,17 @@
-"""What a block's K tokens are when they enter the language model; one thing per file.
+"""Compressors: what a block's K tokens are when they enter the language model; one per file.
 
     inside the LLM    voco            the VoCo token's row; vision is read by attention (the paper's)
                       + token_init    slots: a row for each slot; pooled: seeded with the mean of the image
     outside it        avg_pool  qformer  llama_vid  pixel_shuffle  token_merge  matryoshka
 
-A rival outside the LLM makes K embeddings of the vision tokens, which stand where the VoCo tokens stand; the
-rule then hides the vision tokens from these too. So each trains, caches and is evaluated as VoCo is.
+A compressor outside the LLM (a baseline) makes K embeddings of the vision tokens, which stand where the VoCo
+tokens stand; the rule then hides the vision tokens from these too. So each trains, caches and is evaluated as
+VoCo is.
 """
 
 from ...registry import compressors
-from .base import Compressor, build_compressor
+from .base import Compressor
+from .build import build_compressor
 
 for _name, _class in {
     "voco": "voco:VoCo",

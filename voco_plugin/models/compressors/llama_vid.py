@@ -4,7 +4,7 @@
     content    Linear(pool(X)), K − 1 of them
 
 LLaMA-VID takes Q from a text decoder of its own; here Q is a linear map of the question's embeddings, which
-the language model has already. What is made depends on the question, so it is no cache for others.
+the language model has already. The tokens depend on the question, so they cannot be cached for another.
 """
 
 from __future__ import annotations

@@ -43,6 +43,3 @@ class Pooled(Compressor):
 
     def forward(self, vision, rows, question=None) -> torch.Tensor:
         return rows + self.seed(regions(vision, len(rows)))
-
-
-TOKEN_INITS = {"learned": VoCo, "slots": Slots, "pooled": Pooled}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .spec import EncoderSpec, library_module, resolve
 
@@ -35,7 +36,7 @@ class Encoder:
     """
 
     name: str
-    tower: torch.nn.Module
+    tower: PreTrainedModel
     image_processor: Any
     host: str
     hidden_size: int

@@ -47,7 +47,7 @@ class OpenClipVisionModel(PreTrainedModel):
 
     config_class = OpenClipVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: str | list[str] = ["image"]
     base_model_prefix = "visual"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualAttentionBlock"]
@@ -70,14 +70,16 @@ class OpenClipVisionModel(PreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Every weight comes from a checkpoint or from open_clip's own initialisation; buffers that are not
         saved (rotary tables of timm trunks) are made again."""
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        make_again = getattr(module, "init_non_persistent_buffers", None)
+        if callable(make_again):
+            make_again()
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         if hasattr(self.visual, "set_grad_checkpointing"):
             self.visual.set_grad_checkpointing(enable)
 
-    def get_input_embeddings(self) -> None:
+    def get_input_embeddings(self) -> Any:
+        """None: pixels have no embedding layer."""
         return None
 
     @property

@@ -10,8 +10,8 @@ from .spec import EncoderSpec
 _APACHE, _MIT = "apache-2.0", "mit"
 
 
-def _tower(source: str, licence: str, hidden: int, size: int, patch: int, kept: int = 0) -> EncoderSpec:
-    return EncoderSpec(source, "transformers", licence, hidden, size, patch, -2, kept)
+def _tower(source: str, licence: str, hidden: int, size: int, patch: int, prefix: int = 0) -> EncoderSpec:
+    return EncoderSpec(source, "transformers", licence, hidden, size, patch, -2, prefix)
 
 
 def _timm(source: str, licence: str, hidden: int, size: int, patch: int, layer: int = -2) -> EncoderSpec:
@@ -32,7 +32,7 @@ PRESETS: dict[str, EncoderSpec] = {
     "dinov2_large": _tower("facebook/dinov2-large", _APACHE, 1024, 224, 14),
     # four registers stay
     "dinov3_vit_l_16": _tower(
-        "facebook/dinov3-vitl16-pretrain-lvd1689m", "dinov3-license", 1024, 224, 16, kept=4
+        "facebook/dinov3-vitl16-pretrain-lvd1689m", "dinov3-license", 1024, 224, 16, prefix=4
     ),
     "eva_clip_g_224": _timm("eva_giant_patch14_224.clip_ft_in1k", _MIT, 1408, 224, 14),
     "timm_vit_so400m_384": _timm("vit_so400m_patch14_siglip_384.webli", _APACHE, 1152, 384, 14),

@@ -1,4 +1,4 @@
-"""What can be said of an encoder before anything is loaded: its spec, and what a name stands for."""
+"""``EncoderSpec``: what is known of an encoder before it is loaded, and what a name stands for."""
 
 from __future__ import annotations
 

@@ -156,9 +156,8 @@ def _wrapped(arch: str, args: dict[str, Any], width: int, whole: Any) -> Any:
     """A ``TimmWrapperModel`` built from ``args`` with the weights of ``whole``."""
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
-    config = TimmWrapperConfig(
-        architecture=arch, model_args=args or None, do_pooling=False, hidden_size=width
-    )
+    config = TimmWrapperConfig(architecture=arch, model_args=args or None, do_pooling=False)
+    config.hidden_size = width
     try:
         tower = TimmWrapperModel(config)
     except TypeError as error:

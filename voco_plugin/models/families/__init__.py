@@ -1,9 +1,11 @@
-"""What differs from one vision-language family to another. An unknown family gets the generic rules of
-``base``.
-"""
+"""What differs between vision-language families. An unknown family gets the generic rules of ``base``."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from ...config import VoCoConfig
+from ...core.layout import TokenVocabulary
 from ...registry import families
 from .base import Family, VocabularyError
 
@@ -19,13 +21,13 @@ for _key, _path in {
 __all__ = ["Family", "VocabularyError", "family_of", "family_of_processor", "vocabulary_for"]
 
 
-def family_of(config) -> Family:
+def family_of(config: Any) -> Family:
     """The family of a model config (by ``model_type``), or the generic one."""
     name = getattr(config, "model_type", None)
-    return families.get(name)() if name in families else Family()
+    return families.get(name)() if isinstance(name, str) and name in families else Family()
 
 
-def vocabulary_for(*, processor=None, config=None, voco):
+def vocabulary_for(*, processor: Any = None, config: Any = None, voco: VoCoConfig) -> TokenVocabulary:
     """The :class:`~voco_plugin.core.layout.TokenVocabulary` read from a processor and/or a model config.
 
     Raises:
@@ -35,7 +37,7 @@ def vocabulary_for(*, processor=None, config=None, voco):
     return family.vocabulary(config=config, processor=processor, voco=voco)
 
 
-def family_of_processor(processor) -> Family:
+def family_of_processor(processor: Any) -> Family:
     """The family of a processor (by its class), or the generic one."""
     name = type(processor).__name__.removesuffix("Processor").lower()
     return families.get(name)() if name in families else Family()

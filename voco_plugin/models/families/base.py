@@ -1,16 +1,16 @@
-"""The generic family: everything that can be read off a pure-attention vision-language model and its
-processor.
-"""
+"""The generic family: what can be told from a pure-attention vision-language model and its processor."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...config import VoCoConfig
 from ...core.layout import TokenVocabulary, sequential_positions
+from ...data.padding import tokenizer_of
 from .observe import observed_markers
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -32,6 +32,7 @@ _ENDS = (
 )
 _START_NAMES = ("boi_token", "start_image_token", "image_start_token", "vision_start_token")
 _END_NAMES = ("eoi_token", "end_image_token", "image_end_token", "vision_end_token")
+_GRID = "grid_thw"
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
@@ -46,6 +47,9 @@ def _ids(source: Any, names: tuple[str, ...]) -> set[int]:
 class Family:
     """Accessors and rules of a vision-language family; subclasses override what differs.
 
+    ``model`` is a transformers model without wrappers, ``backbone`` its module that takes ``input_ids`` and
+    pixels. Both are ``Any`` to type checkers: what they have depends on the family.
+
     Attributes:
         prefix_lm: whether the backbone reads its prompt both ways where it is given ``token_type_ids``.
         images_by_row: whether its pixels are laid out by batch row, ``(rows, tiles, 3, H, W)``, with tiles
@@ -59,11 +63,11 @@ class Family:
         """Which tokens a prefix-LM reads both ways, of its ``token_type_ids`` ``(B, N)``."""
         raise NotImplementedError("only a prefix-LM has a prefix")
 
-    def backbone(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The module below the LM head that takes ``input_ids`` and pixels."""
+    def backbone(self, model: Any) -> torch.nn.Module:
+        """The module below the LM head."""
         return model.base_model
 
-    def text_model(self, model: torch.nn.Module) -> torch.nn.Module:
+    def text_model(self, model: Any) -> torch.nn.Module:
         """The decoder stack that runs over merged embeddings."""
         text = model.get_decoder()
         inner = getattr(text, "model", None)
@@ -71,7 +75,7 @@ class Family:
             text if inner is None or hasattr(text, "layers") else inner
         )  # Llama 4's decoder has its LM head on
 
-    def merged_at(self, model: torch.nn.Module) -> tuple[torch.nn.Module, bool]:
+    def merged_at(self, model: Any) -> tuple[torch.nn.Module, bool]:
         """Where the embeddings with the image features merged in can be had: a module, and whether they are
         its output (else its argument ``inputs_embeds``).
         """
@@ -79,13 +83,13 @@ class Family:
         merges = getattr(text, "embed_tokens_extend", None)  # Phi-4's decoder encodes the images itself
         return (text, False) if merges is None else (merges, True)
 
-    def chunk_size(self, model: torch.nn.Module) -> int | None:
+    def chunk_size(self, model: Any) -> int | None:
         """How many tokens a chunk of chunked attention holds, or ``None`` where no layer has it."""
         config = self.text_model(model).config
         chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
         return getattr(config, "attention_chunk_size", None) if chunked else None
 
-    def windowed(self, model: torch.nn.Module) -> bool:
+    def windowed(self, model: Any) -> bool:
         """Whether any layer attends within a window or a chunk, so that it asks where a slot stood."""
         config = self.text_model(model).config
         types = getattr(config, "layer_types", None)
@@ -93,7 +97,19 @@ class Family:
             return bool({"sliding_attention", "chunked_attention"} & set(types))
         return getattr(config, "sliding_window", None) is not None
 
-    def refusal(self, model: torch.nn.Module) -> str | None:
+    def shares_keys(self, model: Any) -> bool:
+        """Whether layers use the keys and values of an earlier layer (Gemma 3n), which must then be whole."""
+        return bool(getattr(self.text_model(model).config, "num_kv_shared_layers", 0))
+
+    def multi_axis(self, backbone: Any) -> bool:
+        """Whether positions have three axes (mrope: Qwen-VL's), which the backbone reads off the grids."""
+        return hasattr(backbone, "get_rope_index")
+
+    def has_grids(self, vision: Mapping[str, Any]) -> bool:
+        """Whether a forward's keyword arguments hold the grids that place image tokens on three axes."""
+        return any(name.endswith(_GRID) and value is not None for name, value in vision.items())
+
+    def refusal(self, model: Any) -> str | None:
         """Why the isolation rule cannot hold in this model, or ``None``.
 
         Recurrent and convolutional layers carry vision past any mask in their state; an encoder-decoder or a
@@ -175,7 +191,7 @@ class Family:
 
     def vocabulary(self, *, config: Any = None, processor: Any = None, voco: VoCoConfig) -> TokenVocabulary:
         """The ids by which sequences of this family are read."""
-        tokenizer = getattr(processor, "tokenizer", processor)
+        tokenizer = tokenizer_of(processor)
         placeholders = self.placeholders(config, processor)
         if not placeholders:
             raise VocabularyError(
@@ -221,7 +237,7 @@ class Family:
 
     def sequential(
         self,
-        backbone: torch.nn.Module,
+        backbone: Any,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         vision: dict[str, Any],
@@ -234,13 +250,13 @@ class Family:
         Raises:
             ValueError: an mrope family's image tokens without the grids that place them.
         """
-        if not hasattr(backbone, "get_rope_index"):
+        if not self.multi_axis(backbone):
             return sequential_positions(attention_mask)
         wanted = inspect.signature(backbone.get_rope_index).parameters
         given = {k: v for k, v in vision.items() if k in wanted and v is not None}
         if not bool((self.token_types(backbone.config, input_ids) > 0).any()):
             return sequential_positions(attention_mask).expand(3, *input_ids.shape).clone()
-        if not any(k.endswith("grid_thw") for k in given):
+        if not self.has_grids(given):
             raise ValueError(
                 "image tokens without image_grid_thw: their positions cannot be told (the backbone would "
                 "count them as text); pass the processor's image_grid_thw along."
@@ -258,8 +274,8 @@ class Family:
                 types[input_ids == token] = value
         return types
 
-    def shape_positions(self, backbone: torch.nn.Module, positions: torch.Tensor) -> torch.Tensor:
+    def shape_positions(self, backbone: Any, positions: torch.Tensor) -> torch.Tensor:
         """1-D text positions ``(B, N)`` in the shape the backbone wants."""
-        if hasattr(backbone, "get_rope_index") and positions.dim() == 2:
+        if self.multi_axis(backbone) and positions.dim() == 2:
             return positions.expand(3, *positions.shape)
         return positions

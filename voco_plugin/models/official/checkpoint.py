@@ -1,6 +1,6 @@
 """The weight files of a checkpoint folder: which tensor is where, and one tensor at a time.
 
-Pickles (``.bin``) are read by torch's restricted unpickler alone, and mapped into memory where their format
+Pickles (``.bin``) are read only by torch's restricted unpickler, and mapped into memory where their format
 allows it, so that no file is ever held whole.
 """
 
@@ -72,12 +72,12 @@ class Reader:
         """Every tensor of ``files``, in their order.
 
         Raises:
-            ValueError: a file is no checkpoint of plain tensors, or two files hold the same name.
+            ValueError: a file is not a checkpoint of plain tensors, or two files hold the same name.
         """
         found: dict[str, Entry] = {}
         for file in files:
             self._open(file)
-            for name in self._tensors.keys():  # noqa: SIM118 - safetensors' handle is no mapping
+            for name in self._tensors.keys():  # noqa: SIM118 - safetensors' handle is not a mapping
                 if name in found:
                     raise ValueError(f"{name} is in {found[name].file.name} and again in {file.name}.")
                 if file.suffix == ".safetensors":
@@ -114,7 +114,7 @@ def _open_safe(file: Path) -> Any:
 
 
 def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
-    # files from before torch 1.6 are no zip archives: they cannot be mapped, and are read whole
+    # files from before torch 1.6 are not zip archives: they cannot be mapped, and are read whole
     try:
         with open(file, "rb") as stream:
             zipped = stream.read(2) == b"PK"

@@ -190,7 +190,7 @@ def _llava_config(config: dict[str, Any], clip: Any, tokenizer: Any, image_id: i
         pad_token_id=tokenizer.pad_token_id,
         dtype=dtype,
     )
-    strategy = select_strategy(config)
+    strategy: Any = select_strategy(config)  # "default" or "full"
     patches = (clip.image_size // clip.patch_size) ** 2
     clip.dtype = dtype
     llava = LlavaConfig(

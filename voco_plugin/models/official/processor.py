@@ -92,9 +92,9 @@ def between_ids(tokenizer: Any, config: dict[str, Any], voco: str) -> set[int]:
     not see them.
     """
     ids = tokenizer(f"{wrapped_image(config)}\n{voco}", add_special_tokens=False)["input_ids"]
-    alone = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    bare = tokenizer("\n", add_special_tokens=False)["input_ids"]
     image, voco_id = (tokenizer.convert_tokens_to_ids(token) for token in (IMAGE, voco))
-    return {*ids, *alone} - {image, voco_id}
+    return {*ids, *bare} - {image, voco_id}
 
 
 def make_processor(

@@ -52,7 +52,9 @@ def llava_name(name: str, linear: bool) -> str | None:
     short = name.removeprefix("model.")
     if short.startswith("mm_projector."):
         layers = {"": "linear_1", "0.": "linear_1"} if linear else {"0.": "linear_1", "2.": "linear_2"}
-        number, leaf = re.fullmatch(r"mm_projector\.((?:\d+\.)?)(.*)", short).groups()
+        found = re.fullmatch(r"mm_projector\.((?:\d+\.)?)(.*)", short)
+        assert found is not None  # both groups may be empty
+        number, leaf = found.groups()
         return f"{_PROJECTOR}{layers[number]}.{leaf}" if number in layers else None
     if short.startswith("vision_tower.vision_tower."):
         return tower_name(short.removeprefix("vision_tower.vision_tower."))

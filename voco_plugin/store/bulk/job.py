@@ -1,4 +1,4 @@
-"""The stage that runs over any number of images: open, key, compress what is not there yet, write.
+"""``compress_dataset``: stage 1 over any number of images: open, key, compress what is not there yet, write.
 
     source → (known by name? done) → decode → key → (known by key? done) → batch → compress → sinks
 
@@ -17,15 +17,16 @@ from functools import partial
 from typing import Any
 
 from ...cache import VoCoCache
+from ...core.modes import evaluating
 from ...data.images import BadImageError, check_on_bad_sample
-from ...inference.answering import compress_images, evaluating
+from ...inference.answering import compress_images
 from ..keys import fingerprint_of, image_key
 from ..names import NameEntry
 from ..shards import SHARD_BYTES
 from ..sources.image_items import ImageItem
 from ..sources.image_sources import image_source
 from ..store import VoCoCacheStore
-from .prefetch import map_ahead
+from .prefetch import prefetch
 from .sinks import Finished, ShardSink, Sink, StoreSink
 from .videos import SeriesSeen
 
@@ -120,10 +121,10 @@ def compress_dataset(
             store = stack.enter_context(VoCoCacheStore.for_model(store, model))
         stack.enter_context(evaluating(model))
         sinks: list[Sink] = []
-        kept = StoreSink(store) if store is not None else None
-        if kept is not None:
-            stack.callback(kept.close)
-            sinks.append(kept)
+        store_sink = StoreSink(store) if store is not None else None
+        if store_sink is not None:
+            stack.callback(store_sink.close)
+            sinks.append(store_sink)
         if shards is not None:
             sinks.append(ShardSink(shards, made_by, shard_bytes))
             stack.callback(sinks[-1].close)  # after an error too: what is finished is worth a small shard
@@ -133,8 +134,8 @@ def compress_dataset(
                 max_memory=max_memory,
             ),
             key=partial(image_key, made_by=made_by, num_tokens=tokens),
-            tokens=tokens, sinks=sinks, kept=kept, batch_size=batch_size, skip=on_bad_sample == "skip",
-            progress=progress, refused=refused,
+            tokens=tokens, sinks=sinks, store_sink=store_sink, batch_size=batch_size,
+            skip=on_bad_sample == "skip", progress=progress, refused=refused,
         )  # fmt: skip
         job.run(images.share(rank, world), threads)
         for series in job.series.found(tokens, images.sampling, job.left_out):
@@ -150,13 +151,13 @@ def compress_dataset(
 
 @dataclass
 class _Job:
-    """One run over a share; the state between its images."""
+    """One run over a share of the images, and its state between them."""
 
     compute: Callable[..., Iterator[VoCoCache]]
     key: Callable[[Any], str]
     tokens: int
     sinks: list[Sink]
-    kept: StoreSink | None
+    store_sink: StoreSink | None
     batch_size: int
     skip: bool
     progress: Callable[[Counts], Any] | None
@@ -170,8 +171,8 @@ class _Job:
 
     def run(self, items: Iterator[ImageItem], threads: int) -> None:
         try:
-            ahead = self.batch_size + threads
-            for item, found in map_ahead(self._look, self._unknown(items), threads, ahead):
+            depth = self.batch_size + threads
+            for item, found in prefetch(self._look, self._unknown(items), threads, depth):
                 if isinstance(found, BadImageError):
                     self._leave_out(item.name, str(found))
                 else:
@@ -216,7 +217,8 @@ class _Job:
 
     def _copied(self, entry: NameEntry) -> bool:
         """Whether the store has it, and the other sinks have it from there now."""
-        cache = self.kept.read(entry.key) if self.kept is not None and len(self.sinks) > 1 else None
+        others = len(self.sinks) > 1
+        cache = self.store_sink.read(entry.key) if self.store_sink is not None and others else None
         if cache is None:
             return False
         for sink in self.sinks:

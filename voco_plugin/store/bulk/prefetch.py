@@ -1,4 +1,4 @@
-"""Work done ahead in threads: images are decoded while the model computes. Order is kept, memory bounded."""
+"""Prefetch in threads: images are decoded while the model computes. Order is kept, memory is bounded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Iterator[R]:
-    """``function`` of each item, in order; at most ``ahead`` results wait to be taken.
+def prefetch(function: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Iterator[R]:
+    """``function`` of each item, in order; at most ``depth`` results wait to be taken.
 
     Args:
-        threads: 0 does the work in this thread, when it is asked for.
+        threads: 0 does the work in this thread, when a result is asked for.
     """
     if threads == 0:
         yield from map(function, items)
@@ -25,7 +25,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahea
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
+            if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -25,7 +25,7 @@ class Finished:
 
 
 class Sink(Protocol):
-    """What the stage asks of a place for caches."""
+    """What the job asks of a place for caches."""
 
     def entry(self, name: str, num_tokens: int) -> NameEntry | None:
         """The entry of a name, where its cache is there, too."""

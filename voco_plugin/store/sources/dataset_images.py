@@ -54,7 +54,7 @@ def dataset_images(
 
     Raises:
         ValueError: there is no such column, or none that is known to hold images, or several.
-        TypeError: ``data`` is no dataset.
+        TypeError: ``data`` is not a dataset.
     """
     from datasets import Dataset, IterableDataset
 
@@ -102,8 +102,8 @@ class TableImages(ImageSource):
 
     def _value(self, row: int, place: int) -> Any:
         value = self.data[row][self.column]
-        kept = [v for v in value if v is not None] if self.lists else [value]
-        return _located(kept[place], self.base)
+        images = [v for v in value if v is not None] if self.lists else [value]
+        return _located(images[place], self.base)
 
 
 class StreamImages(ImageSource):
@@ -173,7 +173,7 @@ def _stored(data: Any, column: str) -> tuple[bool, Any, bool]:
         lengths = pc.fill_null(pc.list_value_length(stored), 0).to_numpy().astype(np.int64)
         before = np.concatenate([[0], np.cumsum(valid)])
         ends = np.cumsum(lengths)
-        counts = before[ends] - before[ends - lengths]  # nulls inside a list are no images
+        counts = before[ends] - before[ends - lengths]  # nulls inside a list are not images
     else:
         counts = valid.astype(np.int64)
     if data._indices is not None:  # shuffled or selected: rows in another order

@@ -22,11 +22,11 @@ class ImageItem:
     Attributes:
         name: what it is called in the source; unique within it.
         read: gives what :func:`voco_plugin.data.images.open_image` takes: a path, bytes, a record, a PIL
-        image. stamp: changes when the image behind the name may have changed (size and time of a file,
-        fingerprint
+            image.
+        stamp: changes when the image behind the name may have changed (size and time of a file, fingerprint
             of a dataset); ``None`` where nothing cheap can tell.
-        series: the name of what it is a part of, in order: the video of a frame.
-        time: seconds within that.
+        series: the name of the video that it is a frame of.
+        time: seconds within that video.
     """
 
     name: str
@@ -39,7 +39,7 @@ class ImageItem:
         """The image as 8-bit RGB.
 
         Raises:
-            BadImageError: it is missing, broken or no image; the message names it.
+            BadImageError: it is missing, broken or not an image; the message names it.
         """
         from ...data.images import BadImageError, open_image
 

@@ -53,8 +53,7 @@ def image_source(
         image_folder: where the image names of a JSON file start; ``None``: beside the file, or its
             ``images/``.
         streaming: read a dataset as a stream, without keeping a copy of it.
-        missing: whether a named image file that does not exist is kept, to be found missing when it is
-            opened.
+        missing: whether the name of a file that does not exist is kept; it raises when it is opened.
 
     Raises:
         FileNotFoundError: there is no such file or folder.

@@ -1,9 +1,9 @@
 """Images inside tar files (WebDataset shards), read in place: nothing is unpacked.
 
 A local uncompressed tar is indexed once by its headers (an image is then two numbers: where it begins, how
-long it is); a compressed or remote one is read in order. Whatever is no image by its suffix (captions,
-labels) is passed over. A broken header ends the reading with an error: ``tarfile`` alone would end it without
-a word.
+long it is); a compressed or remote one is read in order. Members that are not images by their suffix
+(captions, labels) are skipped. A broken header ends the reading with an error, where ``tarfile`` by itself
+would end it silently.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 from ...data.images import IMAGE_SUFFIXES, BadImageError
 from ...video import VIDEO_SUFFIXES, BadVideoError, Sampling, probe
 from ...video.image_sequence import natural_key
-from ...video.reading import read_shots
+from ...video.reading import read_lazy_frames
 from ...video.sources import VideoSource
 from .image_items import ImageItem, ImageSource, file_stamp
 from .image_sources import expand
@@ -78,12 +78,12 @@ class VideoFrames(ImageSource):
         before = ""
         try:
             source = VideoSource.of(video, rate=self._rate(video))
-            for shot in read_shots(source, self.options.sampling):
-                time = float(shot.time)
+            for frame in read_lazy_frames(source, self.options.sampling):
+                time = float(frame.time)
                 name = frame_name(video, time)
                 unique = frame_name(video, time, digits=6) if name == before else name
                 before = name
-                yield ImageItem(unique, shot.picture, stamp, video, time)
+                yield ImageItem(unique, frame.picture, stamp, video, time)
         except BadVideoError as problem:
             yield ImageItem(video, _raising(problem), None, video)
 
@@ -97,7 +97,7 @@ def video_source(sources: Sequence[str], options: VideoOptions, *, missing: bool
     """The frames of the videos that ``sources`` name: files, patterns, folders.
 
     Args:
-        missing: whether a name of which there is no file is kept, to be found missing when it is read.
+        missing: whether a name without a file is kept; it raises when it is read.
 
     Raises:
         FileNotFoundError: there is no such file or folder.

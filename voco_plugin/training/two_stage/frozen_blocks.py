@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from ...cache.block import VoCoBlock
-from ...cache.cache import VoCoCache
+from ...cache.cache import VoCoBlock, VoCoCache
 from ...cache.compress.batching import Limits, chunks_of
 from ...cache.compress.stage_one import Batch, attention_of, run_alone
 from ...store.store import VoCoCacheStore
