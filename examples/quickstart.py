@@ -38,7 +38,6 @@ from voco_plugin.evaluation.metrics import agreement, raw_ratio, retention
 from voco_plugin.evaluation.reporting.charts import draw_bars, draw_losses, read_losses
 from voco_plugin.evaluation.reporting.report import Report
 from voco_plugin.evaluation.reporting.sheet import SheetEntry, draw_sheet
-from voco_plugin.gridworld.questions import DESCRIBE
 
 ROWS = {
     "base": "base VLM, all 16 vision tokens",
@@ -185,7 +184,7 @@ def answer_from_cache(
         turns = record["conversations"]
         asked = [t["value"].replace("<image>\n", "") for t in turns if t["from"] == "human"]
         right = [t["value"] for t in turns if t["from"] == "gpt"]
-        asked = [q for q, kind in zip(asked, record["types"], strict=True) if kind != DESCRIBE]
+        asked = [q for q, kind in zip(asked, record["types"], strict=True) if kind != "describe"]
         questions = out / "questions.txt"
         questions.write_text("\n".join(asked) + "\n", encoding="utf-8")
         command = ["generate", tuned, "--cache", cache_file, "--index", index, "--questions", questions]

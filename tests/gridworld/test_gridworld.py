@@ -365,7 +365,8 @@ def test_every_word_of_the_world_is_one_token():
 
 
 def test_the_tower_learns_what_and_where():
-    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm, pretrain_tower
+    from voco_plugin.gridworld.tiny_tower import pretrain_tower
+    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
 
     model, processor = build_tiny_vlm(
         image_size=24, patch_size=12, vision_width=64, vision_layers=2, text_layers=1

@@ -82,7 +82,7 @@ def restore(thing: Any) -> None:
 
 
 def _rebuild(base: type, mixin: type[Extension]) -> Any:
-    made = extended(base, mixin)
+    made: Any = extended(base, mixin)
     return made.__new__(made)
 
 

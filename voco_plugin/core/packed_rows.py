@@ -322,7 +322,7 @@ def in_packed_rows(spans: Sequence[BlockSpan], documents: Documents) -> list[Blo
         real = documents.real[row].nonzero().flatten()
         starts.append(int(real[filled.get(row, 0)]))
         filled[row] = filled.get(row, 0) + size
-    found = []
+    found: list[BlockSpan] = []
     for span in spans:
         row, shift = int(documents.row[span.row]), starts[span.row]
         moved = (span.start + shift, span.voco + shift, span.stop + shift)

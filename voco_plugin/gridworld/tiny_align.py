@@ -10,12 +10,12 @@ colours drown the shapes, and thousands of steps of instruction tuning stay on t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from voco_plugin.gridworld.scenes import Scene
-from voco_plugin.gridworld.tiny_vlm import draw_patches, tower_features
+from voco_plugin.gridworld.tiny_tower import draw_patches, tower_features
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -34,7 +34,7 @@ def align_projector(
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Fits the projector, in place; tower and LLM stay as they are.
+    """Fit the projector, in place; tower and LLM stay as they are.
 
     Args:
         model, processor: as `build_tiny_vlm` made them, the tower pre-trained.
@@ -45,13 +45,12 @@ def align_projector(
 
     Returns:
         `alignment_error`: mean squared distance to the words' sum on held-out scenes and digits, as a share
-            of
-        the sum's own variance.
+        of the sum's own variance.
     """
     world = (grid, num_colors, cell_pixels)
     features, target = _pairs(model, processor, *world, num_images, "train", seed)
     held_features, held_target = _pairs(model, processor, *world, 512, "test", seed)
-    scale = model.get_input_embeddings().weight.detach().std()
+    scale = model.get_input_embeddings().get_parameter("weight").detach().std()
     projector = model.model.multi_modal_projector
     optimizer = torch.optim.AdamW(projector.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -71,20 +70,29 @@ def align_projector(
 
 
 @torch.no_grad()
-def _pairs(model, processor, grid, num_colors, cell_pixels, num_images, split, seed):
+def _pairs(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    grid: int,
+    num_colors: int,
+    cell_pixels: int,
+    num_images: int,
+    split: str,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tower features `[B, N, D]` and, for each, the sum of its words' embeddings `[B, N, H]`."""
     scenes, pixels = draw_patches(
         processor.image_processor, grid, num_colors, cell_pixels, num_images, split, seed
     )
     side = pixels.shape[-1] // processor.patch_size
-    embeddings = model.get_input_embeddings().weight
+    embeddings = model.get_input_embeddings().get_parameter("weight")
     ids = torch.tensor([_patch_words(scene, side, processor.tokenizer) for scene in scenes])
     model.eval()
     features = [tower_features(model, pixels[i : i + 256])[0] for i in range(0, len(pixels), 256)]
     return torch.cat(features), embeddings[ids].sum(-2)
 
 
-def _patch_words(scene: Scene, side: int, tokenizer) -> list[list[int]]:
+def _patch_words(scene: Scene, side: int, tokenizer: Any) -> list[list[int]]:
     """Per patch, row by row, the ids of its cell's two content words and its name."""
     words = []
     for row in range(side):
@@ -97,7 +105,7 @@ def _patch_words(scene: Scene, side: int, tokenizer) -> list[list[int]]:
     return words
 
 
-def _id(word: str, tokenizer) -> int:
+def _id(word: str, tokenizer: Any) -> int:
     ids = tokenizer(" " + word, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise ValueError(f"{word!r} is {len(ids)} tokens: alignment needs a tokenizer that has it as one")

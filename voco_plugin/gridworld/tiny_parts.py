@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from voco_plugin.gridworld.tiny_processor import CHAT_TEMPLATE, build_tokenizer
-from voco_plugin.gridworld.tiny_vlm import CELL_CLASSES, INIT_STD, patch_data
+from voco_plugin.gridworld.tiny_tower import CELL_CLASSES, INIT_STD, patch_data
 from voco_plugin.models.encoders.base import Encoder, load_encoder
 
 ENCODERS = ("transformers_clip", "timm_vit", "open_clip_vit")
@@ -132,8 +132,9 @@ def _build(name: str, size: int, patch: int, width: int) -> Any:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d):
             torch.nn.init.normal_(module.weight, std=INIT_STD)
-            if getattr(module, "bias", None) is not None:
-                torch.nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                torch.nn.init.zeros_(bias)
     return model.eval()
 
 

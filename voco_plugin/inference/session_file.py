@@ -155,7 +155,7 @@ def _past(tensors: dict[str, torch.Tensor], slots: Any, device: torch.device) ->
         if layers:
             raise ValueError("keys without slots")
         return None
-    past = VoCoKVCache()
+    past: Any = VoCoKVCache()
     for index in range(layers):
         key, value = (tensors[f"layers.{index}.{name}"].to(device) for name in ("key", "value"))
         if key.dim() != 3 or value.dim() != 3 or key.shape[1] != value.shape[1]:
@@ -164,7 +164,8 @@ def _past(tensors: dict[str, torch.Tensor], slots: Any, device: torch.device) ->
     lengths = {layer.keys.shape[2] for layer in past.layers} | {len(slots[name]) for name in _TABLE}
     if len(lengths) != 1 or not set(slots["kind"]) <= {TokenKind.PAD, TokenKind.TEXT, TokenKind.VOCO}:
         raise ValueError("slots and keys are not of one length, or a slot holds what no session reads")
-    table = TokenTable(*(torch.tensor([slots[name]], dtype=torch.long, device=device) for name in _TABLE))
+    kind, block, order = (torch.tensor([slots[name]], dtype=torch.long, device=device) for name in _TABLE)
+    table = TokenTable(kind, block, order)
     counts: dict[str, Any] = {name: torch.tensor([int(slots[name])], device=device) for name in _COUNTS}
     past.voco_slots = KVSlots(table, open_to_text=bool(slots["settled"]), **counts)
     return past

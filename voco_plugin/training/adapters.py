@@ -9,18 +9,22 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..core.block_embeddings import NAME
-from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, is_token_row
+from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_token_row
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _ALL = "all-linear"
 
 
 def prepare_peft_config(
-    model: nn.Module,
+    model: PreTrainedModel,
     peft_config: Any,
     token_id: int | None,
     *,
@@ -86,7 +90,7 @@ def prepare_peft_config(
     return config
 
 
-def _refuse_language(model: nn.Module, parts: ModelParts, pattern: str) -> None:
+def _refuse_language(model: PreTrainedModel, parts: ModelParts, pattern: str) -> None:
     """A regular expression is kept as it is, so it must not reach what is to stay frozen."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and parts.of(name) == LANGUAGE and re.fullmatch(pattern, name):
@@ -96,7 +100,7 @@ def _refuse_language(model: nn.Module, parts: ModelParts, pattern: str) -> None:
             )
 
 
-def _with_token(model: nn.Module, given: Any, token_id: int) -> Any:
+def _with_token(model: PreTrainedModel, given: Any, token_id: int) -> Any:
     """``trainable_token_indices`` that hold the VoCo token among whatever the user gave."""
     if isinstance(given, dict):
         embeddings = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
@@ -174,7 +178,7 @@ def _refuse_vision_only(
             )
 
 
-def train_loose_parameters(model: nn.Module, train_projector: bool) -> list[str]:
+def train_loose_parameters(model: PeftModel, train_projector: bool) -> list[str]:
     """Let the projector's loose parameters train where the projector does, which PEFT cannot.
 
     PEFT trains copies of whole modules; ``image_newline`` of LLaVA-NeXT and -OneVision is a parameter of none
@@ -183,7 +187,7 @@ def train_loose_parameters(model: nn.Module, train_projector: bool) -> list[str]
     Returns:
         their names, as :func:`save_loose_parameters` wants them.
     """
-    base = model.get_base_model()
+    base = base_of(model)
     parts = ModelParts(base)
     names = parts.loose(base, PROJECTOR)
     names = [n for n in names if not any(_own(part) for part in n.split("."))]
@@ -204,7 +208,7 @@ def _own(part: str) -> bool:
 
 
 def save_loose_parameters(
-    model: nn.Module, names: Iterable[str], folder: str | os.PathLike, state_dict: dict[str, Any] | None
+    model: PeftModel, names: Iterable[str], folder: str | os.PathLike, state_dict: dict[str, Any] | None
 ) -> None:
     """Add parameters to the adapter's file, under the names by which PEFT puts them back itself.
 
@@ -227,7 +231,7 @@ def save_loose_parameters(
     prefix = "base_model.model."
     for name in names:
         found = (state_dict or {}).get(prefix + name)
-        found = model.get_base_model().get_parameter(name) if found is None else found
+        found = base_of(model).get_parameter(name) if found is None else found
         weights[prefix + name] = found.detach().cpu().contiguous().clone()
     partial = path.with_name(path.name + ".partial")
     save_file(weights, partial, metadata=metadata or {"format": "pt"})
@@ -235,7 +239,7 @@ def save_loose_parameters(
 
 
 def check_adapter(
-    model: nn.Module, *, language: bool, voco: bool, projector: bool, vision_tower: bool
+    model: PeftModel, *, language: bool, voco: bool, projector: bool, vision_tower: bool
 ) -> None:
     """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train.
 
@@ -244,7 +248,7 @@ def check_adapter(
     Raises:
         ValueError: a part is asked for that the adapter does not hold.
     """
-    base = model.get_base_model()
+    base = base_of(model)
     parts = ModelParts(base)
     held = set()
     for name, parameter in base.named_parameters():
@@ -269,7 +273,7 @@ def check_adapter(
 
 
 @contextlib.contextmanager
-def small_checkpoints(model: nn.Module) -> Iterator[None]:
+def small_checkpoints(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Inside the block, ``model.save_pretrained`` writes token rows, not embeddings.
 
     PEFT's own rule saves both whole embeddings of a vocabulary that differs from the base model's on disk.
@@ -280,7 +284,10 @@ def small_checkpoints(model: nn.Module) -> Iterator[None]:
     if getattr(config, "trainable_token_indices", None) is None:
         yield
         return
-    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    # on the instance, for this one save; `del` brings the class's method back
+    model.save_pretrained = functools.partial(  # type: ignore[method-assign]
+        model.save_pretrained, save_embedding_layers=False
+    )
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from typing import Any
 from ..config import VoCoConfig
 from ..files import atomic_write_text
 from .packing import PackedDataset
+from .parts import is_peft
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,11 @@ def license_of(base: str | None) -> dict[str, str]:
     """The licence fields of a base model's own card, where that is at hand; else what says to look there."""
     from huggingface_hub import try_to_load_from_cache
 
-    card = None
+    card: Any = None
     if base and os.path.isdir(base):
         card = os.path.join(base, CARD)
-    elif hub_id(base):
-        card = try_to_load_from_cache(base, CARD)
+    elif (repository := hub_id(base)) is not None:
+        card = try_to_load_from_cache(repository, CARD)
     if isinstance(card, str) and os.path.isfile(card):
         data = _metadata(card)
         found = {
@@ -110,7 +111,7 @@ def write_card(
     """
     args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
-    adapter = model.active_peft_config if hasattr(model, "peft_config") else None
+    adapter = model.active_peft_config if is_peft(model) else None
     base = getattr(adapter, "base_model_name_or_path", None) or getattr(model.config, "_name_or_path", None)
     repository = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name
     arguments = {key: getattr(args, key) for key in _ARGUMENTS}
@@ -194,6 +195,7 @@ def extend_card(
         t for t in tags_before if isinstance(tags_before, list) and not t.startswith("base_model:")
     }  # PEFT's may be a folder
     kept |= {"voco_plugin", *tags, *(["voco"] if voco else [])}
+    licence: dict[str, Any] = license_of(base)
     metadata = ModelCardData(
         base_model=base_id,
         base_model_relation=None if base_id is None else "adapter" if method else "finetune",
@@ -201,7 +203,7 @@ def extend_card(
         pipeline_tag="image-text-to-text",
         datasets=[dataset] if dataset else None,
         tags=sorted(kept | ({f"base_model:adapter:{base_id}"} if base_id and method else set())),
-        **license_of(base),
+        **licence,
     )
     short = Path(base).name if base else "a model in memory"
     link = f"[{base_id}](https://huggingface.co/{base_id})" if base_id else f"`{short}`"
@@ -247,7 +249,7 @@ def _metadata(card: str | os.PathLike) -> dict[str, Any]:
     if not os.path.isfile(card):
         return {}
     try:
-        return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        return ModelCard.load(os.fspath(card), ignore_metadata_errors=True).data.to_dict()
     except Exception as error:  # a card someone wrote by hand must not cost a checkpoint
         logger.warning("the metadata of %s cannot be read (%s); it is not used.", card, error)
         return {}

@@ -65,7 +65,9 @@ class AtomicCheckpoints(_Base):
     _push_is_due = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._once_per_node(lambda: recover(self.args.output_dir))
+        run = self.args.output_dir
+        assert run is not None  # TrainingArguments names one where none is given
+        self._once_per_node(lambda: recover(run))
         return super().train(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -179,7 +181,8 @@ class NoteStart(TrainerCallback):
 
 def recover(run: str | os.PathLike) -> list[str]:
     """Tidy what a killed save left in ``run``; returns (and logs) a line for each thing found."""
-    run, done = Path(run), []
+    run = Path(run)
+    done: list[str] = []
     if not run.is_dir():
         return done
     for folder in sorted(run.glob(f"{REPLACED}*")):

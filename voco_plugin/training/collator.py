@@ -197,8 +197,9 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
                 logger.warning("%s Skipped; %s takes its place.", problem, other)
             names[number] = f"{other}, in the place of {names[number]},"
         for number in sorted(out, reverse=True):
-            for held in (examples, rows, names, packed):
-                del held[number]
+            assert packed is not None  # only packed rows go on without one of theirs
+            for parallel in (examples, rows, names, packed):
+                del parallel[number]
 
     def _stand_in(self, example: Any, problem: str, good: list[tuple[dict, str]]) -> tuple[dict, str]:
         """A good row instead of ``example``, and its name; the draw depends on ``example`` and the seed."""
@@ -235,6 +236,7 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
                     "voco (rule: causal isolates nothing else), or leave packing off."
                 )
             return super().torch_call(rows)
+        assert self.vocab is not None  # `__post_init__` derives it
         images = [len(row["images"]) for row in rows]
         # TRL's limit cuts through images, and its padding is undone by the insertion: both come after it
         plain = copy.copy(self)
@@ -273,6 +275,7 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         """K for the batch of ``input_ids`` ``(B, N)``, before the VoCo tokens are in."""
         if isinstance(self.num_tokens, int):
             return self.num_tokens
+        assert self.num_tokens is not None  # `__post_init__` takes the config's
         low, high = self.num_tokens
         key = f"{self.seed}/{int(self._epoch)}/{tuple(input_ids.shape)}/".encode()
         digest = hashlib.blake2b(

@@ -131,16 +131,18 @@ class VoCoSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        self.voco = as_voco_config(self.voco)
-        self.distill = as_distill_config(self.distill)
+        voco = as_voco_config(self.voco)
+        # the fields are annotated as what is given, for HfArgumentParser; from here on they are configs
+        self.voco = voco  # type: ignore[assignment]
+        self.distill = as_distill_config(self.distill)  # type: ignore[assignment]
         check_on_bad_sample(self.on_bad_sample)
         self._check_stage1()
         if self.num_tokens_range is not None:
             self.num_tokens_range = list(check_range(self.num_tokens_range))
             low, high = self.num_tokens_range
-            if self.voco is not None and not low <= self.voco.num_tokens <= high:
+            if voco is not None and not low <= voco.num_tokens <= high:
                 raise ValueError(
-                    f"voco.num_tokens={self.voco.num_tokens} is outside "
+                    f"voco.num_tokens={voco.num_tokens} is outside "
                     f"num_tokens_range={self.num_tokens_range}, so it would be evaluated untrained; choose "
                     "it within the range."
                 )

@@ -14,8 +14,8 @@ from ..config import CONFIG_NAME, VoCoConfig
 from ..core.attachment import attachment, is_attached, unwrap
 from ..core.layout import TokenVocabulary
 from ..models import attach, detach, load
-from .config import VoCoSFTConfig
-from .parts import freeze
+from .config import VoCoSFTConfig, as_voco_config
+from .parts import base_of, freeze, is_peft
 from .quantization import language_model_only
 from .rows import HoldRows
 
@@ -33,7 +33,7 @@ def as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
 
 def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tuple[Any, Any]:
     """The model at ``source``; its processor too where this package saved it (else ``None``)."""
-    options = dict(args.model_init_kwargs or {})
+    options = _init_kwargs(args)
     if quantization_config is not None:
         if "quantization_config" in options:
             raise ValueError(
@@ -46,28 +46,36 @@ def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tu
     if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
         return create_model_from_path(source, **options), None
     options.setdefault("dtype", "float32")
-    model, processor = load(source, voco=args.voco, **options)
-    if hasattr(model, "peft_config"):  # loaded for inference: train on
+    model, processor = load(source, voco=as_voco_config(args.voco), **options)
+    if is_peft(model):  # loaded for inference: train on
         model.set_adapter(model.active_adapter)
     return model.train(), processor
+
+
+def _init_kwargs(args: VoCoSFTConfig) -> dict[str, Any]:
+    given = args.model_init_kwargs
+    assert not isinstance(given, str), "TRL parses it when the arguments are made"
+    return dict(given or {})
 
 
 def check_backbone(model: Any) -> None:
     """Refuse a model whose backbone cannot be run below its LM head, as TRL's loss does.
 
     Raises:
-        ValueError: the class has no such backbone (Llama 4 in transformers 5.23).
+        ValueError: the class has no such backbone (Llama 4 in transformers 5.23), or its adapters were put in
+            by transformers' ``add_adapter``: there is no ``PeftModel`` to read them from.
     """
-    inner = model.get_base_model() if is_peft(model) else model
+    if hasattr(model, "peft_config") and not is_peft(model):
+        raise ValueError(
+            "the model has adapters from transformers' add_adapter; give the model without them and a "
+            "peft_config, or a PeftModel (peft.get_peft_model)."
+        )
+    inner = base_of(model)
     if inner.base_model is inner:
         raise ValueError(
             f"{type(inner).__name__} has no backbone of its own below its LM head, and TRL's loss runs just "
             "that; train it with another loop (model(**batch).logits is under the rule), or another model."
         )
-
-
-def is_peft(model: Any) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 @contextlib.contextmanager
@@ -142,7 +150,7 @@ def processor_of(model: Any, args: VoCoSFTConfig) -> Any:
     source = get_config_model_id(model.config)
     if not source:
         raise ValueError("the model was not loaded from a path; give its processor as processing_class.")
-    options = {"revision": (args.model_init_kwargs or {}).get("revision")}
+    options = {"revision": _init_kwargs(args).get("revision")}
     return AutoProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code, **options)
 
 
@@ -151,7 +159,7 @@ def attach_as_asked(model: Any, voco: VoCoConfig | None, processor: Any) -> VoCo
     if not is_attached(model):
         if voco is None:
             return None
-        if hasattr(model, "peft_config"):
+        if is_peft(model):
             raise ValueError(
                 "the model is a PeftModel without VoCo: the token's row must be there before PEFT; attach "
                 "the base model first and give peft_config here."
@@ -161,7 +169,7 @@ def attach_as_asked(model: Any, voco: VoCoConfig | None, processor: Any) -> VoCo
     state = attachment(model)
     if voco is not None:
         own, asked = state.config.to_dict(), voco.to_dict()
-        asked.pop("frozen_stage1")  # the model's own affair (stages.py)
+        asked.pop("frozen_stage1")  # the model's own affair (two_stage/trainer_part.py)
         different = [k for k in asked if asked[k] != own[k] and not (k == "token_id" and asked[k] is None)]
         if different:
             named = ", ".join(f"{k}={asked[k]!r} (attached: {own[k]!r})" for k in different)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from ..core.block_embeddings import NAME
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from typing_extensions import TypeIs
 
 LANGUAGE, PROJECTOR, VISION = "language model", "projector", "vision tower"
 COMPRESSOR = "compressor"
@@ -33,7 +39,7 @@ class ModelParts:
         fixed: names of the layers that a composed model keeps as they are.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         names = {id(module): name for name, module in model.named_modules()}
         self.decoder = names[id(model.get_input_embeddings())].rpartition(".")[0]
         self.head = names.get(id(model.get_output_embeddings()))
@@ -104,8 +110,18 @@ def is_token_row(name: str) -> bool:
     return "trainable_tokens_" in name
 
 
+def is_peft(model: Any) -> TypeIs[PeftModel]:
+    """Whether ``model`` is a ``PeftModel``, and not a plain model (``add_adapter`` leaves it one)."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside PEFT, or ``model`` itself."""
+    return cast("PreTrainedModel", model.get_base_model()) if is_peft(model) else model
+
+
 def freeze(
-    model: nn.Module, *, language: bool, projector: bool, vision_tower: bool, compressor: bool = True
+    model: PreTrainedModel, *, language: bool, projector: bool, vision_tower: bool, compressor: bool = True
 ) -> None:
     """Full fine-tuning: each part trains only as asked.
 
@@ -126,16 +142,17 @@ def freeze(
             parameter.requires_grad_(False)
 
 
-def count_trainable(model: nn.Module, row_only: bool = False) -> tuple[dict[str, int], int]:
+def count_trainable(model: PreTrainedModel | PeftModel, row_only: bool = False) -> tuple[dict[str, int], int]:
     """``({what trains: parameters}, all parameters)`` of a model, PEFT-wrapped or not.
 
     Args:
         row_only: of the input embeddings, only the VoCo token's row moves.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parts, counts, total = ModelParts(base), Counter(), 0
+    base = base_of(model)
+    parts, total = ModelParts(base), 0
+    counts: Counter[str] = Counter()
     loose = parts.loose(base, PROJECTOR) if base is not model else []
-    rows = model.get_input_embeddings().weight if row_only else None
+    rows = base.get_input_embeddings().get_parameter("weight") if row_only else None
     for name, parameter in base.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 empties the tensors it shards
         total += size

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 
 class HoldRows(TrainerCallback):
@@ -23,8 +22,8 @@ class HoldRows(TrainerCallback):
         only: hold every row but the token's; false holds the token's alone.
     """
 
-    def __init__(self, model: nn.Module, token_id: int, only: bool) -> None:
-        self.weight = model.get_input_embeddings().weight
+    def __init__(self, model: PreTrainedModel, token_id: int, only: bool) -> None:
+        self.weight = model.get_input_embeddings().get_parameter("weight")
         self.token_id, self.only = token_id, only
         self._held: torch.Tensor | None = None
         self.weight.requires_grad_(True)
@@ -43,6 +42,7 @@ class HoldRows(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the held rows back."""
+        assert self._held is not None, "on_train_begin comes first"
         with torch.no_grad():
             if self.only:
                 row = self.weight[self.token_id].clone()

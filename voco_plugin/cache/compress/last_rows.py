@@ -83,7 +83,8 @@ class LastSlotsCache(VoCoKVCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         while len(self.layers) <= layer_idx:
             self.layers.append(LastSlots(self.keep, self.replayed))
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        return layer.update(key_states, value_states, *args, **kwargs)
 
 
 # -- the last layer

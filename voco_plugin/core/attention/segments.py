@@ -142,7 +142,7 @@ def plan_segments(
         for
             the device.)
     """
-    device = table.kind.device if device is None else device
+    device = table.kind.device if device is None else torch.device(device)
     kind, block = table.kind.cpu().numpy(), table.block.cpu().numpy()
     document = np.zeros_like(kind) if table.document is None else table.document.cpu().numpy()
     found = _find(config, kind, block, document)

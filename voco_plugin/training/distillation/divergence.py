@@ -53,7 +53,7 @@ class Head:
         head, text = model.get_output_embeddings(), model.config.get_text_config()
         return cls(
             _whole(head.weight),
-            _whole(getattr(head, "bias", None)),
+            None if getattr(head, "bias", None) is None else _whole(head.bias),
             _scale(text) if scaled else 1.0,
             getattr(text, "final_logit_softcapping", None) if capped else None,
         )
@@ -133,11 +133,12 @@ class _Whole:
 
     def __init__(self, hidden: torch.Tensor, head: Head, how: Comparison) -> None:
         self.hidden, self.head, self.how = hidden, head, how
+        self.rows = head.rows if how.rows is None else how.rows
         self.dtype = _dtype(hidden)
         self.parameters = head.parameters
 
     def __enter__(self) -> None:
-        self.product = _Product(self.hidden, self.head.weight, self.head.bias, self.how.rows, self.dtype)
+        self.product = _Product(self.hidden, self.head.weight, self.head.bias, self.rows, self.dtype)
 
     def __exit__(self, *error: Any) -> None:
         del self.product
@@ -153,13 +154,13 @@ class _Whole:
 class _Top:
     """The teacher's k likeliest tokens, and all others as one outcome: ``(n, k + 1)`` in memory."""
 
-    def __init__(self, whole: _Whole, how: Comparison) -> None:
+    def __init__(self, whole: _Whole, how: Comparison, top_k: int) -> None:
         self.parameters: list[torch.Tensor] = []
         ids, kept = [], []
         with whole:
             for part in _chunks(len(whole.hidden), how.chunk):
                 log_probs, _ = whole.outcomes(part, whole.hidden)
-                ids.append(log_probs.topk(how.top_k, dim=-1).indices)
+                ids.append(log_probs.topk(top_k, dim=-1).indices)
                 kept.append(_with_rest(log_probs, ids[-1]))
         self.ids, self.log_probs = torch.cat(ids), torch.cat(kept)
 
@@ -197,7 +198,7 @@ def divergence(
     how = replace(how, rows=rows, left_out=left_out, top_k=top_k)
     whole = _Whole(teacher_hidden.detach(), teacher, how)
     with gathered(_distinct([*head.parameters, *whole.parameters])):
-        target = whole if top_k is None or not len(hidden) else _Top(whole, how)
+        target = whole if top_k is None or not len(hidden) else _Top(whole, how, top_k)
         return _Chunked.apply(hidden, head.weight, head.bias, head, target, how)
 
 
@@ -291,6 +292,6 @@ def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _whole(weight: torch.Tensor | None) -> torch.Tensor | None:
+def _whole(weight: torch.Tensor) -> torch.Tensor:
     """A weight that FSDP2 has split, put together."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

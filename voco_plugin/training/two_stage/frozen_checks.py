@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ...config import VoCoConfig
 from ..model_setup import is_peft
 from ..parts import LANGUAGE, ModelParts
@@ -62,7 +60,7 @@ def check_frozen(model: Any, voco: VoCoConfig | None, stage1: str, peft_config: 
         )
 
 
-def check_trained(student: nn.Module) -> None:
+def check_trained(student: Any) -> None:
     """Refuse what trains beside LoRA weights of the language model.
 
     Raises:
