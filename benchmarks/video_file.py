@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from voco_plugin.cli.gridworld import copy_base
+
 WIDTH, HEIGHT, RATE = 320, 240, 24
 CODECS = {
     "h264": ("libx264", ".mp4", {"preset": "veryfast", "crf": "26"}),
@@ -114,19 +116,21 @@ def measure(codec: str, seconds: float, model: str, fps: float, folder: Path) ->
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    base = Path(__file__).resolve().parents[1] / "voco_plugin" / "gridworld" / "assets" / "gridworld_base"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 10])
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
     parser.add_argument("--fps", type=float, default=1)
-    parser.add_argument("--model", default=str(base), help="default: the shipped tiny one")
+    parser.add_argument("--model", help="default: the shipped tiny one")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", metavar="FILE")
     args = parser.parse_args(argv)
     lengths = [5, 15] if args.quick else [60 * m for m in args.minutes]
     with tempfile.TemporaryDirectory() as folder:
+        model = args.model or f"{folder}/base"
+        if not args.model:
+            copy_base(model)
         points = [
-            measure(codec, seconds, args.model, args.fps, Path(folder))
+            measure(codec, seconds, model, args.fps, Path(folder))
             for codec in args.codecs
             for seconds in lengths
         ]

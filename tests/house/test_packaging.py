@@ -143,9 +143,10 @@ def test_the_wheel_holds_recipes_integrations_and_assets_inside_the_package(whee
         if file.suffix in (".yaml", ".json"):
             assert f"voco_plugin/{file.as_posix()}" in names
     assert "voco_plugin/integrations/__init__.py" in names and "voco_plugin/py.typed" in names
-    assets = ROOT / "voco_plugin" / "data" / "assets"
-    for file in sorted(p.relative_to(ROOT) for p in assets.rglob("*") if p.is_file()):
-        assert file.as_posix() in names
+    assets = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "voco_plugin").glob("*/assets/*/*"))]
+    assert any(asset.endswith("model.safetensors.xz") for asset in assets) and set(assets) <= set(names)
+    compressed = {entry.filename: entry.compress_size for entry in zipfile.ZipFile(wheel).infolist()}
+    assert sum(compressed[asset] for asset in assets) <= 5_000_000
 
 
 @pytest.mark.slow

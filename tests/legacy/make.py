@@ -28,12 +28,12 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 from uses import QUESTIONS, USES, Files  # noqa: E402
+from voco_plugin.answering import compress_images, prompt  # noqa: E402
 
 import tiny  # noqa: E402
 import voco_plugin as vp  # noqa: E402
 from tiny.parts import write_encoder, write_llm  # noqa: E402
 from tiny.processors import processor  # noqa: E402
-from voco_plugin.answering import compress_images, prompt  # noqa: E402
 from voco_plugin.cache import quantization_error  # noqa: E402
 from voco_plugin.cli import main as voco  # noqa: E402
 

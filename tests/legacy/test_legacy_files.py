@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from uses import BASES, QUESTIONS, USES, Files, compress_again, log_of, trainer
+from voco_plugin.answering import compress_images
 
 import voco_plugin as vp
-from voco_plugin.answering import compress_images
 from voco_plugin.cli import main
 
 VERSION = Path(__file__).parent / "files" / "v1"

@@ -18,13 +18,13 @@ import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig
 from transformers import LogitsProcessor, LogitsProcessorList
-
-import voco_plugin as vp
 from voco_plugin.answering import compress_images, prompt
 from voco_plugin.cache.shards import read_shards
 from voco_plugin.cache.store_names import caches_by_name
-from voco_plugin.cli import main
 from voco_plugin.images import open_image
+
+import voco_plugin as vp
+from voco_plugin.cli import main
 
 BASES = {"adapter": "model", "frozen_adapter": "model", "pooled_adapter": "plain"}
 """The folders of adapters, and of the models they were trained on."""

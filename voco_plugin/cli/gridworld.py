@@ -136,7 +136,7 @@ SHIPPED = {"quickstart": "gridworld_base", "study": "gridworld_study_base"}
 
 
 def shipped_base(level: str = "quickstart") -> Path:
-    """The folder of a level's base VLM.
+    """The folder in the package with a level's base VLM; `copy_base` unpacks its weights.
 
     Raises:
         ValueError: there is none for that level.
@@ -162,10 +162,14 @@ def check_target(folder: str, overwrite: bool, level: str = "quickstart") -> Non
 
 
 def copy_base(folder: str, level: str = "quickstart") -> None:
-    """Copy a level's base VLM to ``folder``."""
+    """Copy a level's base VLM to ``folder``: an ordinary checkpoint, weights in fp32."""
+    from ..gridworld.shipped_weights import unpack_weights
+
     Path(folder).mkdir(parents=True, exist_ok=True)
     for file in shipped_base(level).iterdir():
-        if file.is_file():
+        if file.suffix == ".xz":
+            unpack_weights(file, Path(folder) / file.stem)
+        elif file.is_file():
             shutil.copyfile(file, Path(folder) / file.name)
 
 
