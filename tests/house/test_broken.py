@@ -188,7 +188,7 @@ def values_as_keys(patch):
 
 def padding_ignored(patch):
     real = forward._mask
-    patch.setattr(forward, "_mask", lambda given, ids, length: torch.ones_like(real(given, ids, length)))
+    patch.setattr(forward, "_mask", lambda *args: torch.ones_like(real(*args)))
 
 
 def checksum_ignored(patch):

@@ -31,7 +31,7 @@ from .._compat import cache_of, given_cache
 from .attachment import Attachment
 from .block_embeddings import QUESTION_MASK, Places
 from .extension import Extension
-from .kv_cache import KVSlots, remember
+from .kv_cache import KVSlots, RemembersSlots, begin, remember
 from .layout import SequenceLayout, TokenKind, compact_positions
 from .masks import ActiveRule, TokenTable
 from .packed_rows import DOCUMENT_IDS, prepare_packed
@@ -239,12 +239,15 @@ def _prepare(
     if not isinstance(past, Cache):
         past = None
     length = 0 if past is None else past.get_seq_length()
+    slots = KVSlots.of(past)
+    if isinstance(past, RemembersSlots):
+        past.check_finished(length)
     ids = named.get("input_ids")
     ruled = mode.rule and config.rule != "causal"
     frozen = config.frozen_stage1 and not mode.stage_one
     layout = None
     if ids is not None and (ruled or frozen or embeddings is not None):
-        mask = _mask(named.get("attention_mask"), ids, length)
+        mask = _mask(named.get("attention_mask"), ids, length, slots)
         if ids.shape[1] == 1 and length:  # one decoded token is no block, whatever its id
             layout = None
         else:
@@ -260,7 +263,6 @@ def _prepare(
         running.places = embeddings.places(layout, attachment.vocab, question)
     if not ruled:
         return untouched if named is kwargs else _Prepared(running, (), named)
-    slots = KVSlots.of(past)
     if ids is None:
         if slots is None and named.get("inputs_embeds") is None:
             return untouched
@@ -281,6 +283,8 @@ def _prepare(
         slots.check(length, len(ids))
     elif length:
         slots = KVSlots.of_text(mask[:, :length].to(ids.device))
+    if past is not None and not mode.stage_one:
+        begin(past, length)
     return _under_rule(running, module, named, layout, mask, slots, blocks)
 
 
@@ -412,11 +416,14 @@ def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str,
     return _Prepared(running, (), packed.kwargs, lambda: KVSlots(packed.table, none, none + tokens, none))
 
 
-def _mask(given: Any, ids: torch.Tensor, length: int) -> torch.Tensor:
-    """The 2-D mask over past and new tokens, ``(B, L + N)``; all ones where none was given."""
+def _mask(given: Any, ids: torch.Tensor, length: int, slots: KVSlots | None) -> torch.Tensor:
+    """The 2-D mask over past and new tokens, ``(B, L + N)``; where none was given, of all but cached padding."""
     rows, tokens = ids.shape
     if not isinstance(given, torch.Tensor) or given.ndim != 2:
-        return torch.ones(rows, length + tokens, dtype=torch.long, device=ids.device)
+        new = torch.ones(rows, length + tokens, dtype=torch.long, device=ids.device)
+        if given is None and slots is not None and slots.table.kind.shape == (rows, length):
+            new[:, :length] = slots.table.kind != TokenKind.PAD
+        return new
     if given.shape[1] != length + tokens:
         raise ValueError(
             f"attention_mask has {given.shape[1]} columns; {length} cached + {tokens} new tokens need "

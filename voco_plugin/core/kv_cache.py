@@ -191,11 +191,26 @@ class RemembersSlots(Extension):
         voco_made_by: the fingerprint of the model that wrote them, where they are to be gone on from later.
         voco_ids_count: whether the ``input_ids`` that ``generate`` holds stand for these slots too (a static
             cache and an assistant model count on an id for every slot).
+        voco_unfinished: while a forward under the rule writes here, the length before it; what that forward leaves
+            behind where it is stopped nobody can tell.
     """
 
     voco_slots: KVSlots | None = None
     voco_made_by: dict[str, Any] | None = None
     voco_ids_count: bool = False
+    voco_unfinished: int | None = None
+
+    def check_finished(self, length: int) -> None:
+        """Refuse to go on from a cache of ``length`` slots that a forward was stopped in the middle of writing.
+
+        Raises:
+            ValueError: it was.
+        """
+        if self.voco_unfinished not in (None, length):
+            raise ValueError(
+                f"this KV cache holds {length} slots, and the forward that wrote those after the first "
+                f"{self.voco_unfinished} was stopped before it ended; start from an empty cache."
+            )
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         before = self.get_seq_length()  # type: ignore[attr-defined]
@@ -225,7 +240,7 @@ class RemembersSlots(Extension):
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.voco_slots = self.voco_made_by = None
+        self.voco_slots = self.voco_made_by = self.voco_unfinished = None
         self.voco_ids_count = False
 
     def __copy__(self) -> Any:
@@ -240,13 +255,19 @@ class VoCoKVCache(RemembersSlots, DynamicCache):
     """A ``DynamicCache`` that knows what its slots hold: what stage 1 and stage 2 make."""
 
 
-def remember(cache: Cache, slots: KVSlots) -> None:
-    """Let ``cache`` (any of transformers') know what its slots hold."""
+def begin(cache: Cache, length: int) -> None:
+    """Let ``cache`` (any of transformers'), of ``length`` slots, know that a forward under the rule writes to it."""
     if type(cache) is DynamicCache:
         cache.__class__ = VoCoKVCache
     else:
         extend(cache, RemembersSlots)
-    cache.voco_slots = slots
+    cache.voco_unfinished = length
 
 
-__all__ = ["KVSlots", "RemembersSlots", "VoCoKVCache", "remember"]
+def remember(cache: Cache, slots: KVSlots) -> None:
+    """Let ``cache`` know what its slots hold, now that the forward has ended."""
+    begin(cache, 0)
+    cache.voco_slots, cache.voco_unfinished = slots, None
+
+
+__all__ = ["KVSlots", "RemembersSlots", "VoCoKVCache", "begin", "remember"]
