@@ -56,12 +56,7 @@ PUBLIC_MODULES = (
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 
-OPEN_CIRCLES: frozenset[frozenset[str]] = frozenset(
-    {
-        frozenset({"voco_plugin.core.forward", "voco_plugin.core.packed_forward"}),
-        frozenset({"voco_plugin.gridworld.tiny_align", "voco_plugin.gridworld.tiny_vlm"}),
-    }
-)
+OPEN_CIRCLES: frozenset[frozenset[str]] = frozenset()
 """Circles of imports that are still to be opened up; nothing is added here."""
 
 

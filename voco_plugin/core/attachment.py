@@ -76,12 +76,6 @@ class Attachment:
         made.embeddings = copy.deepcopy(self.embeddings, memo)
         return made
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        from .attention import register
-
-        register()  # a process that never attached a model has no name for the attention of an unpickled one
-        vars(self).update(state)
-
     def save(self, folder: str | os.PathLike) -> Path:
         """Write ``voco_config.json``: the rule, the ids it is read by, and whether the token's row was made
         here.

@@ -417,7 +417,8 @@ def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str,
 
 
 def _mask(given: Any, ids: torch.Tensor, length: int, slots: KVSlots | None) -> torch.Tensor:
-    """The 2-D mask over past and new tokens, ``(B, L + N)``; where none was given, of all but cached padding."""
+    """The 2-D mask over past and new tokens, ``(B, L + N)``; where none was given, of all but
+    cached padding."""
     rows, tokens = ids.shape
     if not isinstance(given, torch.Tensor) or given.ndim != 2:
         new = torch.ones(rows, length + tokens, dtype=torch.long, device=ids.device)

@@ -191,8 +191,8 @@ class RemembersSlots(Extension):
         voco_made_by: the fingerprint of the model that wrote them, where they are to be gone on from later.
         voco_ids_count: whether the ``input_ids`` that ``generate`` holds stand for these slots too (a static
             cache and an assistant model count on an id for every slot).
-        voco_unfinished: while a forward under the rule writes here, the length before it; what that forward leaves
-            behind where it is stopped nobody can tell.
+        voco_unfinished: while a forward under the rule writes here, the length before it; what that forward
+            leaves behind where it is stopped nobody can tell.
     """
 
     voco_slots: KVSlots | None = None
@@ -201,7 +201,8 @@ class RemembersSlots(Extension):
     voco_unfinished: int | None = None
 
     def check_finished(self, length: int) -> None:
-        """Refuse to go on from a cache of ``length`` slots that a forward was stopped in the middle of writing.
+        """Refuse to go on from a cache of ``length`` slots that a forward was stopped in the
+        middle of writing.
 
         Raises:
             ValueError: it was.
@@ -256,7 +257,9 @@ class VoCoKVCache(RemembersSlots, DynamicCache):
 
 
 def begin(cache: Cache, length: int) -> None:
-    """Let ``cache`` (any of transformers'), of ``length`` slots, know that a forward under the rule writes to it."""
+    """Let ``cache`` (any of transformers'), of ``length`` slots, know that a forward under the rule writes to
+    it.
+    """
     if type(cache) is DynamicCache:
         cache.__class__ = VoCoKVCache
     else:

@@ -14,7 +14,7 @@ from ..cache.compress.batching import Limits
 from ..cache.compress.stage_one import compress
 from ..cache.place.stage_two import place
 from ..core.attachment import Attachment
-from ..core.attention import backend_for
+from ..core.attention import backend_for, register
 from ..core.extension import Extension
 from ..core.forward import ONE_PASS, OWN_POSITIONS, ForwardMode, handing, run_forward
 from ..core.injection import insert_voco_tokens
@@ -41,6 +41,10 @@ class VoCoGenerationMixin(Extension):
     """
 
     _voco_attachment: Attachment
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # a process that never attached a model has no name for the attention of an unpickled one
+        super().__setstate__(state)  # type: ignore[misc]
 
     @classmethod
     def members(cls, base: type) -> dict[str, Any]:
