@@ -182,7 +182,7 @@ def test_logits_are_read_off_the_hidden_states_as_the_model_makes_them(name, cap
     model, batch = shared(name), inputs(name)
     if model.base_model is model:
         pytest.skip(f"{name} has no backbone of its own: the trainer refuses it")
-    how = observe_head(model, model.forward, vp.attachment(model).vocab)
+    how = observe_head(model, vp.attachment(model).vocab)
     configured = {"scaled": True, "capped": True}
     if name in NOT_AS_CONFIGURED:
         assert how == NOT_AS_CONFIGURED[name]
@@ -203,7 +203,7 @@ def test_a_head_that_does_more_is_refused():
 
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration does more .* leave distill out"):
         observe_head(model, forward, vp.attachment(model).vocab)
-    observe_head(model, model.forward, vp.attachment(model).vocab)
+    observe_head(model, vp.attachment(model).vocab)
 
 
 # -- a shared model
