@@ -161,6 +161,7 @@ def test_the_backends_that_are_timed_give_the_same():
     draw = torch.Generator().manual_seed(0)
     qkv = [torch.randn(1, 2, table.length, 8, generator=draw) for _ in range(3)]
     outputs = {}
+    backends.register()
     for name in ("dense", "segmented"):
         function = attention.ALL_ATTENTION_FUNCTIONS[backends.NAMES[name, "sdpa"]]
         mask = attention.build_mask(name, table, torch.float32)

@@ -12,7 +12,7 @@ import voco_plugin as vp
 from harness import CORE, attached, inputs, layout_of, plain, shared, text_columns, trained, vocabulary
 from tiny import NAMES, voco_id
 from voco_plugin import registry
-from voco_plugin.cache.compress import voco_rows
+from voco_plugin.cache.compress import last_rows
 from voco_plugin.cache.compress.last_rows import NotCut
 from voco_plugin.core.layout import TokenKind
 from voco_plugin.models.compressors import build_compressor
@@ -260,7 +260,7 @@ def test_stage_one_of_a_rival_leaves_the_vision_tokens_out(name, monkeypatch):
     def refuse(*args):
         raise NotCut("told to")
 
-    monkeypatch.setattr(voco_rows, "cut_argument", refuse)
+    monkeypatch.setattr(last_rows, "cut_argument", refuse)
     for a, b in zip(short, model.compress(**batch), strict=True):  # over the whole blocks
         for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
             assert (x - y).abs().max() <= 1e-5
