@@ -33,7 +33,9 @@ def step(frames: int, stage1: str, chunk: int, repeats: int) -> dict[str, Any]:
 
     import voco_plugin as vp
     from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
-    from voco_plugin.training.two_stage.trainer_part import Streamed, open_for_stages
+    from voco_plugin.training.fused_step import take_off_fused_forward
+    from voco_plugin.training.two_stage.layer_checkpointing import can_checkpoint_with_cache
+    from voco_plugin.training.two_stage.trainer_part import Streamed
 
     torch.manual_seed(0)
     model, processor = build_tiny_vlm(
@@ -42,7 +44,8 @@ def step(frames: int, stage1: str, chunk: int, repeats: int) -> dict[str, Any]:
     config = vp.VoCoConfig(num_tokens=VOCO, attention="segmented" if stage1 == "joint" else "auto")
     model = vp.attach(model, config, processor=processor)
     add_fused_lm_head(model)
-    open_for_stages(model)
+    step = take_off_fused_forward(model, None)
+    can_checkpoint_with_cache(model)
     vocab = vp.attachment(model).vocab
     (image,) = vocab.placeholders
     ids = torch.tensor([([image] * TOKENS + [vocab.voco_id] * VOCO) * frames + [7] * TEXT])
@@ -53,14 +56,14 @@ def step(frames: int, stage1: str, chunk: int, repeats: int) -> dict[str, Any]:
     }  # fmt: skip
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    stages = None if stage1 == "joint" else Streamed(chunk)
+    step = step if stage1 == "joint" else Streamed(chunk, step)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
     peak, seconds = 0, []
     for _ in range(repeats):
         model.zero_grad()
         start = time.perf_counter()
-        loss = model(**inputs, fused_lm_head=True, stages=stages).loss
+        loss = model(**inputs, fused_lm_head=True, training_step=step).loss
         loss.backward()
         seconds.append(time.perf_counter() - start)
         peak = peak or _status("VmHWM") - before

@@ -33,7 +33,7 @@ from voco_plugin.cache import file_format as files
 from voco_plugin.cache.compress import stage_one
 from voco_plugin.cache.place import relocation, stage_two
 from voco_plugin.core import adapter_switch, block_embeddings, forward, layout
-from voco_plugin.core.attention import backends, interface, segments
+from voco_plugin.core.attention import interface, segments
 from voco_plugin.core.block_embeddings import BlockEmbeddings
 from voco_plugin.core.kv_cache import KVSlots
 from voco_plugin.core.layout import TokenKind
@@ -214,7 +214,7 @@ def cache_written_in_place(patch):
 
 
 def rows_not_restored(patch):
-    patch.setattr(sys.modules["voco_plugin.models.attach"], "restore_rows", lambda model, record: None)
+    patch.setattr(sys.modules["voco_plugin.models.attaching"], "restore_rows", lambda model, record: None)
 
 
 def latent_not_turned(patch):
@@ -318,7 +318,7 @@ def windows_taken_for_causal(patch):
     def broken(config, table, mask_function, *rest):
         return real(config, table, causal_mask_function, *rest)
 
-    patch.setattr(backends, "plan_segments", broken)
+    patch.setattr(interface, "plan_segments", broken)
 
 
 def blocks_of_all_rows_in_one(patch):

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_streamed import everything, fused
+from test_streamed import everything, fused, fused_step
 from torch.nn.functional import cross_entropy
 
 import voco_plugin as vp
@@ -78,7 +78,7 @@ def step(peft, batch, labels, chunk: int = 2, store=None) -> torch.Tensor:
         layout = layout_of(peft, batch)
         keys = [[f"{row}-{n}" for n in range(len(layout.row_spans(row)))] for row in range(layout.num_rows)]
         given[IMAGE_KEYS] = as_tensor([[hashlib.sha256(k.encode()).hexdigest() for k in row] for row in keys])
-    return Frozen(blocks).run(inner, fused(inner), given)
+    return Frozen(blocks, fused_step(inner)).run(inner, given)
 
 
 def gradients(peft, loss) -> dict[str, torch.Tensor]:

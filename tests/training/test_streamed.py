@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 import voco_plugin as vp
 from harness import CORE, attached, inputs, rows_for
 from voco_plugin.core.layout import SequenceLayout, TokenKind
+from voco_plugin.training.fused_step import FusedStep
+from voco_plugin.training.two_stage.layer_checkpointing import can_checkpoint_with_cache
 from voco_plugin.training.two_stage.trainer_part import Streamed
 
 ROWS = [
@@ -47,6 +49,12 @@ def fused(model):
     return forward
 
 
+def fused_step(model) -> FusedStep:
+    """TRL's part of a training step, with :func:`fused` in its place."""
+    can_checkpoint_with_cache(model)
+    return FusedStep(lambda model, **batch: fused(model)(**batch))
+
+
 def everything(model, batch, text_only: bool = False) -> torch.Tensor:
     """Labels of every text token (a text token after a block is predicted by a VoCo token), or of the last
     three.
@@ -68,7 +76,7 @@ def both(model, batch, labels, chunk: int = 2):
         model.zero_grad()
         forward = fused(model)
         given = {**batch, "labels": labels, "fused_lm_head": True}
-        loss = Streamed(chunk).run(model, forward, given) if streamed else forward(**given)
+        loss = Streamed(chunk, fused_step(model)).run(model, given) if streamed else forward(**given)
         loss.backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         found.append((loss.item(), grads))
@@ -145,7 +153,7 @@ def kept_bytes(frames: int, streamed: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = Streamed(2).run(model, fused(model), given) if streamed else fused(model)(**given)
+        loss = Streamed(2, fused_step(model)).run(model, given) if streamed else fused(model)(**given)
     assert loss.requires_grad
     return sum(kept.values())
 
