@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness import attached, inputs, largest_difference, shared
+from paths import ROOT
 from tiny import NAMES
 from voco_plugin.cache.compress.num_voco_tokens import recut
 from voco_plugin.cli import main
@@ -155,7 +156,7 @@ def test_a_recipe_draws_k_from_a_range(here: Path, capsys) -> None:
     import voco_plugin as vp
     from voco_plugin.cli.recipe import load
 
-    text = (Path(__file__).parents[2] / "recipes/gridworld_voco.yaml").read_text(encoding="utf-8")
+    text = (ROOT / "recipes/gridworld_voco.yaml").read_text(encoding="utf-8")
     (here / "mine.yaml").write_text(
         text.replace("num_tokens: 1", "num_tokens: 4") + "\nnum_tokens_range: [1, 4]\n"
     )

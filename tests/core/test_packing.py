@@ -8,29 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_segments import both, tables
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import voco_plugin as vp
+from attention_layers import both, tables
 from harness import CORE, ROWS, RULES, attached, inputs, rows_for, shared
+from packed import COUNTS, LONG, numbered, packed_inputs
 from tiny import NAMES, PAD
 from voco_plugin._compat import as_cache, cache_of
 from voco_plugin.core.attention import backends
 from voco_plugin.core.forward import ONE_PASS, _prepare
-from voco_plugin.core.layout import TokenKind
 from voco_plugin.core.masks import TokenTable
 from voco_plugin.core.packed_rows import DOCUMENT_IDS, Documents, first_fit_decreasing, pack_batch
-
-COUNTS = [3, 1, 2]
-LONG = [*ROWS, ["bos", "t9"], ["t1", "img", "c2"]]
-"""Six conversations in three rows: text alone too, beside others and as a row's last."""
-
-
-def packed_inputs(model, name, rows, counts=COUNTS, **options):
-    """``(one batch row a conversation, the same packed)``."""
-    batch = inputs(name, rows, **options)
-    by_row = vp.attachment(model).family.images_by_row
-    return batch, pack_batch(batch, counts, pad_token_id=PAD, images_by_row=by_row)
 
 
 def documents_of(packed, value):
@@ -250,14 +239,6 @@ def test_a_document_changes_no_bit_of_another(name, attention):
         a, b = model(**packed).logits[0], model(**changed).logits[0]
     assert not torch.equal(a[first], b[first])
     assert torch.equal(a[~first], b[~first])
-
-
-def numbered(table, cuts):
-    """``table`` with its rows cut into documents before the text tokens that ``cuts`` draws."""
-    real = table.kind != TokenKind.PAD
-    free = (table.kind == TokenKind.TEXT) & (torch.rand(table.kind.shape, generator=cuts) < 0.2)
-    table.document = torch.where(real, 1 + free.long().cumsum(1), 0)
-    return table
 
 
 @settings(max_examples=30, deadline=None)

@@ -8,9 +8,8 @@ import importlib
 from pathlib import Path
 
 import pytest
-from test_cli import world  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[2]
+from paths import ROOT
 
 
 @pytest.fixture
