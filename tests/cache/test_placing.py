@@ -16,6 +16,7 @@ from harness import (
     RULES,
     shared,
 )
+from matrix import combined, quick_rule
 from tiny import NAMES
 
 MOVABLE = [r for r in RULES if not r.endswith("prefix") or r == "hide-prefix"]
@@ -23,7 +24,8 @@ MOVABLE = [r for r in RULES if not r.endswith("prefix") or r == "hide-prefix"]
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"), [(n, r) for n in NAMES for r in MOVABLE if r == "isolated" or n in CORE]
+    ("name", "rule"),
+    combined([(n, r) for n in NAMES for r in MOVABLE if r == "isolated" or n in CORE], quick_rule),
 )
 def test_any_order_and_any_text_equals_one_pass(name, rule):
     placing.any_order_and_any_text_equals_one_pass(name, rule)

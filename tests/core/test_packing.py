@@ -13,6 +13,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 import voco_plugin as vp
 from attention_layers import both, tables
 from harness import CORE, ROWS, RULES, attached, inputs, rows_for, shared
+from matrix import combined, quick_rule
 from packed import COUNTS, LONG, numbered, packed_inputs
 from tiny import NAMES, PAD
 from voco_plugin._compat import as_cache, cache_of
@@ -119,7 +120,7 @@ def test_errors_of_packing_say_what_is_wrong():
 # -- as if alone
 
 CASES = [
-    pytest.param(n, r, a, marks=() if n in CORE or a == "dense" else pytest.mark.slow)
+    (n, r, a)
     for n in NAMES
     for r in RULES
     for a in ("dense", "segmented")
@@ -127,7 +128,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "rule", "attention"), CASES)
+@pytest.mark.parametrize(
+    ("name", "rule", "attention"),
+    combined(CASES, lambda n, r, a: quick_rule(n, r) and (n in CORE or a == "dense")),
+)
 def test_logits_are_those_of_each_conversation_alone(name, rule, attention):
     model = shared(name, torch.float32, "sdpa", rule, attention)
     rows = rows_for(rule, LONG)

@@ -24,6 +24,7 @@ from harness import (
     shared,
     vocabulary,
 )
+from matrix import REPRESENTATIVES, combined, quick_rule
 from tiny import NAMES, voco_id
 from tiny.wide import EAGER_ONLY
 from voco_plugin.core.attention import backends, flash, flex
@@ -83,7 +84,10 @@ CASES = [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
 
 @pytest.mark.parametrize(
     ("name", "rule", "attn"),
-    [(n, r, a) for n, r in CASES for a in ("sdpa", "eager") if a == "eager" or n not in EAGER_ONLY],
+    combined(
+        [(n, r, a) for n, r in CASES for a in ("sdpa", "eager") if a == "eager" or n not in EAGER_ONLY],
+        lambda n, r, a: quick_rule(n, r) and (a == "sdpa" or n in (*REPRESENTATIVES, *EAGER_ONLY)),
+    ),
 )
 def test_families_equal_dense(name, rule, attn):
     segments.families_equal_dense(name, rule, attn)
@@ -119,7 +123,7 @@ def test_the_plan_is_what_the_layers_get(name, monkeypatch):
     assert not seen  # a batch without images runs as the plain backbone
 
 
-@pytest.mark.parametrize(("name", "rule"), CASES)
+@pytest.mark.parametrize(("name", "rule"), combined(CASES, quick_rule))
 @torch.no_grad()
 def test_two_stages_under_segments(name, rule):
     if name in EAGER_ONLY:

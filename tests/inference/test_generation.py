@@ -11,12 +11,14 @@ import voco_plugin as vp
 from contracts import generation
 from contracts.generation import NEW, single
 from harness import CORE, RULES, inputs, shared
+from matrix import combined, quick_rule
 from tiny import NAMES
 from voco_plugin._compat import as_cache, cache_names, cache_of
 
 
 @pytest.mark.parametrize(
-    ("name", "rule"), [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
+    ("name", "rule"),
+    combined([(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"], quick_rule),
 )
 def test_greedy_equals_single_pass(name, rule):
     generation.greedy_equals_single_pass(name, rule)

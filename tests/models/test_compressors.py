@@ -12,6 +12,7 @@ import voco_plugin as vp
 from contracts import compressors
 from contracts.compressors import OPTIONS, merged_and_written
 from harness import CORE, attached, inputs, layout_of, plain, shared, text_columns, trained, vocabulary
+from matrix import in_turn
 from tiny import NAMES, voco_id
 from voco_plugin import registry
 from voco_plugin.cache.compress import voco_rows
@@ -166,8 +167,7 @@ def test_new_weights_change_nothing_of_the_papers_token():
 # -- in a model
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("option", ["pooled", "slots", "avg_pool"])
+@pytest.mark.parametrize(("name", "option"), in_turn(NAMES, ["pooled", "slots", "avg_pool"]))
 def test_only_voco_slots_are_written_and_from_their_own_image(name, option):
     compressors.only_voco_slots_are_written_and_from_their_own_image(name, option)
 

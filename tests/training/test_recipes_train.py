@@ -19,6 +19,7 @@ from trl import ModelConfig, get_peft_config
 
 import tiny
 import voco_plugin as vp
+from matrix import in_turn
 from recipe_twins import ANSWERS, twin_of
 from tiny import processors
 from voco_plugin.cli import recipe as recipes
@@ -163,8 +164,7 @@ RIVALS = {
 FAMILIES = sorted({name for name in recipes.shipped() if name.endswith("_lora")} | {"llava15_7b_full"})
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rival"), in_turn(FAMILIES, RIVALS))
 def test_every_rival_trains_under_the_recipes(name: str, rival: str, bases, recipe_data, tmp_path) -> None:
     """The recipes of real families as they are, with another compressor: two steps, and its weights move."""
     recipe = load(name)
