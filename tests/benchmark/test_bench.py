@@ -11,13 +11,14 @@ import torch
 
 import voco_plugin as vp
 from harness import inputs, shared
+from paths import ROOT
 from voco_plugin.benchmark import attention, context, inference, serving, shapes, timing, train
 from voco_plugin.cli import main
 from voco_plugin.core.attention import backends
 from voco_plugin.core.layout import SequenceLayout
 from voco_plugin.core.masks import dense_mask
 
-GPU = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+GPU = ROOT / "benchmarks" / "gpu"
 
 
 class Results:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import contracts.cache as contracts
 import voco_plugin as vp
+from contracts.cache import _stream, same
 from harness import attached, inputs, shared
 from tiny.processors import processor
 from voco_plugin.cache import VoCoCacheError
@@ -28,30 +30,9 @@ def cache(model):
     return model.compress(**inputs("llava_llama"))
 
 
-def same(a: vp.VoCoCache, b: vp.VoCoCache) -> bool:
-    return (
-        len(a) == len(b)
-        and a.rows == b.rows
-        and a.num_rows == b.num_rows
-        and a.fingerprint == b.fingerprint
-        and all(
-            (x.position, x.extent, x.num_vision, x.relocatable)
-            == (y.position, y.extent, y.num_vision, y.relocatable)
-            and all(
-                torch.equal(s, t) and s.dtype == t.dtype
-                for s, t in zip((*x.keys, *x.values), (*y.keys, *y.values), strict=True)
-            )
-            for x, y in zip(a, b, strict=True)
-        )
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_loaded_equals_in_memory_bit_for_bit(cache, dtype, tmp_path):
-    cache = cache.to(dtype)
-    cache.save(tmp_path / "x.safetensors")
-    assert same(vp.VoCoCache.load(tmp_path / "x.safetensors"), cache)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"], "no temporary file stays"
+    contracts.loaded_equals_in_memory_bit_for_bit(cache, dtype, tmp_path)
 
 
 @torch.no_grad()
@@ -104,20 +85,7 @@ def test_first_k_is_what_a_compression_into_k_gives(model):
 
 @pytest.mark.parametrize("where", ["header", "metadata", "data", "end"])
 def test_one_changed_byte_is_found(cache, tmp_path, where):
-    path = tmp_path / "x.safetensors"
-    cache.save(path)
-    data = bytearray(path.read_bytes())
-    (length,) = struct.unpack("<Q", data[:8])
-    at = {
-        "header": 12,
-        "metadata": data.index(b"position") + 14,
-        "data": 8 + length + 5,
-        "end": len(data) - 1,
-    }[where]
-    data[at] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(VoCoCacheError):
-        vp.VoCoCache.load(path)
+    contracts.one_changed_byte_is_found(cache, tmp_path, where)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1, -64])
@@ -234,16 +202,8 @@ def test_what_no_reader_would_take_is_not_written(cache):
 # ---------------------------------------------------------------------------------------------
 
 
-def _stream(model):
-    return model.stream_inputs(inputs("llava_llama"))
-
-
-@torch.no_grad()
 def test_another_models_cache_is_refused_by_name(cache):
-    other = attached("llava_llama")
-    other.model.language_model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
-    with pytest.raises(ValueError, match="model is '[0-9a-f]{32}', not"):
-        other(**_stream(other), voco_cache=cache)
+    contracts.another_models_cache_is_refused_by_name(cache)
 
 
 @torch.no_grad()
@@ -263,11 +223,8 @@ def test_another_token_row_is_another_model(cache):
         ({"hide_prefix": True}, "hide_prefix is False, not True"),
     ],
 )
-@torch.no_grad()
 def test_another_rules_cache_is_refused_by_name(cache, options, word):
-    other = attached("llava_llama", **options)
-    with pytest.raises(ValueError, match=word):
-        other(**_stream(other), voco_cache=cache)
+    contracts.another_rules_cache_is_refused_by_name(cache, options, word)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from harness import attached, inputs, largest_difference, shared
+from matrix import in_turn
+from paths import ROOT
 from tiny import NAMES
 from voco_plugin.cache.compress.num_voco_tokens import recut
 from voco_plugin.cli import main
@@ -52,8 +54,7 @@ def test_the_first_k_are_a_compression_into_k(name):
         four.first(5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("name", "k"), in_turn(NAMES, [1, 3, 5]))
 def test_another_k_is_what_inputs_with_that_k_give(name, k):
     """Below and above the K of the inputs, which differs from image to image: same blocks, same places."""
     model = shared(name)
@@ -155,7 +156,7 @@ def test_a_recipe_draws_k_from_a_range(here: Path, capsys) -> None:
     import voco_plugin as vp
     from voco_plugin.cli.recipe import load
 
-    text = (Path(__file__).parents[2] / "recipes/gridworld_voco.yaml").read_text(encoding="utf-8")
+    text = (ROOT / "recipes/gridworld_voco.yaml").read_text(encoding="utf-8")
     (here / "mine.yaml").write_text(
         text.replace("num_tokens: 1", "num_tokens: 4") + "\nnum_tokens_range: [1, 4]\n"
     )

@@ -12,62 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from commands import SHORT, error_of, out_of
+from paths import ROOT
 from voco_plugin.cli import COMMANDS, main
 from voco_plugin.cli.launch import launch_arguments, profiles
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small gridworld, a tiny random VLM and a VoCo adapter trained on it for two steps."""
-    folder = tmp_path_factory.mktemp("world")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        made = ["gridworld", "runs/gridworld", "--num-train", "12", "--num-test", "6"]
-        assert main([*made, "--model", "runs/gridworld_base", "--tower-steps", "1"]) == 0
-        assert main(["train", "gridworld_voco", *SHORT]) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
-SHORT = [
-    "--max_steps",
-    "2",
-    "--per_device_train_batch_size",
-    "2",
-    "--logging_steps",
-    "1",
-    "--disable_tqdm",
-    "true",
-]
-
-
-@pytest.fixture
-def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(world)
-    return world
-
-
-def out_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command prints on stdout; it must succeed."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line a command prints on stderr; its status must be 2, and stdout empty."""
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    found = capsys.readouterr()
-    assert found.out == "" and "Traceback" not in found.err
-    lines = [line for line in found.err.splitlines() if line.startswith("voco")]
-    assert len(lines) == 1 and found.err.rstrip().endswith(lines[0]), found.err
-    return lines[0]
-
 
 # -- the command itself --------------------------------------------------------------------------------------
 

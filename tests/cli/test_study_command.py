@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import error_of, out_of
-from test_study import FAKE, journal
-from test_study import here as folder  # noqa: F401  (a fixture)
 
 import voco_plugin as vp
+from commands import error_of, out_of
+from paths import ROOT
+from studies import FAKE, journal, prepare
 from voco_plugin.cli import main
 from voco_plugin.evaluation.study import children
 from voco_plugin.evaluation.study.keys import fingerprint
@@ -41,7 +41,8 @@ methods:
 
 
 @pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = prepare(tmp_path, monkeypatch)
     monkeypatch.setattr(children, "VOCO", FAKE)
     (folder / "small.yaml").write_text(YAML)
     return folder
@@ -179,7 +180,7 @@ def test_studies_are_shipped_apart_from_recipes() -> None:
 
 
 def studies() -> list[Path]:
-    return sorted((Path(__file__).resolve().parents[2] / "recipes" / "studies").glob("*.yaml"))
+    return sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", studies(), ids=lambda p: p.stem)

@@ -23,11 +23,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packing import LONG, numbered, packed_inputs
-from test_segments import RULE_OPTIONS, Layer, by_loops, dense, tables
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import voco_plugin as vp
+from attention_layers import RULE_OPTIONS, Layer, by_loops, dense, tables
 from flash_kernels import (
     PLAIN_CAUSAL,
     flash_on_a_cpu,
@@ -37,6 +36,8 @@ from flash_kernels import (
     torch_varlen,
 )
 from harness import RULES, attached, inputs, layout_of, rows_for, shared
+from packed import LONG, numbered, packed_inputs
+from paths import HELPERS, ROOT
 from voco_plugin.core.attention import backends, flash, flex
 from voco_plugin.core.forward import in_force
 from voco_plugin.core.layout import TokenKind
@@ -285,15 +286,13 @@ def test_the_triton_kernels_of_flash_attn_equal_dense():
     if folder is None:
         pytest.skip("flash-attn is not there; `make flash-attn` gets its Python part (no CUDA build)")
     pytest.importorskip("triton")
-    helpers = Path(__file__).resolve().parents[1] / "helpers"
-    paths = [str(helpers), str(helpers.parent / "core"), str(folder)]
     env = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(paths),
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS), str(folder)]),
         "FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE", "TRITON_INTERPRET": "1",
     }  # fmt: skip
     made = subprocess.run(
-        [sys.executable, str(helpers / "flash_kernels.py"), "12"],
-        env=env, capture_output=True, text=True, cwd=helpers.parents[1],
+        [sys.executable, str(HELPERS / "flash_kernels.py"), "12"],
+        env=env, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr[-2000:]
     found = json.loads(made.stdout.splitlines()[-1])

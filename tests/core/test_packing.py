@@ -8,29 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_segments import both, tables
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import voco_plugin as vp
+from attention_layers import both, tables
 from harness import CORE, ROWS, RULES, attached, inputs, rows_for, shared
+from matrix import combined, quick_rule
+from packed import COUNTS, LONG, numbered, packed_inputs
 from tiny import NAMES, PAD
 from voco_plugin._compat import as_cache, cache_of
 from voco_plugin.core.attention import backends
 from voco_plugin.core.forward import ONE_PASS, _prepare
-from voco_plugin.core.layout import TokenKind
 from voco_plugin.core.masks import TokenTable
 from voco_plugin.core.packed_rows import DOCUMENT_IDS, Documents, first_fit_decreasing, pack_batch
-
-COUNTS = [3, 1, 2]
-LONG = [*ROWS, ["bos", "t9"], ["t1", "img", "c2"]]
-"""Six conversations in three rows: text alone too, beside others and as a row's last."""
-
-
-def packed_inputs(model, name, rows, counts=COUNTS, **options):
-    """``(one batch row a conversation, the same packed)``."""
-    batch = inputs(name, rows, **options)
-    by_row = vp.attachment(model).family.images_by_row
-    return batch, pack_batch(batch, counts, pad_token_id=PAD, images_by_row=by_row)
 
 
 def documents_of(packed, value):
@@ -130,7 +120,7 @@ def test_errors_of_packing_say_what_is_wrong():
 # -- as if alone
 
 CASES = [
-    pytest.param(n, r, a, marks=() if n in CORE or a == "dense" else pytest.mark.slow)
+    (n, r, a)
     for n in NAMES
     for r in RULES
     for a in ("dense", "segmented")
@@ -138,7 +128,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "rule", "attention"), CASES)
+@pytest.mark.parametrize(
+    ("name", "rule", "attention"),
+    combined(CASES, lambda n, r, a: quick_rule(n, r) and (n in CORE or a == "dense")),
+)
 def test_logits_are_those_of_each_conversation_alone(name, rule, attention):
     model = shared(name, torch.float32, "sdpa", rule, attention)
     rows = rows_for(rule, LONG)
@@ -250,14 +243,6 @@ def test_a_document_changes_no_bit_of_another(name, attention):
         a, b = model(**packed).logits[0], model(**changed).logits[0]
     assert not torch.equal(a[first], b[first])
     assert torch.equal(a[~first], b[~first])
-
-
-def numbered(table, cuts):
-    """``table`` with its rows cut into documents before the text tokens that ``cuts`` draws."""
-    real = table.kind != TokenKind.PAD
-    free = (table.kind == TokenKind.TEXT) & (torch.rand(table.kind.shape, generator=cuts) < 0.2)
-    table.document = torch.where(real, 1 + free.long().cumsum(1), 0)
-    return table
 
 
 @settings(max_examples=30, deadline=None)

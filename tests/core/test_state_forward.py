@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_training import picture
+from trainers import picture
 from transformers import TrainerCallback
 
 import voco_plugin as vp

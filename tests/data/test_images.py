@@ -8,28 +8,11 @@ import re
 import pytest
 import torch
 from PIL import Image as PILImage
-from test_cli import error_of, here, out_of, world  # noqa: F401
-from test_training import LORA, bases, losses, trainer  # noqa: F401
 
-from odd_images import BAD, ODD, RED, SIZE, collator, talk, two_halves, write_bad, write_odd
+from odd_images import BAD, ODD, RED, SIZE, collator, talk, two_halves
 from tiny import processors
 from voco_plugin.data.images import BadImageError, find_refused, open_image
 from voco_plugin.training.collator import VoCoDataCollator
-
-
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory):
-    made = write_odd(tmp_path_factory.mktemp("odd"))
-    assert tuple(made) == ODD
-    return made
-
-
-@pytest.fixture(scope="module")
-def bad(tmp_path_factory):
-    made = write_bad(tmp_path_factory.mktemp("bad"))
-    assert tuple(made) == BAD
-    return made
-
 
 # -- the opener
 

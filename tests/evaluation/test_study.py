@@ -16,74 +16,15 @@ from typing import Any
 
 import pytest
 
-from voco_plugin.evaluation.study.children import Children
+from paths import HELPERS, ROOT
+from studies import SMALL, journal, planner, run
 from voco_plugin.evaluation.study.definition import Study
 from voco_plugin.evaluation.study.keys import fingerprint, training_key
-from voco_plugin.evaluation.study.plan import Planner, as_words, units
+from voco_plugin.evaluation.study.plan import as_words, units
 from voco_plugin.evaluation.study.records import RunFolder, finished
-from voco_plugin.evaluation.study.runner import Runner, choose, matches
-
-ROOT = Path(__file__).resolve().parents[2]
-HELPERS = ROOT / "tests" / "helpers"
-FAKE = (sys.executable, "-S", str(HELPERS / "fake_voco.py"))
-
-SMALL: dict[str, Any] = {
-    "recipe": "r", "model": "base", "data": "train.json", "eval_data": "test.json",
-    "overrides": {"max_steps": 4}, "seeds": [0, 1], "num_tokens": [1, 2],
-    "methods": {
-        "upper": {"bound": "upper", "num_tokens": [1]}, "voco": None, "lower": {"bound": "lower"},
-        "base": {"bound": "base"}, "blind": {"bound": "blind"},
-    },
-}  # fmt: skip
-
+from voco_plugin.evaluation.study.runner import choose, matches
 
 ONE = {**SMALL, "seeds": [0], "num_tokens": [1]}
-
-
-def resolve(recipe: str, words: Any) -> dict[str, Any]:
-    """A recipe without any check: what was given, and two keys of its own."""
-    values: dict[str, Any] = {"warmup_steps": 7, "logging_steps": 10, "voco": {}}
-    for key, text in zip(words[::2], words[1::2], strict=True):
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        target, *inner = key.removeprefix("--").split(".")
-        if inner:
-            values[target] = {**values[target], inner[0]: value}
-        else:
-            values[target] = value
-    return values
-
-
-def planner(folder: Path, values: dict[str, Any] | None = None, **changes: Any) -> Planner:
-    study = Study.from_dict({**(values or SMALL), **changes})
-    return Planner(study, folder / "work", resolve, fingerprint, lambda data, split: 100)
-
-
-def run(folder: Path, plan: Planner, **options: Any) -> Runner:
-    tell = options.pop("tell", lambda line: None)
-    results = folder / options.pop("results", "results")
-    made = Runner(plan, results, Children(program=FAKE), tell=tell, **options)
-    made.run()
-    return made
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FAKE_JOURNAL", str(tmp_path / "journal"))
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    for name in ("train.json", "test.json"):
-        (tmp_path / name).write_text("[]")
-    fingerprint.cache_clear()
-    return tmp_path
-
-
-def journal(folder: Path) -> list[str]:
-    path = folder / "journal"
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def names(folder: Path, results: str = "results") -> set[str]:
@@ -214,7 +155,7 @@ DRIVER = """
 import signal, sys; sys.path.insert(0, {tests!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is told to ignore it
 from pathlib import Path
-from test_study import planner, run
+from studies import planner, run
 from voco_plugin.evaluation.study.children import terminated_as_interrupted
 with terminated_as_interrupted():
     run(Path({folder!r}), planner(Path({folder!r})), jobs=2)
@@ -223,7 +164,7 @@ with terminated_as_interrupted():
 
 def start(folder: Path, **environment: str) -> subprocess.Popen:
     """A study in a process of its own."""
-    code = DRIVER.format(tests=str(Path(__file__).parent), folder=str(folder))
+    code = DRIVER.format(tests=str(HELPERS), folder=str(folder))
     path = os.pathsep.join([str(ROOT), str(HELPERS)])
     env = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env)

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_study import FAKE, SMALL, planner, run  # noqa: F401
-from test_study import here as here  # noqa: PLC0414  (the fixture)
 
+from studies import planner, run
 from voco_plugin.evaluation.study.definition import Study
 from voco_plugin.evaluation.study.figures import Figures
 from voco_plugin.evaluation.study.results import read_search, write_results, write_search

@@ -15,9 +15,8 @@ pytest.importorskip(
     "sklearn", reason="gridworld draws scikit-learn's digits: pip install 'voco_plugin[quickstart]'"
 )
 
-from test_judge import Server
-
 import voco_plugin as vp
+from judge_server import Server
 from voco_plugin.cli import main
 from voco_plugin.data.lazy_images import undecoded
 from voco_plugin.data.loaders import load_vision_dataset

@@ -293,10 +293,11 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch, tmp_path):
 def test_the_tiny_vlm_is_an_ordinary_checkpoint_that_reads_gridworld(tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from voco_plugin.gridworld.tiny_vlm import write_tiny_vlm
+    from voco_plugin.cli import main
 
-    write_gridworld(tmp_path / "world", num_train=2, num_test=2)
-    write_tiny_vlm(tmp_path / "vlm", tower_steps=0, text_layers=1)
+    command = ["gridworld", str(tmp_path / "world"), "--num-train", "2", "--num-test", "2"]
+    untrained = ["--tower-steps", "0", "--align-steps", "0"]
+    assert main([*command, "--model", str(tmp_path / "vlm"), *untrained]) == 0
     processor = AutoProcessor.from_pretrained(tmp_path / "vlm")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm")
     assert type(model).__name__ == "LlavaForConditionalGeneration"
@@ -379,3 +380,18 @@ def test_the_tower_learns_what_and_where():
         name.split(".")[1] for name, value in model.named_parameters() if not torch.equal(value, before[name])
     }
     assert moved == {"vision_tower"} and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_alignment_brings_the_projector_nearer_to_the_words():
+    from voco_plugin.gridworld.tiny_align import align_projector
+    from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
+
+    errors = []
+    for steps in (1, 60):
+        model, processor = build_tiny_vlm(image_size=24, patch_size=12, text_layers=1)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        found = align_projector(model, processor, cell_pixels=12, num_images=300, steps=steps)
+        errors.append(found["alignment_error"])
+        moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+        assert moved and all("projector" in name for name in moved), "tower and LLM stay as they are"
+    assert errors[1] < 0.7 * errors[0]

@@ -16,10 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_segments import Layer, dense, tables
 from transformers.masking_utils import causal_mask_function
 
 import voco_plugin as vp
+from attention_layers import Layer, dense, tables
 from voco_plugin.core.attention import backends, flash
 from voco_plugin.core.attention.segments import plan_segments
 from voco_plugin.core.layout import TokenKind
@@ -210,9 +210,8 @@ def triton_kernel():
 
 def triton_against_dense(layouts: int) -> dict:
     """What tests/core/test_gpu_backends.py asks for, as figures."""
-    from test_packing import numbered
-
     from harness import inputs, layout_of, shared
+    from packed import numbered
 
     kernel, ran = triton_kernel()
     found = {"layouts": 0, "float32": 0.0, "float16": 0.0, "families": 0.0}

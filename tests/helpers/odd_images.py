@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Image, List
 from PIL import Image as PILImage
-from test_cli import error_of, here, out_of, world  # noqa: F401
-from test_training import LORA, bases, losses, trainer  # noqa: F401
 
 import voco_plugin as vp
 from tiny import processors

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig, get_peft_model
-from test_training import LORA, losses, picture
+from trainers import LORA, losses, picture
 
 import tiny
 import voco_plugin as vp

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 import voco_plugin as vp
+from paths import ROOT
 from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
 from voco_plugin.gridworld.video_dataset import VideoWorld, write_gridworld_video
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.mark.slow

@@ -12,22 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_attach
-import test_cache
-import test_compressors
-import test_decoding
-import test_exactness
-import test_frozen
-import test_generation
-import test_layout
-import test_placing
-import test_rope
-import test_segments
-import test_session
-import test_streamed
 import torch
 from transformers.masking_utils import causal_mask_function
 
+from contracts import attaching as attaching_contracts
+from contracts import cache as cache_contracts
+from contracts import compressors as compressors_contracts
+from contracts import decoding as decoding_contracts
+from contracts import exactness as exactness_contracts
+from contracts import frozen as frozen_contracts
+from contracts import generation as generation_contracts
+from contracts import layout as layout_contracts
+from contracts import placing as placing_contracts
+from contracts import rope as rope_contracts
+from contracts import segments as segments_contracts
+from contracts import session as session_contracts
+from contracts import streamed as streamed_contracts
 from harness import inputs, shared
 from voco_plugin.cache import file_format as files
 from voco_plugin.cache.compress import stage_one
@@ -43,9 +43,9 @@ from voco_plugin.models.families.base import Family
 from voco_plugin.training.two_stage import frozen_blocks as frozen
 from voco_plugin.training.two_stage import streamed
 
-two_stage = test_exactness.test_two_stage_equals_single_pass
-table = test_exactness.test_the_mask_of_every_layer_is_the_table
-written_from_their_own = test_compressors.test_only_voco_slots_are_written_and_from_their_own_image
+two_stage = exactness_contracts.two_stage_equals_single_pass
+table = exactness_contracts.the_mask_of_every_layer_is_the_table
+written_from_their_own = compressors_contracts.only_voco_slots_are_written_and_from_their_own_image
 
 
 def predicate(change):
@@ -138,7 +138,7 @@ def positions_shifted(patch):
 
     patch.setattr(forward, "compact_positions", broken)
     patch.setattr(stage_one, "compact_positions", broken)
-    patch.setattr(test_layout, "compact_positions", broken)
+    patch.setattr(layout_contracts, "compact_positions", broken)
 
 
 def text_position_off(patch):
@@ -382,16 +382,16 @@ def reader_taken_for_the_maker(patch):
 def filled_then_read(patch):
     """The blocks of a store against those computed."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as inner:
-        test_frozen.test_blocks_of_a_store_are_those_computed("llava_llama", {}, Path(folder), inner)
+        frozen_contracts.blocks_of_a_store_are_those_computed("llava_llama", {}, Path(folder), inner)
 
 
 def families_under_segments(name, rule="isolated"):
-    return run(test_segments.test_families_equal_dense, name, rule, "sdpa")
+    return run(segments_contracts.families_equal_dense, name, rule, "sdpa")
 
 
 def session_test(patch):
     with pytest.MonkeyPatch.context() as inner:
-        test_session.test_a_session_is_its_own_prompt(inner)
+        session_contracts.a_session_is_its_own_prompt(inner)
 
 
 LLAVA = ("llava_llama", "isolated", "sdpa")
@@ -420,44 +420,44 @@ CASES = {
     ),
     "images read one way: segments": (windows_taken_for_causal, families_under_segments("gemma3")),
     "blocks in one: segments": (blocks_of_all_rows_in_one, families_under_segments("llava_llama")),
-    "keys detached: streamed": (keys_detached, run(test_streamed.check, "llava_llama")),
-    "blocks of another row: streamed": (blocks_of_another_row, run(test_streamed.check, "llava_llama")),
+    "keys detached: streamed": (keys_detached, run(streamed_contracts.check, "llava_llama")),
+    "blocks of another row: streamed": (blocks_of_another_row, run(streamed_contracts.check, "llava_llama")),
     "a VoCo token predicts nothing: streamed": (
         last_layer_cut_where_it_is_read,
-        run(test_streamed.check, "llava_llama"),
+        run(streamed_contracts.check, "llava_llama"),
     ),
     "adapter on in stage 1: frozen": (
         adapter_on_in_stage_one,
-        run(test_frozen.test_loss_and_gradients_are_those_of_the_two_steps_by_hand, "llava_llama", "right"),
+        run(frozen_contracts.loss_and_gradients_are_those_of_the_two_steps_by_hand, "llava_llama", "right"),
     ),
     "another image's block: frozen": (keys_of_another_image, filled_then_read),
     "reader taken for the maker: frozen": (
         reader_taken_for_the_maker,
-        run(test_frozen.test_its_blocks_are_the_starting_models_and_its_text_is_its_own),
+        run(frozen_contracts.its_blocks_are_the_starting_models_and_its_text_is_its_own),
     ),
     "prefix counted from zero": (
         prefix_counted_from_zero,
-        run(test_placing.test_a_prefix_read_once_equals_one_pass, "llava_llama"),
+        run(placing_contracts.a_prefix_read_once_equals_one_pass, "llava_llama"),
     ),
     "prefix seen late": (
         prefix_seen_late,
-        run(test_placing.test_a_prefix_read_once_equals_one_pass, "llava_mistral"),
+        run(placing_contracts.a_prefix_read_once_equals_one_pass, "llava_mistral"),
     ),
     "moved once for all": (
         moved_once_for_all,
-        run(test_placing.test_any_order_and_any_text_equals_one_pass, "llava_llama", "isolated"),
+        run(placing_contracts.any_order_and_any_text_equals_one_pass, "llava_llama", "isolated"),
     ),
     "window forgotten while decoding": (
         window_forgotten_while_decoding,
-        run(test_generation.test_greedy_equals_single_pass, "llava_mistral", "isolated"),
+        run(generation_contracts.greedy_equals_single_pass, "llava_mistral", "isolated"),
     ),
     "drafts not taken back: assisted": (
         draft_not_taken_back,
-        run(test_decoding.test_assisted_decoding_gives_the_same_answers, "llava_llama", "draft"),
+        run(decoding_contracts.assisted_decoding_gives_the_same_answers, "llava_llama", "draft"),
     ),
     "drafts not taken back: static": (
         draft_not_taken_back,
-        run(test_placing.test_generation_after_a_prefix, "llava_llama"),
+        run(placing_contracts.generation_after_a_prefix, "llava_llama"),
     ),
     "unread token lost: session": (session_forgets_the_unread, session_test),
     "text sees vision: two-stage": (text_sees_vision, run(two_stage, *LLAVA, fp32)),
@@ -467,7 +467,7 @@ CASES = {
     "a rival sees vision: table": (voco_sees_vision, with_patch(table, "llava_llama", "rival", "sdpa")),
     "a rival sees vision: plain decoder": (
         voco_sees_vision,
-        run(test_compressors.test_a_rival_is_a_plain_model_that_reads_its_embeddings, "avg_pool", "self"),
+        run(compressors_contracts.a_rival_is_a_plain_model_that_reads_its_embeddings, "avg_pool", "self"),
     ),
     "another's image: written": (
         image_of_another,
@@ -475,7 +475,7 @@ CASES = {
     ),
     "another's image: packed": (
         image_of_another,
-        run(test_compressors.test_packed_rows_are_as_alone, "pooled"),
+        run(compressors_contracts.packed_rows_are_as_alone, "pooled"),
     ),
     "markers pooled: written": (markers_pooled_too, run(written_from_their_own, "idefics3", "pooled")),
     "nothing written: written": (nothing_written, run(written_from_their_own, "llava_llama", "avg_pool")),
@@ -491,24 +491,24 @@ CASES = {
     "slots unmapped: window": (slots_unmapped, run(two_stage, "llava_mistral", "isolated", "sdpa", fp32)),
     "positions shifted: 4-D reference": (
         positions_shifted,
-        run(test_exactness.test_single_pass_equals_the_plain_model_under_a_4d_mask, "sdpa"),
+        run(exactness_contracts.single_pass_equals_the_plain_model_under_a_4d_mask, "sdpa"),
     ),
     "positions shifted: layout": (
         positions_shifted,
-        run(test_layout.test_kinds_blocks_and_positions_equal_the_plain_reading),
+        run(layout_contracts.kinds_blocks_and_positions_equal_the_plain_reading),
     ),
     "text position off: two-stage": (text_position_off, run(two_stage, *LLAVA, fp32)),
     "rotated backwards: relocated": (
         rotated_backwards,
-        run(test_exactness.test_relocated_equals_recomputed, "llava_llama"),
+        run(exactness_contracts.relocated_equals_recomputed, "llava_llama"),
     ),
     "not rotated: relocated": (
         not_rotated,
-        run(test_exactness.test_relocated_equals_recomputed, "qwen2_5_vl"),
+        run(exactness_contracts.relocated_equals_recomputed, "qwen2_5_vl"),
     ),
     "latent not turned: relocated": (
         latent_not_turned,
-        run(test_exactness.test_relocated_equals_recomputed, "kimi_k25"),
+        run(exactness_contracts.relocated_equals_recomputed, "kimi_k25"),
     ),
     "prefix forgotten: two-stage": (
         prefix_forgotten,
@@ -517,35 +517,35 @@ CASES = {
     "chunks from zero: two-stage": (chunks_from_zero, run(two_stage, "llama4", "isolated", "sdpa", fp32)),
     "limit forgotten: dynamic": (
         limit_forgotten,
-        run(test_rope.test_past_its_limit_it_is_refused, "dynamic"),
+        run(rope_contracts.past_its_limit_it_is_refused, "dynamic"),
     ),
     "limit forgotten: longrope": (
         limit_forgotten,
-        run(test_rope.test_past_its_limit_it_is_refused, "longrope"),
+        run(rope_contracts.past_its_limit_it_is_refused, "longrope"),
     ),
     "slot before: two-stage": (slot_before, run(two_stage, *LLAVA, fp32)),
     "padding ignored: two-stage": (padding_ignored, run(two_stage, *LLAVA, fp32)),
     "padding ignored: batched": (
         padding_ignored,
-        run(test_exactness.test_batched_equals_one_by_one, "llava_llama", "isolated"),
+        run(exactness_contracts.batched_equals_one_by_one, "llava_llama", "isolated"),
     ),
     "hook does nothing: table": (forward_not_prepared, with_patch(table, *LLAVA)),
     "leak": (text_sees_vision, None),
     "cache changed: generation": (
         cache_written_in_place,
-        run(test_generation.test_the_given_cache_is_never_changed),
+        run(generation_contracts.the_given_cache_is_never_changed),
     ),
     "rows not restored: detach": (
         rows_not_restored,
-        run(test_attach.test_the_token_is_added_and_taken_back, "llava_llama"),
+        run(attaching_contracts.the_token_is_added_and_taken_back, "llava_llama"),
     ),
     "another model's cache": (
         fingerprint_ignored,
-        lambda patch: test_cache.test_another_models_cache_is_refused_by_name(compressed()),
+        lambda patch: cache_contracts.another_models_cache_is_refused_by_name(compressed()),
     ),
     "another rule's cache": (
         fingerprint_ignored,
-        lambda patch: test_cache.test_another_rules_cache_is_refused_by_name(
+        lambda patch: cache_contracts.another_rules_cache_is_refused_by_name(
             compressed(), {"rule": "star"}, "rule is"
         ),
     ),
@@ -567,7 +567,7 @@ def test_a_broken_version_is_caught(case, monkeypatch):
         assert broken is not real
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
             patch.setattr(interface, "isolation_predicate", broken)
-            test_exactness.test_no_leak("llava_llama", patch)
+            exactness_contracts.no_leak("llava_llama", patch)
         return
     with monkeypatch.context() as patch:
         breakage(patch)
@@ -580,11 +580,11 @@ def test_a_broken_version_is_caught(case, monkeypatch):
     [
         (
             values_as_keys,
-            lambda cache, path: test_cache.test_loaded_equals_in_memory_bit_for_bit(cache, fp32, path),
+            lambda cache, path: cache_contracts.loaded_equals_in_memory_bit_for_bit(cache, fp32, path),
         ),
         (
             checksum_ignored,
-            lambda cache, path: test_cache.test_one_changed_byte_is_found(cache, path, "data"),
+            lambda cache, path: cache_contracts.one_changed_byte_is_found(cache, path, "data"),
         ),
     ],
     ids=["values-as-keys", "checksum-ignored"],

@@ -11,12 +11,12 @@ import warnings
 import pytest
 import torch
 import transformers
-from test_session import made, pictures
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 import tiny
 import voco_plugin as vp
 from harness import inputs, plain, shared, vocabulary
+from sessions import made, pictures
 from tiny import voco_id
 from voco_plugin import _compat
 from voco_plugin.benchmark import serving, shapes

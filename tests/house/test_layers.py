@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from paths import ROOT
+
 PACKAGE = ROOT / "voco_plugin"
 
 LAYERS: dict[int, tuple[str, ...]] = {

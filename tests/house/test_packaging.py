@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from paths import ROOT
+
 HEAVY = ("trl", "timm", "open_clip", "datasets", "sklearn", "matplotlib", "deepspeed", "vllm", "lmms_eval")
 
 

@@ -7,15 +7,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from paths import ROOT
 from tiny.parts import write_encoder, write_llm
 from voco_plugin.cli import main
 from voco_plugin.registry import Registry, load_plugin
 
-ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from test_generation import NEW, single
 
 import voco_plugin as vp
-from harness import RULES, attached, inputs, plain, rows_for, shared
+from contracts import decoding
+from contracts.decoding import ONE, draft
+from contracts.generation import NEW, single
+from harness import RULES, attached, inputs, rows_for, shared
 from tiny import NAMES
-
-ONE = [["bos", "t2", "img", "c2", "t1", "img", "c1", "t4"]]
 
 
 def windowed(model) -> bool:
@@ -61,44 +61,10 @@ def test_a_static_cache_decodes_every_way(name, options):
     assert torch.equal(made[:, stream["input_ids"].shape[1] :], expected)
 
 
-def draft(rows: int) -> hf.PreTrainedModel:
-    """A language model of the same vocabulary that never saw an image."""
-    config = hf.LlamaConfig(
-        vocab_size=rows, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return hf.LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("how", ["draft", "lookup", "same"])
 @pytest.mark.parametrize("name", ["llava_llama", "llava_mistral", "qwen2_5_vl", "gemma3", "idefics3"])
 def test_assisted_decoding_gives_the_same_answers(name, how):
-    model = shared(name)
-    batch = inputs(name, ONE, "left")
-    cache, stream = model.compress(**batch), model.stream_inputs(batch)
-    new = {"max_new_tokens": 12, "do_sample": False}
-    if name == "qwen2_5_vl" and how == "draft":
-        with pytest.raises(ValueError, match="LlamaForCausalLM, which counts positions on one axis"):
-            model.generate(**stream, voco_cache=cache, **new, assistant_model=draft(211))
-        return
-    expected = model.generate(**batch, **new, two_stage=False)[:, batch["input_ids"].shape[1] :]
-    how = {
-        "draft": {"assistant_model": draft(model.config.get_text_config().vocab_size)},
-        "lookup": {"prompt_lookup_num_tokens": 3},
-        # a draft that is right most of the time, so that several tokens are accepted at once
-        "same": {"assistant_model": text_twin(name, model.config.get_text_config().vocab_size)},
-    }[how]
-    made = model.generate(**stream, voco_cache=cache, **new, **how)
-    assert torch.equal(made[:, stream["input_ids"].shape[1] :], expected)
-
-
-def text_twin(name: str, rows: int):
-    """The same weights without VoCo: reads the text alone."""
-    model = plain(name)
-    model.resize_token_embeddings(rows)
-    return model
+    decoding.assisted_decoding_gives_the_same_answers(name, how)
 
 
 def test_a_draft_without_the_voco_row_is_named():

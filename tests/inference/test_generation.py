@@ -8,31 +8,20 @@ import pytest
 import torch
 
 import voco_plugin as vp
-from harness import CORE, RULES, inputs, rows_for, shared
+from contracts import generation
+from contracts.generation import NEW, single
+from harness import CORE, RULES, inputs, shared
+from matrix import combined, quick_rule
 from tiny import NAMES
 from voco_plugin._compat import as_cache, cache_names, cache_of
 
-NEW = {"max_new_tokens": 6, "min_new_tokens": 6}
-
-
-def single(model, batch, **options):
-    """The reference: one pass over everything, the vision tokens' keys kept and masked."""
-    return model.generate(**batch, **NEW, two_stage=False, **options)[:, batch["input_ids"].shape[1] :]
-
 
 @pytest.mark.parametrize(
-    ("name", "rule"), [(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"]
+    ("name", "rule"),
+    combined([(n, r) for n in NAMES for r in RULES if n in CORE or r == "isolated"], quick_rule),
 )
 def test_greedy_equals_single_pass(name, rule):
-    model = shared(name, rule=rule)
-    batch = inputs(name, rows_for(rule), "left")
-    expected = single(model, batch, do_sample=False)
-    both = model.generate(**batch, **NEW, do_sample=False)
-    assert torch.equal(both[:, : batch["input_ids"].shape[1]], batch["input_ids"])
-    assert torch.equal(both[:, batch["input_ids"].shape[1] :], expected)
-    stream = model.stream_inputs(batch)
-    cached = model.generate(**stream, voco_cache=model.compress(**batch), **NEW, do_sample=False)
-    assert torch.equal(cached[:, stream["input_ids"].shape[1] :], expected)
+    generation.greedy_equals_single_pass(name, rule)
 
 
 @pytest.mark.parametrize("name", ["llava_llama", "llava_mistral", "qwen2_5_vl", "gemma3"])
@@ -60,16 +49,7 @@ def test_other_ways_of_decoding_equal_single_pass(name, options):
 
 
 def test_the_given_cache_is_never_changed():
-    model = shared("llava_llama")
-    batch = inputs("llava_llama", side="left")
-    cache, stream = model.compress(**batch), model.stream_inputs(batch)
-    before = [t.clone() for b in cache for t in (*b.keys, *b.values)]
-    outputs = [model.generate(**stream, voco_cache=cache, **NEW, num_beams=2) for _ in range(2)]
-    assert torch.equal(*outputs)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(before, (t for b in cache for t in (*b.keys, *b.values)), strict=True)
-    )
+    generation.the_given_cache_is_never_changed()
 
 
 def test_many_questions_on_one_image():

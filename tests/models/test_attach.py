@@ -10,20 +10,14 @@ import pytest
 import torch
 
 import voco_plugin as vp
+from contracts import attaching
+from contracts.attaching import equal_bits, state_bits
 from harness import attached, inputs, plain, text_columns, vocabulary
 from tiny import NAMES, voco_id
 from tiny.processors import processor
 from voco_plugin.core.layout import LayoutError
 
 TEXT_ONLY = [["bos", "t6"], ["bos", "t3"]]
-
-
-def state_bits(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def equal_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -55,25 +49,8 @@ def test_detach_gives_back_the_model_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", ["llava_llama", "llava_qwen2", "llava_tied", "qwen2_5_vl", "gemma3"])
-@torch.no_grad()
 def test_the_token_is_added_and_taken_back(name):
-    """llava_llama has no spare row (resize), llava_qwen2 a vocabulary of 256 = 4 × 64, llava_tied tied
-    embeddings.
-    """
-    model, its = plain(name), processor(name)
-    rows, tied = model.get_input_embeddings().weight.shape[0], name in ("llava_tied", "gemma3")
-    before, vocabulary_before = state_bits(model), dict(its.tokenizer.get_vocab())
-    known = model.get_input_embeddings().weight[: len(its.tokenizer)].clone()
-    vp.attach(model, vp.VoCoConfig(token="<voco-new>"), its)
-    token = its.tokenizer.convert_tokens_to_ids("<voco-new>")
-    assert token == vp.attachment(model).vocab.voco_id == vp.attachment(model).config.token_id
-    assert its.tokenizer("<voco-new><voco-new>", add_special_tokens=False)["input_ids"] == [token, token]
-    weight = model.get_input_embeddings().weight
-    assert (weight.shape[0] % 64 == 0) == (rows % 64 == 0) and weight.shape[0] > token
-    assert (weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()) == bool(tied)
-    assert (weight[token] - known.mean(dim=0)).abs().max() < 0.05 * known.std()
-    vp.detach(model)
-    assert equal_bits(before, state_bits(model)) and its.tokenizer.get_vocab() == vocabulary_before
+    attaching.the_token_is_added_and_taken_back(name)
 
 
 def test_the_row_is_seeded():

@@ -15,13 +15,13 @@ from PIL import Image
 
 import voco_plugin as vp
 from harness import largest_difference
+from paths import ROOT
 from tiny.parts import ENCODERS, WIDTH, write_encoder, write_llm
 from voco_plugin.models.encoders import load_encoder
 
 timm = pytest.importorskip("timm", reason="timm is in the extra `backbones`")
 open_clip = pytest.importorskip("open_clip", reason="open_clip is in the extra `backbones`")
 
-ROOT = Path(__file__).resolve().parents[2]
 HOSTS = {"timm_vit": "PerceptionLM", "timm_siglip": "PerceptionLM", "timm_eva": "PerceptionLM"}
 HOSTS["timm_convnext"] = "FastVlm"
 

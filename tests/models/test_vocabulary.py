@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
 
 import voco_plugin as vp
 from harness import largest_difference, plain
+from random_pictures import pictures
 from tiny import NAMES, glue_ids, vision_ids, voco_id
 from tiny.processors import NAMES as PROCESSORS
 from tiny.processors import processor
@@ -41,14 +41,6 @@ def test_the_image_token_is_read_off_the_config(name):
         config=model.config, voco=vp.VoCoConfig(token_id=voco_id(name))
     )
     assert found.placeholders & vision_ids(name)
-
-
-def pictures(count: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Image.fromarray(torch.randint(0, 255, (24, 24, 3), generator=generator, dtype=torch.uint8).numpy())
-        for _ in range(count)
-    ]
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

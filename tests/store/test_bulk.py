@@ -9,13 +9,11 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-import tiny
 import voco_plugin as vp
-from tiny import processors
+from photos import COUNT, equal, write_images
 from voco_plugin.cli import main
 from voco_plugin.data.images import BadImageError, open_image
 from voco_plugin.inference.answering import compress_images
@@ -25,53 +23,6 @@ from voco_plugin.store.names import NameEntry, StoreNames, caches_by_name
 from voco_plugin.store.shards import read_shards
 
 NAME = "llava_llama"
-COUNT = 7
-
-
-def write_images(folder: Path, count: int = COUNT, seed: int = 0) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:03d}.png" for number in range(count)]
-    for number, path in enumerate(paths):
-        values = np.random.default_rng(seed + number).integers(0, 255, (14, 17, 3), dtype=np.uint8)
-        PILImage.fromarray(values).save(path)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory):
-    """A tiny model with VoCo on, its processor, and the folder both load from."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny.build(NAME).save_pretrained(folder)
-    processors.processor(NAME).save_pretrained(folder)
-    model, processor = vp.load(str(folder))
-    return model, processor, folder
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> list[Path]:
-    return write_images(tmp_path / "photos")
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch):
-    """Images that went through the model, counted."""
-    from voco_plugin.store.bulk import job as stage
-
-    seen: list[int] = []
-
-    def counted(model, processor, images, **options):
-        images = list(images)
-        seen.append(len(images))
-        return compress_images(model, processor, images, **options)
-
-    monkeypatch.setattr(stage, "compress_images", counted)
-    return seen
-
-
-def equal(one: vp.VoCoCache, other: vp.VoCoCache, tolerance: float = 0.0) -> bool:
-    (a,), (b,) = one, other
-    pairs = list(zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True))
-    return all((x - y).abs().max() <= tolerance for x, y in pairs)
 
 
 # -- the stage

@@ -7,7 +7,6 @@ Slow: ``pytest -m slow tests/store/test_bulk_processes.py``.
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -16,42 +15,14 @@ import time
 from pathlib import Path
 
 import pytest
-from test_bulk import write_images
 
-import tiny
 import voco_plugin as vp
-from tiny import processors
-from voco_plugin.store.names import StoreNames, caches_by_name
+from bulk_runs import BATCH, COUNT, WORKER, arguments, check_whole, environment, report
+from paths import HELPERS, ROOT
+from photos import write_images
+from voco_plugin.store.names import StoreNames
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = ROOT / "tests" / "helpers" / "bulk_worker.py"
-COUNT, BATCH = 60, 4
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and distinct photos."""
-    folder = tmp_path_factory.mktemp("bulk")
-    tiny.build("llava_llama").save_pretrained(folder / "model")
-    processors.processor("llava_llama").save_pretrained(folder / "model")
-    write_images(folder / "photos", COUNT)
-    return folder
-
-
-def environment(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
-    return {
-        **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", **more,
-    }  # fmt: skip
-
-
-def arguments(place: Path, store: Path, *more: str) -> list[str]:
-    return [
-        "compress", str(place / "model"), str(place / "photos"), "--store", str(store), "--batch-size",
-        str(BATCH), "--json", *more,
-    ]  # fmt: skip
 
 
 def computed(log: Path) -> int:
@@ -63,30 +34,6 @@ def finish(command: list[str], **more: str) -> dict:
     done = subprocess.run(command, env=environment(**more), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
-
-
-def report(text: str) -> None:
-    """A figure for who runs this with ``-s``."""
-    sys.stderr.write(f"\n{text}\n")
-
-
-def check_whole(place: Path, where: Path) -> None:
-    """Every image is there exactly once, by content and by name, and what is there is right."""
-    from voco_plugin.data.images import open_image
-    from voco_plugin.inference.answering import compress_images
-
-    model, processor = vp.load(str(place / "model"))
-    photos = sorted((place / "photos").iterdir())
-    with vp.VoCoCacheStore.for_model(where, model, readonly=True) as store:
-        assert sorted(store) == sorted({store.key_of(path) for path in photos})
-        checked = store.verify()
-        assert checked["records"] == COUNT and checked["bad"] == [] == checked["index"]
-        with StoreNames(where, readonly=True) as names:
-            assert sorted(entry.name for entry in names) == sorted(map(str, photos))
-        for path, cache in zip(photos, caches_by_name(store, list(map(str, photos))), strict=True):
-            (alone,) = compress_images(model, processor, [open_image(path)])
-            pairs = zip(alone.blocks[0].keys, cache.blocks[0].keys, strict=True)
-            assert all((a - b).abs().max() < 1e-5 for a, b in pairs)
 
 
 def kill_when(process: subprocess.Popen, reached) -> None:
@@ -160,7 +107,7 @@ def test_workers_are_processes_and_one_that_fails_ends_the_others(place, tmp_pat
 
 def test_a_new_store_may_be_made_by_several_processes_at_once(tmp_path) -> None:
     rounds, world = 40, 4
-    script = str(ROOT / "tests" / "helpers" / "store_makers.py")
+    script = str(HELPERS / "store_makers.py")
     command = [sys.executable, script, str(tmp_path), str(rounds), str(world)]
     makers = [
         subprocess.Popen([*command, str(rank)], env=environment(), stderr=subprocess.PIPE, text=True)

@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_bulk import write_images
-from test_bulk_processes import COUNT, arguments, check_whole, environment, place, report  # noqa: F401
 
+from bulk_runs import COUNT, arguments, check_whole, environment, report
+from paths import ROOT
+from photos import write_images
 from voco_plugin.cli.launch import load_integration
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch) -> None:

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_bulk import COUNT, equal, loaded, photos, ran, write_images  # noqa: F401
 
 import voco_plugin as vp
+from photos import COUNT, equal, write_images
 from voco_plugin.cache.cache import cache_to_bytes
 from voco_plugin.store.bulk import compress_dataset
 from voco_plugin.store.names import NameEntry

@@ -16,20 +16,19 @@ import pytest
 import torch
 
 import store_worker
+from paths import HELPERS, ROOT
 from store_worker import numbered
 from stores import in_a_fork, key, made, opened, same
 from voco_plugin.cache import VoCoCacheError
 from voco_plugin.store import VoCoCacheStore
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @contextlib.contextmanager
 def worker(*arguments: object):
     """A process of store_worker.py that has said it is ready."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{HELPERS}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "store_worker.py"), *map(str, arguments)],
+        [sys.executable, str(HELPERS / "store_worker.py"), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     try:

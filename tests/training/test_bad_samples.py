@@ -13,12 +13,11 @@ import pytest
 import torch
 from datasets import Dataset, Image, List
 from PIL import Image as PILImage
-from test_cli import error_of, here, out_of, world  # noqa: F401
-from test_images import bad, odd  # noqa: F401
-from test_training import LORA, bases, losses, trainer  # noqa: F401
 
 import voco_plugin as vp
+from commands import error_of, out_of
 from odd_images import BAD, ODD, RED, collator, rows_of, talk
+from trainers import losses, trainer
 from voco_plugin.cli import main
 from voco_plugin.data.images import BadImageError
 from voco_plugin.data.lazy_images import name_rows, undecoded

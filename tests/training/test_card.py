@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, metadata_load
-from test_training import bases, data, picture, trainer  # noqa: F401
 
 import voco_plugin as vp
+from trainers import picture, trainer
 from voco_plugin.training.card import extend_card, hub_id, last_metrics, launch_command, license_of
 
 

@@ -5,34 +5,13 @@ from __future__ import annotations
 import logging
 
 import pytest
-import test_training as shared
 import torch
 
+import trainers as shared
 import voco_plugin as vp
+from compressor_kinds import KINDS, voco
 
-data, bases = shared.data, shared.bases  # fixtures of the same rows and base models
-
-QFORMER = {"layers": 2, "hidden_size": 16, "heads": 2}
-KINDS = {
-    "pooled": {"token_init": "pooled"},
-    "slots": {"token_init": "slots"},
-    "avg_pool": {"compressor": "avg_pool"},
-    "qformer": {"compressor": "qformer", "compressor_options": QFORMER},
-    "llama_vid": {"compressor": "llama_vid"},
-    "pixel_shuffle": {
-        "compressor": "pixel_shuffle",
-        "num_tokens": 3,
-        "compressor_options": {"num_vision": 9},
-    },
-    "token_merge": {"compressor": "token_merge"},
-    "matryoshka": {"compressor": "matryoshka"},
-}
-"""For LLaVA with 9 vision tokens an image."""
 ANSWERS = {"assistant_only_loss": True}
-
-
-def voco(kind: str) -> vp.VoCoConfig:
-    return vp.VoCoConfig(**{"num_tokens": 2, **KINDS[kind]})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,26 +7,24 @@ from __future__ import annotations
 import json
 
 import pytest
-import test_packing_training as packing
-import test_recipes_train as recipes
 import torch
 import yaml
 from peft import LoraConfig
-from test_compressor_training import voco as compressor
-from test_divergence import plain
-from test_training import bases, data, losses, snapshot, trainer  # noqa: F401
 from transformers import HfArgumentParser
 
+import conversations as packing
 import tiny
 import voco_plugin as vp
+from compressor_kinds import voco as compressor
+from textbook import plain
 from tiny import processors
+from trainers import snapshot, trainer
 from voco_plugin.cli import main
 from voco_plugin.core.attachment import unwrap
 from voco_plugin.core.forward import ONE_PASS
 from voco_plugin.training.distillation import step as lesson
 from voco_plugin.training.distillation.trainer_part import Distilling, copy_of_student
 
-recipe_data = recipes.data
 ROWS = (0, 1, 5, 2)  # answers of one, two, two and two words; the third has no image
 ANSWERS = {"assistant_only_loss": True}
 ALL = {"teacher": "frozen", "weight": 2.0, "temperature": 2.0, "hidden_weight": 0.1}

@@ -8,8 +8,8 @@ Real processes (gloo, CPU), slow: ``pytest -m slow tests/training/test_distillin
 from __future__ import annotations
 
 import pytest
-from test_distributed import ENGINES, KIND, place  # noqa: F401
 
+from launched import ENGINES, KIND
 from voco_plugin.cli.launch import integration_folder
 
 TERMS = ("loss", "ce_loss", "distill_loss", "hidden_loss", "grad_norm")

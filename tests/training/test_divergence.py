@@ -7,22 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from textbook import plain
 from voco_plugin.training.distillation import divergence as module
 from voco_plugin.training.distillation.divergence import Comparison, Head, divergence
 
 N, D, V = 23, 8, 50
 KINDS = ("forward", "reverse", "jsd")
-
-
-def plain(s: torch.Tensor, t: torch.Tensor, kind: str = "forward", temperature: float = 1.0) -> torch.Tensor:
-    """The reference: whole logits ``(n, V)`` → ``(n,)``, as written in a textbook."""
-    p, q = torch.softmax(t / temperature, -1), torch.softmax(s / temperature, -1)
-    if kind == "forward":
-        return (p * (p.log() - q.log())).sum(-1)
-    if kind == "reverse":
-        return (q * (q.log() - p.log())).sum(-1)
-    m = (p + q) / 2
-    return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
 
 
 def setup(dtype=torch.float64, n=N, v=V, bias=True, seed=0, **head):

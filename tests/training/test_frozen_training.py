@@ -10,11 +10,10 @@ import os
 import pytest
 import torch
 from peft import LoraConfig
-from test_frozen import by_hand
-from test_streamed_training import videos  # noqa: F401
-from test_training import LORA, bases, losses, picture, snapshot, trainer  # noqa: F401
 
 import voco_plugin as vp
+from contracts.frozen import by_hand
+from trainers import LORA, losses, picture, snapshot, trainer
 from videos import write_video
 from voco_plugin.cli import main
 from voco_plugin.core.attachment import unwrap

@@ -23,12 +23,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import bases, data, losses, snapshot, trainer  # noqa: F401
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 import voco_plugin as vp
+from paths import HELPERS, ROOT
+from trainers import losses, snapshot, trainer
 from voco_plugin.training import checkpoints
 from voco_plugin.training.checkpoints import AtomicCheckpoints
 
@@ -336,14 +337,13 @@ def test_a_failed_save_leaves_no_checkpoint_and_says_why(bases, data, tmp_path, 
 
 def launch(*arguments: object) -> subprocess.Popen:
     """``killed_processes.py`` in two processes of one group."""
-    root = Path(__file__).resolve().parents[2]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    worker = root / "tests" / "helpers" / "killed_processes.py"
+    worker = HELPERS / "killed_processes.py"
     command = [sys.executable, *start, f"--master_port={port}", str(worker)]
-    paths = [str(root), str(worker.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen([*command, *map(str, arguments)], env=env, start_new_session=True)
 

@@ -5,7 +5,6 @@ use.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +14,11 @@ import yaml
 
 import tiny
 import voco_plugin as vp
+from paths import ROOT
 from voco_plugin import _compat
 from voco_plugin.cli.launch import check_profile, integration_folder, profiles
 from voco_plugin.cli.recipe import RecipeError
 from voco_plugin.training.launch import LaunchError, check_launch, check_sharded_head
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def arguments(world: int = 1, kind: str = "NO", **more: Any) -> SimpleNamespace:

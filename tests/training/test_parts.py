@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig, PeftModel, TrainableTokensConfig
 from safetensors import safe_open
-from test_vocabulary import pictures
 
 import tiny
 import voco_plugin as vp
+from random_pictures import pictures
 from tiny import processors
 from voco_plugin.training.adapters import prepare_peft_config
 from voco_plugin.training.parts import PROJECTOR, ModelParts

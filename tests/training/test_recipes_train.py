@@ -9,56 +9,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from trl import ModelConfig, get_peft_config
 
 import tiny
 import voco_plugin as vp
+from matrix import in_turn
+from recipe_twins import ANSWERS, twin_of
 from tiny import processors
 from voco_plugin.cli import recipe as recipes
 from voco_plugin.cli.recipe import Recipe, load
-from voco_plugin.cli.recipe_values import read
 from voco_plugin.core.forward import active_rule
 from voco_plugin.data.loaders import load_vision_dataset
 
-TWINS = {
-    "llava-hf/llava-1.5-7b-hf": "llava_llama",
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
-    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
-    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
-    "OpenGVLab/InternVL3-8B-hf": "internvl",
-    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": "smolvlm",
-    "google/gemma-3-4b-it": "gemma3",
-    "runs/paper/align": "llava_llama",
-    "runs/paper/voco_k2": "llava_llama",
-    "runs/gridworld_init": "llava_llama",
-    "runs/gridworld_base": "llava_llama",
-    "runs/gridworld_study_init": "llava_llama",
-    "runs/gridworld_study_base": "llava_llama",
-    "runs/videos_image": "llava_llama",
-}
-COMPOSED = {
-    ("clip_vit_l_14_336", "vicuna_7b_v1_5"): "llava_llama",
-    ("runs/parts/transformers_clip", "runs/parts/llama"): "llava_llama",
-}
 VISION = re.compile(r"\.(vision_tower|vision_model|visual)\.")
 PROJECTOR = re.compile(r"multi_modal_projector|connector|merger|image_newline")
-ANSWERS = ("red", "blue circle", "the square is green")
-
-
-def twin_of(name: str) -> str:
-    raw, _ = read(recipes.find(name))
-    if "model" in raw:
-        return COMPOSED[raw["model"]["encoder"], raw["model"]["llm"]]
-    return TWINS[raw["model_name_or_path"]]
 
 
 @pytest.fixture(scope="module")
@@ -77,25 +47,6 @@ def bases(tmp_path_factory):
         return made[name, marked]
 
     return base
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A LLaVA JSON with one and two turns, and a row without an image."""
-    folder = tmp_path_factory.mktemp("data")
-    records = []
-    for i in range(8):
-        pixels = np.random.default_rng(i).integers(0, 255, (12, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        turns = [
-            {"from": "human", "value": "<image>\nwhat is it?"},
-            {"from": "gpt", "value": ANSWERS[i % 3]},
-        ]
-        if i % 2:
-            turns += [{"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]
-        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder / "data.json"
 
 
 def trainer_of(recipe: Recipe, base: Path, data: Path, out: Path) -> vp.VoCoSFTTrainer:
@@ -154,11 +105,11 @@ def isolated(made, batch) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(recipes.shipped()))
-def test_a_recipe_trains_what_it_says(name: str, bases, data, tmp_path) -> None:
+def test_a_recipe_trains_what_it_says(name: str, bases, recipe_data, tmp_path) -> None:
     recipe = load(name)
     values, twin = recipe.values, twin_of(name)
     assert values["assistant_only_loss"] is True
-    made = trainer_of(recipe, bases(twin, marked=name.startswith("gridworld")), data, tmp_path)
+    made = trainer_of(recipe, bases(twin, marked=name.startswith("gridworld")), recipe_data, tmp_path)
 
     trains = {n for n, p in made.model.named_parameters() if p.requires_grad}
     assert trains == expected(recipe, made) and trains
@@ -213,18 +164,17 @@ RIVALS = {
 FAMILIES = sorted({name for name in recipes.shipped() if name.endswith("_lora")} | {"llava15_7b_full"})
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_rival_trains_under_the_recipes(name: str, rival: str, bases, data, tmp_path) -> None:
+@pytest.mark.parametrize(("name", "rival"), in_turn(FAMILIES, RIVALS))
+def test_every_rival_trains_under_the_recipes(name: str, rival: str, bases, recipe_data, tmp_path) -> None:
     """The recipes of real families as they are, with another compressor: two steps, and its weights move."""
     recipe = load(name)
     voco = {**recipe.values["voco"], **RIVALS[rival], "num_tokens": 2}
     base = bases(twin_of(name), marked=False)
     if rival == "pixel_shuffle":
-        n = vision_tokens(base, data)
+        n = vision_tokens(base, recipe_data)
         voco |= {"compressor_options": {"num_vision": n}, "num_tokens": n // 2 if n % 2 == 0 else n // 3}
     values = {**recipe.values, "voco": voco, "warmup_steps": 0, "lr_scheduler_type": "constant"}
-    made = trainer_of(Recipe(recipe.path, values), base, data, tmp_path)
+    made = trainer_of(Recipe(recipe.path, values), base, recipe_data, tmp_path)
     before = snapshot(made)
     made.train()
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_templates import TALK
-from test_vocabulary import pictures
 from trl.trainer import utils
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 import tiny
+from random_pictures import pictures
+from talks import TALK
 from tiny.processors import processor
 from voco_plugin import VoCoDataCollator
 from voco_plugin._compat import head_on_answers_alone

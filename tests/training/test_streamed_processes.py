@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset, Image, List
-from test_distributed import KIND, needs_deepspeed, place  # noqa: F401
-from test_training import picture
 
+from launched import KIND, needs_deepspeed
+from trainers import picture
 from voco_plugin.cli.launch import integration_folder
 
 FRAMES = (1, 5, 2, 3, 4, 1, 2, 6, 1, 1, 3, 2)

@@ -8,28 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import Dataset, Image, List
-from test_training import bases, losses, picture, snapshot, trainer  # noqa: F401
 
 import voco_plugin as vp
-
-FRAMES = (1, 3, 0, 5, 2, 2, 4, 1)
-"""Images of each row."""
-
-
-@pytest.fixture(scope="module")
-def videos() -> Dataset:
-    image, ask = {"type": "image", "text": None}, {"type": "text", "text": "what is it"}
-    answers = ["red", "blue circle", "green square"]
-    messages = [
-        [
-            {"role": "user", "content": [*[image] * n, ask]},
-            {"role": "assistant", "content": [{"type": "text", "text": answers[i % 3]}]},
-        ]
-        for i, n in enumerate(FRAMES)
-    ]
-    images = [[picture(10 * i + j) for j in range(n)] for i, n in enumerate(FRAMES)]
-    return Dataset.from_dict({"messages": messages, "images": images}).cast_column("images", List(Image()))
+from trainers import losses, snapshot, trainer
 
 
 def step(bases, videos, out, stage1, name="llava_llama", peft=True, **options):

@@ -10,7 +10,6 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_training import bases, data  # noqa: F401
 
 import tiny
 import voco_plugin as vp

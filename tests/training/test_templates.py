@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from test_vocabulary import pictures
 
+from llm_talks import EXPECTED
+from random_pictures import pictures
+from talks import TALK
 from tiny import voco_id
 from tiny.processors import processor
 from voco_plugin import VoCoConfig, VoCoDataCollator, VoCoSFTConfig
@@ -19,12 +21,6 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-TALK = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
-    {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
-]
 
 
 @pytest.fixture
@@ -102,7 +98,6 @@ def with_template(name: str):
 
 def test_every_shipped_template_is_tested():
     """Here, with the LLM presets', or (the original code's) with its conversion."""
-    from test_llm_templates import EXPECTED
 
     shipped = {path.stem for path in TEMPLATES.glob("*.jinja")}
     assert shipped == {"vicuna_v1", "voco_v1", *FORMATS, *EXPECTED}

@@ -4,17 +4,13 @@ by path.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Image, List
+from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
-from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 from trl import SFTConfig
@@ -22,72 +18,10 @@ from trl import SFTConfig
 import tiny
 import voco_plugin as vp
 from tiny import processors
+from trainers import losses, moved, snapshot, trainer
 from voco_plugin.core.layout import LayoutError
 from voco_plugin.training.adapters import prepare_peft_config
 from voco_plugin.training.parts import ModelParts
-
-ROWS = 8
-LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, "init_lora_weights": "gaussian"}
-
-
-def picture(seed: int) -> PILImage.Image:
-    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 24, 3), dtype=np.uint8))
-
-
-@pytest.fixture(scope="module")
-def data() -> Dataset:
-    image, ask = {"type": "image", "text": None}, {"type": "text", "text": "what is it"}
-    answers = ["red", "blue circle", "green square"]
-    messages = [
-        [
-            {"role": "user", "content": [image, ask] if i != 5 else [ask]},  # one row without an image
-            {"role": "assistant", "content": [{"type": "text", "text": answers[i % 3]}]},
-        ]
-        for i in range(ROWS)
-    ]
-    images = [[picture(i)] if i != 5 else [] for i in range(ROWS)]
-    features = {"messages": messages, "images": images, "id": [f"row-{i}" for i in range(ROWS)]}
-    return Dataset.from_dict(features).cast_column("images", List(Image()))
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Base models on disk, as a user has them."""
-    made: dict[str, str] = {}
-
-    def base(name: str) -> str:
-        if name not in made:
-            made[name] = str(tmp_path_factory.mktemp(name) / "base")
-            tiny.build(name).save_pretrained(made[name])
-            processors.processor(name).save_pretrained(made[name])
-        return made[name]
-
-    return base
-
-
-def trainer(model, out, data, peft=True, voco=True, **options):
-    args = {
-        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "report_to": [],
-        "max_steps": 3, "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
-    }  # fmt: skip
-    more = {k: options.pop(k) for k in ("eval_dataset", "data_collator", "processing_class") if k in options}
-    voco = vp.VoCoConfig(num_tokens=2) if voco is True else voco or None
-    config = vp.VoCoSFTConfig(str(out), voco=voco, **{**args, **options})
-    peft = LoraConfig(**LORA) if peft is True else peft or None
-    with contextlib.redirect_stderr(io.StringIO()):
-        return vp.VoCoSFTTrainer(model, args=config, train_dataset=data, peft_config=peft, **more)
-
-
-def losses(made) -> list[float]:
-    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-
-
-def snapshot(made) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in made.model.named_parameters()}
-
-
-def moved(before: dict, made) -> set[str]:
-    return {name for name, p in made.model.named_parameters() if not torch.equal(before[name], p)}
 
 
 @pytest.mark.parametrize("name", ["llava_llama", "llava_tied", "qwen2_5_vl"])

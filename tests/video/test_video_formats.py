@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_training import bases, losses, trainer  # noqa: F401
 
+from trainers import losses, trainer
 from voco_plugin.data.images import BadImageError
 from voco_plugin.video.dataset_rows import ReadFrames, VideoRow, as_dataset, is_video_set, load_video_dataset
 

@@ -86,22 +86,25 @@ def _pairs(
     )
     side = pixels.shape[-1] // processor.patch_size
     embeddings = model.get_input_embeddings().get_parameter("weight")
-    ids = torch.tensor([_patch_words(scene, side, processor.tokenizer) for scene in scenes])
+    known: dict[str, int] = {}
+    ids = torch.tensor([_patch_words(scene, side, processor.tokenizer, known) for scene in scenes])
     model.eval()
     features = [tower_features(model, pixels[i : i + 256])[0] for i in range(0, len(pixels), 256)]
     return torch.cat(features), embeddings[ids].sum(-2)
 
 
-def _patch_words(scene: Scene, side: int, tokenizer: Any) -> list[list[int]]:
-    """Per patch, row by row, the ids of its cell's two content words and its name."""
+def _patch_words(scene: Scene, side: int, tokenizer: Any, known: dict[str, int]) -> list[list[int]]:
+    """Per patch, row by row, the ids of its cell's two content words and its name; ``known`` fills with the
+    ids of words, since a tokenizer takes longer than everything else here.
+    """
     words = []
     for row in range(side):
         for column in range(side):
             cell = int((row + 0.5) * scene.grid / side) * scene.grid
             cell += int((column + 0.5) * scene.grid / side)
-            words.append(
-                [_id(word, tokenizer) for word in (*scene.names[cell].split(), scene.cell_name(cell))]
-            )
+            named = (*scene.names[cell].split(), scene.cell_name(cell))
+            known |= {word: _id(word, tokenizer) for word in named if word not in known}
+            words.append([known[word] for word in named])
     return words
 
 

@@ -18,10 +18,11 @@ What transformers 5.23 wants, where it surprises:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
-from .models import config, voco_id
+from .models import check_name, config, voco_id
 from .vocab import BOS, DOUBLE_NEWLINE, IDS, NEWLINE, PAD, ROW_COL, TEXT
 from .wide import BACKBONES, IMAGE, VIDEO
 
@@ -41,7 +42,7 @@ Rows = Sequence[Sequence[str | int]]
 
 def image_sizes(name: str) -> tuple[str, ...]:
     """The size suffixes that "img:<size>" takes ("" is the default size, plain "img")."""
-    config(name)
+    check_name(name)
     return ("",) if name in (*_LLAVA, "gemma3", *BACKBONES) else ("", "small", "big")
 
 
@@ -105,6 +106,7 @@ def _video_run(name: str) -> list[int]:
     return [IDS["<|vision_start|>"], *[IDS["<|video_pad|>"]] * (t * h * w // 4), IDS["<|vision_end|>"]]
 
 
+@cache
 def num_features(name: str, size: str = "", alone: bool = True) -> int:
     """How many placeholders, so image features, one image has."""
     image = IMAGE if name in BACKBONES else config(name).image_token_id

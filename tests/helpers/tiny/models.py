@@ -217,13 +217,15 @@ FIRST: tuple[str, ...] = tuple(_CONFIGS)
 NAMES: tuple[str, ...] = (*FIRST, *BACKBONES)
 
 
+def check_name(name: str) -> None:
+    if name not in BACKBONES and name not in _CONFIGS:
+        raise ValueError(f"no tiny model named {name!r}: choose from {', '.join(NAMES)}")
+
+
 def config(name: str) -> PreTrainedConfig:
     """The config `build(name)` uses, fresh."""
-    if name in BACKBONES:
-        return BACKBONES[name].config()
-    if name not in _CONFIGS:
-        raise ValueError(f"no tiny model named {name!r}: choose from {', '.join(NAMES)}")
-    return _CONFIGS[name](name)
+    check_name(name)
+    return BACKBONES[name].config() if name in BACKBONES else _CONFIGS[name](name)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -251,5 +253,5 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
 
 def voco_id(name: str) -> int:
     """A spare id inside the vocabulary (`<unused0>`, known to the tokenizer) to serve as the VoCo token."""
-    config(name)
+    check_name(name)
     return SPARE
