@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from trainers import picture
 from transformers import TrainerCallback
 
 import voco_plugin as vp
@@ -42,6 +41,7 @@ from states import (
     world_of,
 )
 from tiny import processors, voco_id
+from trainers import picture
 
 
 class Stopped(BaseException):

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from datasets import Dataset, Image, List
 from peft import LoraConfig, get_peft_model
-from trainers import LORA, losses, picture
 
 import tiny
 import voco_plugin as vp
 from harness import attached, rows_for
 from tiny import make_inputs, processors
+from trainers import LORA, losses, picture
 from voco_plugin._compat import as_cache, cache_of
 
 ROWS = [["bos", "t3", "img", "c2", "t4"], ["bos", "t2", "img", "c2", "t1", "img", "c1", "t5"]]

@@ -51,8 +51,8 @@ from states import (
     trainer,
     world_of,
 )
-from trainers import LORA
 from tiny import make_inputs, processors, voco_id
+from trainers import LORA
 
 PACKAGE = Path(vp.__file__).parent
 SOME = ("text", "single-pass", "compress", "generate")

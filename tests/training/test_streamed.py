@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contracts.streamed import RULES, check, everything, fused
+from contracts.streamed import RULES, check, everything, fused, fused_step
 from harness import CORE, attached, inputs
 from voco_plugin.training.two_stage.trainer_part import Streamed
 
