@@ -367,6 +367,19 @@ def test_the_config_survives_json_the_parser_and_a_copy(tmp_path) -> None:
             vp.VoCoSFTConfig(str(tmp_path), **wrong)
 
 
+def test_adapters_outside_a_peft_model_are_refused_and_stay(bases, data, tmp_path) -> None:
+    model = tiny.build("llava_llama")
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for peft in (True, False):
+        with pytest.raises(ValueError, match="not a PeftModel .*add_adapter"):
+            trainer(model, tmp_path, data, peft=peft, processing_class=processors.processor("llava_llama"))
+        after = dict(model.named_parameters())
+        assert any("lora_A" in name for name in after), "the user's adapter is gone"
+        assert before.keys() == after.keys() and all(torch.equal(p, after[n]) for n, p in before.items())
+    assert not vp.is_attached(model)
+
+
 def test_a_model_without_a_backbone_of_its_own_is_refused(data, tmp_path) -> None:
     """Llama 4: TRL's loss calls `base_model`, which is the model itself."""
     from voco_plugin.training.model_setup import check_backbone

@@ -62,13 +62,13 @@ def check_backbone(model: Any) -> None:
     """Refuse a model whose backbone cannot be run below its LM head, as TRL's loss does.
 
     Raises:
-        ValueError: the class has no such backbone (Llama 4 in transformers 5.23), or its adapters were put in
-            by transformers' ``add_adapter``: there is no ``PeftModel`` to read them from.
+        ValueError: the class has no such backbone (Llama 4 in transformers 5.23), or the model holds adapters
+            and is not a ``PeftModel``: transformers' ``add_adapter`` put them in, or it was taken out of one.
     """
     if hasattr(model, "peft_config") and not is_peft(model):
         raise ValueError(
-            "the model has adapters from transformers' add_adapter; give the model without them and a "
-            "peft_config, or a PeftModel (peft.get_peft_model)."
+            "the model holds adapters and is not a PeftModel (transformers' add_adapter, or get_base_model): "
+            "give the PeftModel itself, or the model without adapters and a peft_config."
         )
     inner = base_of(model)
     if inner.base_model is inner:
@@ -84,14 +84,14 @@ def as_it_was_on_failure(model: Any) -> Iterator[None]:
     inside, with its own forward, what trained before training.
     """
     inner = unwrap(model)
-    was_attached, was_peft = is_attached(inner), is_peft(model)
+    was_attached, was_adapted = is_attached(inner), hasattr(inner, "peft_config")
     own_forward = vars(inner).get("forward")
     trained = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     frozen_stage1 = was_attached and attachment(inner).config.frozen_stage1
     try:
         yield
     except BaseException:
-        if not was_peft:
+        if not was_adapted:
             _unload(inner)
         if vars(inner).get("forward") is not own_forward:
             del inner.forward

@@ -41,8 +41,9 @@ class ModelParts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         names = {id(module): name for name, module in model.named_modules()}
-        self.decoder = names[id(model.get_input_embeddings())].rpartition(".")[0]
-        self.head = names.get(id(model.get_output_embeddings()))
+        whole = cast("PreTrainedModel", model)  # what `unwrap` gives is typed as any module
+        self.decoder = names[id(whole.get_input_embeddings())].rpartition(".")[0]
+        self.head = names.get(id(whole.get_output_embeddings()))
         composed = getattr(getattr(model, "config", None), "composed_of", None) or {}
         self.fixed = tuple(composed.get("fixed_layers") or ())
         lists = [
