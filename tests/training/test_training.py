@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, List
-from peft import LoraConfig, PrefixTuningConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
@@ -368,8 +368,7 @@ def test_the_config_survives_json_the_parser_and_a_copy(tmp_path) -> None:
 
 
 def test_adapters_outside_a_peft_model_are_refused_and_stay(bases, data, tmp_path) -> None:
-    model = tiny.build("llava_llama")
-    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(tiny.build("llava_llama"), LoraConfig(**LORA)).get_base_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     for peft in (True, False):
         with pytest.raises(ValueError, match="not a PeftModel .*add_adapter"):
