@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from voco_plugin.cli import COMMANDS, main
-from voco_plugin.cli.launch import launch_arguments, profiles
+from voco_plugin.cli.accelerate_launch import launch_arguments, profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,8 +21,8 @@ from test_study import here as folder  # noqa: F401  (a fixture)
 
 import voco_plugin as vp
 from voco_plugin.cli import main
-from voco_plugin.evaluation.study import children
-from voco_plugin.evaluation.study.keys import fingerprint
+from voco_plugin.evaluation.study import child_processes
+from voco_plugin.evaluation.study.run_keys import fingerprint
 
 YAML = """
 # A small study.
@@ -42,7 +42,7 @@ methods:
 
 @pytest.fixture
 def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
-    monkeypatch.setattr(children, "VOCO", FAKE)
+    monkeypatch.setattr(child_processes, "VOCO", FAKE)
     (folder / "small.yaml").write_text(YAML)
     return folder
 

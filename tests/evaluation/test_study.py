@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from voco_plugin.evaluation.study.children import Children
+from voco_plugin.evaluation.study.child_processes import Children
 from voco_plugin.evaluation.study.definition import Study
-from voco_plugin.evaluation.study.keys import fingerprint, training_key
 from voco_plugin.evaluation.study.plan import Planner, as_words, units
 from voco_plugin.evaluation.study.records import RunFolder, finished
+from voco_plugin.evaluation.study.run_keys import fingerprint, training_key
 from voco_plugin.evaluation.study.runner import Runner, choose, matches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,7 +215,7 @@ import signal, sys; sys.path.insert(0, {tests!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is told to ignore it
 from pathlib import Path
 from test_study import planner, run
-from voco_plugin.evaluation.study.children import terminated_as_interrupted
+from voco_plugin.evaluation.study.child_processes import terminated_as_interrupted
 with terminated_as_interrupted():
     run(Path({folder!r}), planner(Path({folder!r})), jobs=2)
 """

@@ -18,7 +18,7 @@ import pytest
 from test_bulk import write_images
 from test_bulk_processes import COUNT, arguments, check_whole, environment, place, report  # noqa: F401
 
-from voco_plugin.cli.launch import load_integration
+from voco_plugin.cli.accelerate_launch import load_integration
 
 ROOT = Path(__file__).resolve().parents[2]
 

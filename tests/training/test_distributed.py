@@ -27,7 +27,7 @@ import tiny
 import voco_plugin as vp
 from distributed_worker import PROBE
 from tiny import processors
-from voco_plugin.cli.launch import integration_folder
+from voco_plugin.cli.accelerate_launch import integration_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4

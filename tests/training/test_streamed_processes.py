@@ -12,7 +12,7 @@ from datasets import Dataset, Image, List
 from test_distributed import KIND, needs_deepspeed, place  # noqa: F401
 from test_training import picture
 
-from voco_plugin.cli.launch import integration_folder
+from voco_plugin.cli.accelerate_launch import integration_folder
 
 FRAMES = (1, 5, 2, 3, 4, 1, 2, 6, 1, 1, 3, 2)
 

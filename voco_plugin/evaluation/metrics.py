@@ -49,7 +49,7 @@ class Question:
 def questions_of(
     dataset: Iterable[Mapping[str, Any]], skip_types: Iterable[str] = ("describe",)
 ) -> list[Question]:
-    """Each user turn that an assistant turn answers, as a question of its own (see ``data/gridworld.py``).
+    """Each user turn that an assistant turn answers, as a question of its own (see ``gridworld/dataset.py``).
     Time texts of frames are no part of it.
 
     Args:

@@ -71,14 +71,14 @@ def write_gridworld(
         out_dir: folder to make.
         num_train, num_test: images per split.
         seed: the same seed and settings give the same files, byte for byte.
-        level: the name of the settings below that are not given (`gridworld_levels`).
+        level: the name of the settings below that are not given (`levels`).
         grid: cells per side, 2…9.
         num_colors: colours in use, 2…6.
         num_questions: questions per image, each a turn of its conversation.
         cell_pixels: pixels per cell side, at least 12.
         question_set: `phrases`; `words` or `terse`: short questions with answers of one word.
         caption: end each training conversation with "Describe the image."
-        boxes: ask the fine-grained types too, `rec` and `reg` (`gridworld_boxes`); `scenes.json` then has
+        boxes: ask the fine-grained types too, `rec` and `reg` (`box_questions`); `scenes.json` then has
             each thing's box in pixels. Another world than without, image by image.
         overwrite: replace an earlier gridworld in `out_dir`.
 

@@ -49,7 +49,7 @@ class VideoWorld:
     Attributes:
         num_train, num_test: videos per split.
         num_frames: frames a video; of several, each in turn.
-        plot: `story` or `needle` (`gridworld_video_scenes`).
+        plot: `story` or `needle` (`video_scenes`).
         num_questions: questions a video; None: 8, or 3 about a needle (all there are).
         num_colors: colours in use, 5 or 6: no two shapes of a story share one.
         cell_pixels: pixels per cell side, at least 12; a frame has twice as many.

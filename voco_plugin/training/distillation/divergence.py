@@ -48,7 +48,7 @@ class Head:
 
         Args:
             scaled: whether the model applies the logit scale of its text config.
-            capped: whether it applies the soft cap; ``lesson.observe_head`` finds out both.
+            capped: whether it applies the soft cap; ``step.observe_head`` finds out both.
         """
         head, text = model.get_output_embeddings(), model.config.get_text_config()
         return cls(
