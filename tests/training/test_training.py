@@ -367,6 +367,22 @@ def test_the_config_survives_json_the_parser_and_a_copy(tmp_path) -> None:
             vp.VoCoSFTConfig(str(tmp_path), **wrong)
 
 
+@pytest.mark.parametrize("name", ["llava_llama", "llava_tied"])
+def test_a_model_is_as_it_was_given_where_its_trainer_cannot_be_made(name: str, data, tmp_path) -> None:
+    """Too short a `max_length` for packing is found once LoRA and the token's row are in."""
+    model, tools = tiny.build(name), processors.processor(name)
+    before = {key: (p.clone(), p.requires_grad) for key, p in model.named_parameters()}
+    kinds = [(key, type(module)) for key, module in model.named_modules()]
+    with pytest.raises(ValueError, match="more than max_length=12"):
+        trainer(model, tmp_path, data, processing_class=tools, packing=True, max_length=12)
+    assert not vp.is_attached(model) and not hasattr(model, "peft_config")
+    assert [(key, type(module)) for key, module in model.named_modules()] == kinds
+    for key, parameter in model.named_parameters():
+        values, trained = before.pop(key)
+        assert torch.equal(parameter[: len(values)], values) and parameter.requires_grad == trained, key
+    assert not before
+
+
 def test_adapters_outside_a_peft_model_are_refused_and_stay(bases, data, tmp_path) -> None:
     model = get_peft_model(tiny.build("llava_llama"), LoraConfig(**LORA)).get_base_model()
     before = {name: p.clone() for name, p in model.named_parameters()}

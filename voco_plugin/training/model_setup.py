@@ -86,7 +86,8 @@ def as_it_was_on_failure(model: Any) -> Iterator[None]:
     inner = unwrap(model)
     was_attached, was_adapted = is_attached(inner), hasattr(inner, "peft_config")
     own_forward = vars(inner).get("forward")
-    trained = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    # by name: attaching may put a longer matrix in the place of embeddings and head
+    trained = {name: parameter.requires_grad for name, parameter in inner.named_parameters()}
     frozen_stage1 = was_attached and attachment(inner).config.frozen_stage1
     try:
         yield
@@ -101,8 +102,9 @@ def as_it_was_on_failure(model: Any) -> Iterator[None]:
             attachment(inner).config.frozen_stage1 = frozen_stage1
         elif is_attached(inner):
             detach(inner)
-        for parameter, did in trained:
-            parameter.requires_grad_(did)
+        for name, parameter in inner.named_parameters():
+            if name in trained:
+                parameter.requires_grad_(trained[name])
         raise
 
 
@@ -112,13 +114,19 @@ def _unload(model: Any) -> None:
     from peft.utils import _get_submodules
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    taken_out: tuple[str, ...] = ()  # the wrapper of a token row holds an adapter layer, which went with it
     for name, module in list(model.named_modules()):
+        if name.startswith(taken_out):
+            continue
         if isinstance(module, BaseTunerLayer):
-            parent, _, leaf = _get_submodules(model, name)
-            setattr(parent, leaf, module.get_base_layer())
+            plain = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            parent, _, leaf = _get_submodules(model, name)
-            setattr(parent, leaf, module.original_module)
+            plain = module.original_module
+        else:
+            continue
+        parent, _, leaf = _get_submodules(model, name)
+        setattr(parent, leaf, plain)
+        taken_out += (f"{name}.",)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(name, None)
 
