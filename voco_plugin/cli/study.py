@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _by_name(source: str) -> str:
-    """In place of a fingerprint, where base and data may not be at hand."""
+    """Stands in for a fingerprint where base and data may not be there."""
     return f"name:{source}"
 
 

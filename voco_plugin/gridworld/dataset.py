@@ -13,7 +13,7 @@ shares with training neither a handwritten digit nor a combination of things in 
 
 What a reader of these files should know:
 
-- `types` (one label per question) is beside the conversation in both formats; loaders keep it,
+- `types` (one label per question) stands next to the conversation in both formats; loaders keep it,
   trainers drop it.
 - A training conversation ends with the caption turn (`describe`); a test conversation has none. The caption
   comes last because a model could copy later answers from it.
@@ -65,7 +65,7 @@ def write_gridworld(
     boxes: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes the set into `out_dir` and returns what `meta.json` holds.
+    """Write the set into `out_dir` and return what `meta.json` holds.
 
     Args:
         out_dir: folder to make.

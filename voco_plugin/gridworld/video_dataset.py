@@ -108,7 +108,7 @@ class _Row:
 def write_gridworld_video(
     out_dir: str | Path, world: VideoWorld | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Writes the set into `out_dir` and returns what `meta.json` holds.
+    """Write the set into `out_dir` and return what `meta.json` holds.
 
     Args:
         out_dir: folder to make.

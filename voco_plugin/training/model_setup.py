@@ -152,7 +152,7 @@ def freeze_as_asked(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | No
 
 
 def processor_of(model: Any, args: VoCoSFTConfig) -> Any:
-    """The processor the model was attached with, or the one beside its weights."""
+    """The processor the model was attached with, or the one saved next to its weights."""
     if is_attached(model) and attachment(model).processor is not None:
         return attachment(model).processor
     source = get_config_model_id(model.config)

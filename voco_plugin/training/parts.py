@@ -30,8 +30,8 @@ _OTHER_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
 class ModelParts:
     """The parts of ``model``, a transformers model outside PEFT and other wrappers.
 
-    The language model is what stands beside the input embeddings; its head belongs to it. Of the rest, what
-    is named as a projector is one, and everything else is the vision tower.
+    The language model is the module that holds the input embeddings, and its head. Of the rest, what is named
+    like a projector is one, and everything else is the vision tower.
 
     Attributes:
         decoder: name of the module that holds the input embeddings.

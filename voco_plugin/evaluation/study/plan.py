@@ -175,7 +175,7 @@ class Planner:
             k = search.num_tokens or self.tokens_of(method)[0]
             for values in itertools.product(*search.over.values()):
                 tried = dict(zip(keys, values, strict=True))
-                # with overrides of its own it is no run of the study, and has no curve
+                # with overrides of its own it is not a run of the study, and has no curve
                 training = self._training(
                     method, k, search.seed, tried | search.overrides, curve=not search.overrides
                 )

@@ -1,4 +1,4 @@
-"""How far the student's next-token distributions are from the teacher's, chunk by chunk of answer tokens.
+"""The divergence of the student's next-token distributions from the teacher's, in chunks of answer tokens.
 
 Shapes: ``n`` answer tokens, ``c`` of them in a chunk, ``d`` width (the teacher's may differ), ``V`` rows of
 the vocabulary that are compared, ``k`` of them under ``top_k``.
@@ -97,7 +97,7 @@ class Comparison:
         divergence: ``forward``, ``reverse`` or ``jsd``.
         temperature: logits are divided by it.
         rows: V, the rows of the vocabulary that both models have.
-        left_out: ids below V that are no outcome (the VoCo token, which the original model does not know).
+        left_out: ids below V that are not outcomes (the VoCo token, which the original model does not know).
         top_k: compare the teacher's k likeliest tokens and the rest as one; ``None``: every token.
         chunk: c, at most.
     """
