@@ -56,7 +56,7 @@ MOVED: dict[str, str] = {
     "cache.store": "store.store",
     "cache.store_care": "store.verify",
     "cache.store_env": "store.env",
-    "cache.store_error": "store.quantization_error",
+    "cache.store_error": "store.int8_error",
     "cache.store_index": "store.index",
     "cache.store_keys": "store.keys",
     "cache.store_meta": "store.meta",

@@ -284,7 +284,7 @@ class VoCoCacheStore:
         return verify.verify(self._environment(), self.path, self, self._check, progress)
 
     def note_error(self, error: dict[str, Any]) -> None:
-        """Keep a measured error (:func:`~voco_plugin.store.quantization_error.quantization_error`) in the
+        """Keep a measured error (:func:`~voco_plugin.store.int8_error.quantization_error`) in the
         store, for :meth:`stat`."""
         verify.note_error(self._writable(), self.path, error)
 
