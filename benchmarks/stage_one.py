@@ -123,7 +123,7 @@ def _child(args: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
     import voco_plugin as vp
-    from voco_plugin.benchmark.memory import peak, reset_peak
+    from voco_plugin.benchmark.peak_memory import peak, reset_peak
     from voco_plugin.cache.compress.memory import working_memory
     from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
     from voco_plugin.inference.answering import compress_images

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .files import atomic_write_text
+
+T = TypeVar("T")
 
 CONFIG_NAME = "voco_config.json"
 FORMAT_VERSION = 1
@@ -186,13 +189,7 @@ class VoCoConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VoCoConfig:
         """The config of ``values``; an unknown key raises ``ValueError`` with the nearest known one."""
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ValueError(
-                    f"VoCoConfig has no field {key!r}{nearest(key, known)}; it has {', '.join(known)}."
-                )
-        return cls(**values)
+        return from_fields(cls, values)
 
     def save(self, folder: str | os.PathLike, **extra: Any) -> Path:
         """Write ``voco_config.json`` into ``folder``; ``extra`` holds facts of the model (vision ids and
@@ -220,6 +217,17 @@ class VoCoConfig:
             )
         extra = {k: v for k, v in record.items() if k not in ("format_version", "voco")}
         return cls.from_dict(voco), extra
+
+
+def from_fields(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass ``kind`` of ``values``; an unknown key raises ``ValueError`` with the nearest known one."""
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]  # `type[T]` cannot say "a dataclass"
+    for key in values:
+        if key not in known:
+            raise ValueError(
+                f"{kind.__name__} has no field {key!r}{nearest(key, known)}; it has {', '.join(known)}."
+            )
+    return kind(**values)
 
 
 def read_section(value: Any, kind: Any, name: str, example: str) -> Any:

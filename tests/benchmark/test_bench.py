@@ -12,7 +12,7 @@ import torch
 import voco_plugin as vp
 from harness import inputs, shared
 from paths import ROOT
-from voco_plugin.benchmark import attention, context, inference, serving, shapes, timing, train
+from voco_plugin.benchmark import attention, context_length, inference, serving, shapes, timing, training_step
 from voco_plugin.cli import main
 from voco_plugin.core.attention import backends
 from voco_plugin.core.layout import SequenceLayout
@@ -210,30 +210,40 @@ def test_train_figures(results):
     found = results("train")
     assert found["model"]["layers"] == 1 and 0 < found["model"]["trained_parameters"]
     for case, images in zip(found["cases"], (1, 2), strict=True):
-        plain, dense, segmented = (case["tokens"][n] for n in (train.PLAIN, train.DENSE, train.SEGMENTED))
+        plain, dense, segmented = (
+            case["tokens"][n] for n in (training_step.PLAIN, training_step.DENSE, training_step.SEGMENTED)
+        )
         assert plain == 8 + 16 + 576 * images and dense == segmented == plain + 2 * images
-        assert case["ratio_to_plain"][train.PLAIN] == 1 and min(case["ratio_to_plain"].values()) > 0
+        assert case["ratio_to_plain"][training_step.PLAIN] == 1 and min(case["ratio_to_plain"].values()) > 0
         # what the rule hides is not counted, either
-        assert case["flops"][train.SEGMENTED] < case["flops"][train.PLAIN] < case["flops"][train.DENSE]
+        assert (
+            case["flops"][training_step.SEGMENTED]
+            < case["flops"][training_step.PLAIN]
+            < case["flops"][training_step.DENSE]
+        )
 
 
-@pytest.mark.parametrize("tune", train.TUNES)
+@pytest.mark.parametrize("tune", training_step.TUNES)
 def test_the_three_ways_are_one_model_under_two_rules(tune):
-    models, trained = train.three_ways("tiny", layers=1, device="cpu", dtype="float32", tune=tune, rank=4)
+    models, trained = training_step.three_ways(
+        "tiny", layers=1, device="cpu", dtype="float32", tune=tune, rank=4
+    )
     weights = [{id(p) for p in m.parameters()} for m in models.values()]
     assert weights[0] == weights[1] == weights[2] and {id(p) for p in trained} <= weights[0]
     assert (len(trained) == 14) == (tune == "lora")
-    plain = models[train.PLAIN]
+    plain = models[training_step.PLAIN]
     batch = shapes.prompt(plain, 8, 2, rows=1)
     logits = {n: m(**batch).logits[0, -8:] for n, m in models.items()}
-    assert (logits[train.DENSE] - logits[train.SEGMENTED]).abs().max() < 1e-5
-    assert (logits[train.DENSE] - logits[train.PLAIN]).abs().max() > 1e-4  # the rule hides something
-    assert vp.attachment(models[train.SEGMENTED]).config.attention == "segmented"
+    assert (logits[training_step.DENSE] - logits[training_step.SEGMENTED]).abs().max() < 1e-5
+    assert (
+        logits[training_step.DENSE] - logits[training_step.PLAIN]
+    ).abs().max() > 1e-4  # the rule hides something
+    assert vp.attachment(models[training_step.SEGMENTED]).config.attention == "segmented"
 
 
 @pytest.mark.parametrize("layers", [2, 8, 32])
 def test_the_cut_vocabulary_keeps_the_heads_share(layers):
-    share = train.cut_vocabulary("vicuna7b", layers) / layers
+    share = training_step.cut_vocabulary("vicuna7b", layers) / layers
     assert share == pytest.approx(shapes.VOCABULARY / 32, rel=0.05)
 
 
@@ -331,19 +341,23 @@ def test_requests_answer_what_the_model_answers(tiny_pair, monkeypatch):
 
 
 def test_frames_that_fit_by_hand():
-    whole, sequential, compact = context.fits(context.llava(), 2048, 2, 128).values()
+    whole, sequential, compact = context_length.fits(context_length.llava(), 2048, 2, 128).values()
     # 1920 positions: 3 x 576 = 1728; 3 x 578 = 1734; 960 x 2
     assert (whole, sequential, compact) == (3, 3, 960)
-    assert list(context.fits(context.llava(224), 4096, 2, 128).values()) == [15, 15, 1984]  # 3968 / 256, 258
-    qwen = context.qwen(448, 448)
+    assert list(context_length.fits(context_length.llava(224), 4096, 2, 128).values()) == [
+        15,
+        15,
+        1984,
+    ]  # 3968 / 256, 258
+    qwen = context_length.qwen(448, 448)
     assert (qwen.vision, qwen.extent) == (16 * 16 + 2, 16 + 2)
     # 32640 positions over 258, 18 + 2 and 2
-    assert list(context.fits(qwen, 32768, 2, 128).values()) == [126, 1632, 16320]
-    video = context.qwen(448, 448, frames=2)
-    assert list(context.fits(video, 32768, 2, 128).values()) == [252, 3264, 32640]
-    assert context.qwen(720, 1280).vision == 26 * 46 + 2  # 728 x 1288 pixels
+    assert list(context_length.fits(qwen, 32768, 2, 128).values()) == [126, 1632, 16320]
+    video = context_length.qwen(448, 448, frames=2)
+    assert list(context_length.fits(video, 32768, 2, 128).values()) == [252, 3264, 32640]
+    assert context_length.qwen(720, 1280).vision == 26 * 46 + 2  # 728 x 1288 pixels
     with pytest.raises(ValueError, match="frames=3"):
-        context.qwen(448, 448, frames=3)
+        context_length.qwen(448, 448, frames=3)
 
 
 def test_qwens_count_is_the_familys():
@@ -351,7 +365,7 @@ def test_qwens_count_is_the_familys():
     batch = inputs("qwen2_5_vl", [["bos", "img", "c2", "t3"]])
     (block,) = shared("qwen2_5_vl").compress(**batch)
     _, height, width = batch["image_grid_thw"][0].tolist()
-    same = context.qwen(height * 14, width * 14)
+    same = context_length.qwen(height * 14, width * 14)
     markers = 2 - (block.num_vision - height * width // 4)  # the tiny vocabulary may leave markers out
     assert block.num_vision == same.vision - markers and block.extent == same.extent - markers
 

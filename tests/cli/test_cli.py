@@ -15,7 +15,7 @@ from PIL import Image
 from commands import SHORT, error_of, out_of
 from paths import ROOT
 from voco_plugin.cli import COMMANDS, main
-from voco_plugin.cli.launch import launch_arguments, profiles
+from voco_plugin.cli.accelerate_launch import launch_arguments, profiles
 
 # -- the command itself --------------------------------------------------------------------------------------
 

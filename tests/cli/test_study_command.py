@@ -21,8 +21,8 @@ from commands import error_of, out_of
 from paths import ROOT
 from studies import FAKE, journal, prepare
 from voco_plugin.cli import main
-from voco_plugin.evaluation.study import children
-from voco_plugin.evaluation.study.keys import fingerprint
+from voco_plugin.evaluation.study import child_processes
+from voco_plugin.evaluation.study.run_keys import fingerprint
 
 YAML = """
 # A small study.
@@ -43,7 +43,7 @@ methods:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = prepare(tmp_path, monkeypatch)
-    monkeypatch.setattr(children, "VOCO", FAKE)
+    monkeypatch.setattr(child_processes, "VOCO", FAKE)
     (folder / "small.yaml").write_text(YAML)
     return folder
 

@@ -19,9 +19,9 @@ import pytest
 from paths import HELPERS, ROOT
 from studies import SMALL, journal, planner, run
 from voco_plugin.evaluation.study.definition import Study
-from voco_plugin.evaluation.study.keys import fingerprint, training_key
 from voco_plugin.evaluation.study.plan import as_words, units
 from voco_plugin.evaluation.study.records import RunFolder, finished
+from voco_plugin.evaluation.study.run_keys import fingerprint, training_key
 from voco_plugin.evaluation.study.runner import choose, matches
 
 ONE = {**SMALL, "seeds": [0], "num_tokens": [1]}
@@ -156,7 +156,7 @@ import signal, sys; sys.path.insert(0, {tests!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is told to ignore it
 from pathlib import Path
 from studies import planner, run
-from voco_plugin.evaluation.study.children import terminated_as_interrupted
+from voco_plugin.evaluation.study.child_processes import terminated_as_interrupted
 with terminated_as_interrupted():
     run(Path({folder!r}), planner(Path({folder!r})), jobs=2)
 """

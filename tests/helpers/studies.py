@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from paths import HELPERS
-from voco_plugin.evaluation.study.children import Children
+from voco_plugin.evaluation.study.child_processes import Children
 from voco_plugin.evaluation.study.definition import Study
-from voco_plugin.evaluation.study.keys import fingerprint
 from voco_plugin.evaluation.study.plan import Planner
+from voco_plugin.evaluation.study.run_keys import fingerprint
 from voco_plugin.evaluation.study.runner import Runner
 
 FAKE = (sys.executable, "-S", str(HELPERS / "fake_voco.py"))

@@ -72,7 +72,7 @@ def test_an_installed_package_is_listed_composed_and_exact(installed, tmp_path) 
     code = """
 import json, torch, voco_plugin as vp
 from PIL import Image
-from voco_plugin.cli.registry import entries
+from voco_plugin.cli.list_registry import entries
 model, processor = vp.compose(encoder="my_tiny", llm="my_llm")
 vp.attach(model, vp.VoCoConfig(num_tokens=2), processor)
 inputs = processor(images=Image.new("RGB", (16, 16), "red"), text="<image>is", return_tensors="pt")

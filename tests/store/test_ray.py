@@ -19,7 +19,7 @@ import pytest
 from bulk_runs import COUNT, arguments, check_whole, environment, report
 from paths import ROOT
 from photos import write_images
-from voco_plugin.cli.launch import load_integration
+from voco_plugin.cli.accelerate_launch import load_integration
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from launched import ENGINES, KIND
-from voco_plugin.cli.launch import integration_folder
+from voco_plugin.cli.accelerate_launch import integration_folder
 
 TERMS = ("loss", "ce_loss", "distill_loss", "hidden_loss", "grad_norm")
 COMMON = {"weight": 0.5, "hidden_weight": 0.2, "top_k": 50}

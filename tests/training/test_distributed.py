@@ -22,7 +22,7 @@ from datasets import load_from_disk
 import voco_plugin as vp
 from distributed_worker import PROBE
 from launched import ENGINES, KIND, WORKER, Place, environment
-from voco_plugin.cli.launch import integration_folder
+from voco_plugin.cli.accelerate_launch import integration_folder
 
 TOLERANCE = 1e-4
 

@@ -16,7 +16,7 @@ import tiny
 import voco_plugin as vp
 from paths import ROOT
 from voco_plugin import _compat
-from voco_plugin.cli.launch import check_profile, integration_folder, profiles
+from voco_plugin.cli.accelerate_launch import check_profile, integration_folder, profiles
 from voco_plugin.cli.recipe import RecipeError
 from voco_plugin.training.launch import LaunchError, check_launch, check_sharded_head
 

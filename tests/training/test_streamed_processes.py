@@ -12,7 +12,7 @@ from datasets import Dataset, Image, List
 
 from launched import KIND, needs_deepspeed
 from trainers import picture
-from voco_plugin.cli.launch import integration_folder
+from voco_plugin.cli.accelerate_launch import integration_folder
 
 FRAMES = (1, 5, 2, 3, 4, 1, 2, 6, 1, 1, 3, 2)
 

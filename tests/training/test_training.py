@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PrefixTuningConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 from trl import SFTConfig
@@ -18,7 +18,7 @@ from trl import SFTConfig
 import tiny
 import voco_plugin as vp
 from tiny import processors
-from trainers import losses, moved, snapshot, trainer
+from trainers import LORA, losses, moved, snapshot, trainer
 from voco_plugin.core.layout import LayoutError
 from voco_plugin.training.adapters import prepare_peft_config
 from voco_plugin.training.parts import ModelParts
@@ -299,6 +299,34 @@ def test_the_config_survives_json_the_parser_and_a_copy(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=why):
             vp.VoCoSFTConfig(str(tmp_path), **wrong)
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "llava_tied"])
+def test_a_model_is_as_it_was_given_where_its_trainer_cannot_be_made(name: str, data, tmp_path) -> None:
+    """Too short a `max_length` for packing is found once LoRA and the token's row are in."""
+    model, tools = tiny.build(name), processors.processor(name)
+    before = {key: (p.clone(), p.requires_grad) for key, p in model.named_parameters()}
+    kinds = [(key, type(module)) for key, module in model.named_modules()]
+    with pytest.raises(ValueError, match="more than max_length=12"):
+        trainer(model, tmp_path, data, processing_class=tools, packing=True, max_length=12)
+    assert not vp.is_attached(model) and not hasattr(model, "peft_config")
+    assert [(key, type(module)) for key, module in model.named_modules()] == kinds
+    for key, parameter in model.named_parameters():
+        values, trained = before.pop(key)
+        assert torch.equal(parameter[: len(values)], values) and parameter.requires_grad == trained, key
+    assert not before
+
+
+def test_adapters_outside_a_peft_model_are_refused_and_stay(bases, data, tmp_path) -> None:
+    model = get_peft_model(tiny.build("llava_llama"), LoraConfig(**LORA)).get_base_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for peft in (True, False):
+        with pytest.raises(ValueError, match="not a PeftModel .*add_adapter"):
+            trainer(model, tmp_path, data, peft=peft, processing_class=processors.processor("llava_llama"))
+        after = dict(model.named_parameters())
+        assert any("lora_A" in name for name in after), "the user's adapter is gone"
+        assert before.keys() == after.keys() and all(torch.equal(p, after[n]) for n, p in before.items())
+    assert not vp.is_attached(model)
 
 
 def test_a_model_without_a_backbone_of_its_own_is_refused(data, tmp_path) -> None:

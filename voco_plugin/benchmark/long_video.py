@@ -10,7 +10,7 @@ import torch
 from ..cache import VoCoCache
 from . import shapes
 from .inference import text_ids
-from .memory import peak, reset_peak
+from .peak_memory import peak, reset_peak
 from .timing import Way, compare, interleaved_times, synchronised
 
 FRAME_SIZE = 224

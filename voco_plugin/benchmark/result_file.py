@@ -1,4 +1,4 @@
-"""What a result has to say besides its figures: machine, versions, settings, command. No paths."""
+"""What a result records besides its figures: machine, versions, settings, command. No paths."""
 
 from __future__ import annotations
 

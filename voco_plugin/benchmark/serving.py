@@ -107,7 +107,7 @@ def weight_bytes(model: Any) -> int:
 
 
 def largest_batch(model: Any, memory: int, slots: int) -> int:
-    """Rows whose KV caches of ``slots`` slots fit ``memory`` bytes beside the weights, a tenth kept free.
+    """Rows whose KV caches of ``slots`` slots fit ``memory`` bytes next to the weights, a tenth kept free.
 
     A row takes its KV, one layer of it twice (a ``DynamicCache`` writes it anew), and its logits in the
     model's dtype and in fp32.

@@ -21,7 +21,7 @@ COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "convert",
     "store", "bench", "study",
 )  # fmt: skip
-_MODULE = {"eval": "evaluate"}
+_MODULE = {"eval": "evaluate", "registry": "list_registry"}
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 """What a user can get wrong: a value, a file, an extra that is not installed."""

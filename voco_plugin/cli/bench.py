@@ -198,7 +198,7 @@ def _train_options(parser: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    from ..benchmark.train import train
+    from ..benchmark.training_step import train
 
     settings = {
         "shape": args.shape, "layers": args.layers, "tune": args.tune, "text": args.text,
@@ -256,7 +256,7 @@ def _context_options(parser: Any) -> None:
 
 
 def _context(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    from ..benchmark.context import context_table, default_kinds
+    from ..benchmark.context_length import context_table, default_kinds
 
     settings = {"num_tokens": args.num_tokens, "text": args.text, "contexts": args.contexts}
     return settings, {"rows": context_table(default_kinds(), **settings)}

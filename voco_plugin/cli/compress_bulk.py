@@ -108,7 +108,7 @@ def _run_share(args: argparse.Namespace, source: Any, here: Any, load_model: Any
 
 
 def _run_ray(args: argparse.Namespace, source: Any) -> dict[str, Any]:
-    from .launch import load_integration
+    from .accelerate_launch import load_integration
 
     bridge = load_integration("ray")
     with Bar(source.about(0, 1), quiet=args.json) as bar:

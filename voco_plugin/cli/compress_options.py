@@ -45,7 +45,7 @@ def add_bulk_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_no_bulk_options(args: argparse.Namespace) -> None:
-    """Raises where an option would be ignored beside ``--out``."""
+    """Raise where ``--out`` would make an option be ignored."""
     if args.store or args.shards:
         raise ValueError("--out writes cache files; leave it out with --store or --shards.")
     for name, default in ONLY_IN_BULK.items():

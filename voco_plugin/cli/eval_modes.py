@@ -85,7 +85,7 @@ def evaluate_modes(
     """The scores of each mode, those that need VoCo attached first: ``base`` and ``blind`` take it off.
 
     Args:
-        judge: a :class:`~voco_plugin.evaluation.judge.Judge` of the answers, beside the match.
+        judge: a :class:`~voco_plugin.evaluation.judge.Judge` of the answers, in addition to the match.
     """
     from ..core.attachment import is_attached
     from ..evaluation.metrics import evaluate, questions_of

@@ -79,7 +79,7 @@ def parse_runs(text: str) -> list[tuple[str, int]]:
     """``"t3 v4 c2"`` → ``[("t", 3), ("v", 4), ("c", 2)]``.
 
     Raises:
-        ValueError: something is no run; it is named.
+        ValueError: something is not a run; it is named.
     """
     runs = []
     for word in text.replace(",", " ").split():

@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     path, study = load_study(args.study, args.changes)
     results = Path(args.out or Path("runs/results") / path.stem)
-    from ..evaluation.study.keys import fingerprint
     from ..evaluation.study.plan import Planner
     from ..evaluation.study.results import read_search
+    from ..evaluation.study.run_keys import fingerprint
 
     if args.tables_only:
         rows, tried = read_search(results)
@@ -86,12 +86,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _by_name(source: str) -> str:
-    """In place of a fingerprint, where base and data may not be at hand."""
+    """Stands in for a fingerprint where base and data may not be there."""
     return f"name:{source}"
 
 
 def _run(args: argparse.Namespace, planner: Any, results: Path, path: Path) -> int:
-    from ..evaluation.study.children import Children, terminated_as_interrupted
+    from ..evaluation.study.child_processes import Children, terminated_as_interrupted
     from ..evaluation.study.results import read_search, write_search
     from ..evaluation.study.runner import Runner
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output
-from .launch import profile_arguments
+from .accelerate_launch import profile_arguments
 from .recipe import RecipeArguments, load
 
 

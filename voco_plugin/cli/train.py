@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output
-from .launch import launch
+from .accelerate_launch import launch
 from .recipe import Recipe, RecipeArguments, load
 from .recipe_values import RecipeError
 

@@ -26,7 +26,7 @@ FRAMES = {
 
 
 def check_frames(frames: str) -> str:
-    """``frames``, or a ``ValueError`` where it is no key of :data:`FRAMES`."""
+    """``frames``, or a ``ValueError`` where it is not a key of :data:`FRAMES`."""
     if frames not in FRAMES:
         raise ValueError(f"frames={frames!r} is not known; use {', '.join(FRAMES)}.")
     return frames

@@ -102,7 +102,7 @@ def interval(replicates: Any, level: float = LEVEL) -> tuple[float, float]:
     """The percentile interval of replicates ``(R,)``.
 
     Raises:
-        ValueError: ``level`` is not within 0 … 1, or a replicate is no number (a ratio to nothing).
+        ValueError: ``level`` is not within 0 … 1, or a replicate is not a number (a ratio to nothing).
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, as in 0.95.")

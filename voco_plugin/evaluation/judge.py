@@ -7,7 +7,7 @@ not comparable, so both are part of every result.
 
     verdicts are kept in a file of JSON lines as they come: a run that ends early goes on where it was
     a request that fails or stalls is repeated, each time after twice the wait; then it is an error
-    a reply that is no verdict is asked for again; then the answer counts as not judged, and is counted
+    a reply that is not a verdict is asked for again; then the answer counts as not judged, and is counted
 """
 
 from __future__ import annotations

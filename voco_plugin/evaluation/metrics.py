@@ -49,8 +49,8 @@ class Question:
 def questions_of(
     dataset: Iterable[Mapping[str, Any]], skip_types: Iterable[str] = ("describe",)
 ) -> list[Question]:
-    """Each user turn that an assistant turn answers, as a question of its own (see ``data/gridworld.py``).
-    Time texts of frames are no part of it.
+    """Each user turn that an assistant turn answers, as a question of its own (see ``gridworld/dataset.py``).
+    Time texts of frames are not part of it.
 
     Args:
         dataset: rows in TRL's vision format (``messages``; the labels in ``types``, where it has them).

@@ -20,7 +20,7 @@ from voco_plugin.gridworld.scenes import Scene
 def _box(scene: Scene, index: int) -> str:
     box, side = scene.things[index].box, scene.side
     if box is None or side is None:
-        raise ValueError("the scene is not placed: boxes are known once it is (gridworld_scenes.place)")
+        raise ValueError("the scene is not placed: boxes are known once it is (scenes.place)")
     return box_text(box, side, side)
 
 

@@ -13,7 +13,7 @@ shares with training neither a handwritten digit nor a combination of things in 
 
 What a reader of these files should know:
 
-- `types` (one label per question) is beside the conversation in both formats; loaders keep it,
+- `types` (one label per question) stands next to the conversation in both formats; loaders keep it,
   trainers drop it.
 - A training conversation ends with the caption turn (`describe`); a test conversation has none. The caption
   comes last because a model could copy later answers from it.
@@ -65,20 +65,20 @@ def write_gridworld(
     boxes: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes the set into `out_dir` and returns what `meta.json` holds.
+    """Write the set into `out_dir` and return what `meta.json` holds.
 
     Args:
         out_dir: folder to make.
         num_train, num_test: images per split.
         seed: the same seed and settings give the same files, byte for byte.
-        level: the name of the settings below that are not given (`gridworld_levels`).
+        level: the name of the settings below that are not given (`levels`).
         grid: cells per side, 2…9.
         num_colors: colours in use, 2…6.
         num_questions: questions per image, each a turn of its conversation.
         cell_pixels: pixels per cell side, at least 12.
         question_set: `phrases`; `words` or `terse`: short questions with answers of one word.
         caption: end each training conversation with "Describe the image."
-        boxes: ask the fine-grained types too, `rec` and `reg` (`gridworld_boxes`); `scenes.json` then has
+        boxes: ask the fine-grained types too, `rec` and `reg` (`box_questions`); `scenes.json` then has
             each thing's box in pixels. Another world than without, image by image.
         overwrite: replace an earlier gridworld in `out_dir`.
 

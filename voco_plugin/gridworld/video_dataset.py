@@ -49,7 +49,7 @@ class VideoWorld:
     Attributes:
         num_train, num_test: videos per split.
         num_frames: frames a video; of several, each in turn.
-        plot: `story` or `needle` (`gridworld_video_scenes`).
+        plot: `story` or `needle` (`video_scenes`).
         num_questions: questions a video; None: 8, or 3 about a needle (all there are).
         num_colors: colours in use, 5 or 6: no two shapes of a story share one.
         cell_pixels: pixels per cell side, at least 12; a frame has twice as many.
@@ -108,7 +108,7 @@ class _Row:
 def write_gridworld_video(
     out_dir: str | Path, world: VideoWorld | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Writes the set into `out_dir` and returns what `meta.json` holds.
+    """Write the set into `out_dir` and return what `meta.json` holds.
 
     Args:
         out_dir: folder to make.

@@ -1,4 +1,4 @@
-"""How far a guesser gets who sees every picture perfectly, but one frame only, or all of them out of order.
+"""The score of a guesser who sees every picture perfectly, but one frame only, or all of them out of order.
 
 `blind_accuracy` says what the questions alone give away; these two figures say what a single frame gives
 away, and what an unordered pile of frames does. The guesser knows the world: it was told the answers of the

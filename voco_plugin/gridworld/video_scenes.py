@@ -1,6 +1,6 @@
 """Videos of the gridworld: frames of 2 x 2 cells, each filled as an image of the image world is.
 
-A **story** runs four tracks beside each other, one cell of a frame for each:
+A **story** runs four tracks side by side, one cell of a frame for each:
 
     digits   3 to 5 different handwritten digits, one after the other
     shapes   3 or 4 coloured shapes, one after the other

@@ -17,7 +17,7 @@ Things are named by one word, their shape or their digit, where no other thing o
 base learns to find a thing by one word at once, by two only long after (docs/decisions.md, 2026-11-25).
 
 `terse` takes a third fewer tokens and ends with what the answer turns on. Both ask the same of the same
-images: one seed gives the same questions. Answers are balanced as in `gridworld_questions`.
+images: one seed gives the same questions. Answers are balanced as in `questions`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Many caches: an LMDB store by the content of the image, names and videos, shards, and jobs over any number
 of images (``bulk``, from ``sources``).
+
+The names below load when first used: the command line imports ``sources`` for its options, without torch.
 """
 
 from typing import TYPE_CHECKING

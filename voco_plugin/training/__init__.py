@@ -1,9 +1,11 @@
 """Training with TRL: the config, the trainer, and what of a model trains.
 
-Reading order: ``config`` (the arguments), ``parts`` (which part of a model a parameter belongs to),
-``adapters`` (PEFT for a token row and the language model alone), ``datasets`` (columns), ``weights``
-(resume), ``launch`` (which launches are refused), ``distillation``, ``divergence``, ``teacher``, ``lesson``,
-``distilling`` (Eq. 1), ``trainer`` (puts them together).
+Reading order: ``config`` (the arguments), ``datasets`` (columns) and ``collator`` (batches with VoCo tokens),
+``parts`` (which part of a model a parameter belongs to), ``adapters`` (PEFT for the language model and one
+token row), ``model_setup`` (what a trainer starts from), ``trainer`` (puts it all together). Then what is
+optional: ``packing`` and ``token_counting``, ``quantization``, ``distillation`` (Eq. 1), ``two_stage``; and
+what surrounds a run: ``launch`` (which launches are refused), ``checkpoints``, ``load_weights`` (resume),
+``card``.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def hub_id(name: Any) -> str | None:
 
 
 def license_of(base: str | None) -> dict[str, str]:
-    """The licence fields of a base model's own card, where that is at hand; else what says to look there."""
+    """The licence fields of a base model's own card, where it can be read; else a pointer to the model."""
     from huggingface_hub import try_to_load_from_cache
 
     card: Any = None

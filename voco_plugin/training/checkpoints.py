@@ -112,7 +112,7 @@ class AtomicCheckpoints(_Base):
         return super()._finalize_training(*args, **kwargs)
 
     def _name_best(self, run: Path, staged: Path) -> None:
-        """``best_model_checkpoint`` as it will stand: Trainer looked beside the staged folder."""
+        """``best_model_checkpoint`` as it will stand: Trainer looked next to the staged folder."""
         state, step = self.state, self.state.best_global_step
         before = state.best_model_checkpoint
         if step and self.args.save_strategy != "no":

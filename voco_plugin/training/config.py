@@ -43,7 +43,7 @@ class VoCoSFTConfig(SFTConfig):
             for a curve over training.
         distill: what is added to the loss so that the model answers as the plain one does (paper, Eq. 1):
             a :class:`~voco_plugin.training.DistillConfig`, a dict of its fields, or such a dict as JSON. The
-            log then has ``ce_loss`` and ``distill_loss`` beside ``loss``. ``None`` adds nothing.
+            log then has ``ce_loss`` and ``distill_loss`` next to ``loss``. ``None`` adds nothing.
         packing: whether conversations with images share rows of up to ``max_length`` tokens, whole, and
             isolated from each other (TRL refuses this): first-fit decreasing over the whole training set, by
             lengths that a first pass counts from image sizes and text. ``per_device_train_batch_size`` then

@@ -1,4 +1,4 @@
-"""Datasets as TRL's vision path wants them: chat messages (or prompt and completion) beside images."""
+"""Datasets as TRL's vision path wants them: chat messages (or prompt and completion) next to images."""
 
 from __future__ import annotations
 

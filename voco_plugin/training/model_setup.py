@@ -62,13 +62,13 @@ def check_backbone(model: Any) -> None:
     """Refuse a model whose backbone cannot be run below its LM head, as TRL's loss does.
 
     Raises:
-        ValueError: the class has no such backbone (Llama 4 in transformers 5.23), or its adapters were put in
-            by transformers' ``add_adapter``: there is no ``PeftModel`` to read them from.
+        ValueError: the class has no such backbone (Llama 4 in transformers 5.23), or the model holds adapters
+            and is not a ``PeftModel``: transformers' ``add_adapter`` put them in, or it was taken out of one.
     """
     if hasattr(model, "peft_config") and not is_peft(model):
         raise ValueError(
-            "the model has adapters from transformers' add_adapter; give the model without them and a "
-            "peft_config, or a PeftModel (peft.get_peft_model)."
+            "the model holds adapters and is not a PeftModel (transformers' add_adapter, or get_base_model): "
+            "give the PeftModel itself, or the model without adapters and a peft_config."
         )
     inner = base_of(model)
     if inner.base_model is inner:
@@ -84,14 +84,15 @@ def as_it_was_on_failure(model: Any) -> Iterator[None]:
     inside, with its own forward, what trained before training.
     """
     inner = unwrap(model)
-    was_attached, was_peft = is_attached(inner), is_peft(model)
+    was_attached, was_adapted = is_attached(inner), hasattr(inner, "peft_config")
     own_forward = vars(inner).get("forward")
-    trained = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    # by name: attaching may put a longer matrix in the place of embeddings and head
+    trained = {name: parameter.requires_grad for name, parameter in inner.named_parameters()}
     frozen_stage1 = was_attached and attachment(inner).config.frozen_stage1
     try:
         yield
     except BaseException:
-        if not was_peft:
+        if not was_adapted:
             _unload(inner)
         if vars(inner).get("forward") is not own_forward:
             del inner.forward
@@ -101,8 +102,9 @@ def as_it_was_on_failure(model: Any) -> Iterator[None]:
             attachment(inner).config.frozen_stage1 = frozen_stage1
         elif is_attached(inner):
             detach(inner)
-        for parameter, did in trained:
-            parameter.requires_grad_(did)
+        for name, parameter in inner.named_parameters():
+            if name in trained:
+                parameter.requires_grad_(trained[name])
         raise
 
 
@@ -112,13 +114,19 @@ def _unload(model: Any) -> None:
     from peft.utils import _get_submodules
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    taken_out: tuple[str, ...] = ()  # the wrapper of a token row holds an adapter layer, which went with it
     for name, module in list(model.named_modules()):
+        if name.startswith(taken_out):
+            continue
         if isinstance(module, BaseTunerLayer):
-            parent, _, leaf = _get_submodules(model, name)
-            setattr(parent, leaf, module.get_base_layer())
+            plain = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            parent, _, leaf = _get_submodules(model, name)
-            setattr(parent, leaf, module.original_module)
+            plain = module.original_module
+        else:
+            continue
+        parent, _, leaf = _get_submodules(model, name)
+        setattr(parent, leaf, plain)
+        taken_out += (f"{name}.",)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(name, None)
 
@@ -144,7 +152,7 @@ def freeze_as_asked(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | No
 
 
 def processor_of(model: Any, args: VoCoSFTConfig) -> Any:
-    """The processor the model was attached with, or the one beside its weights."""
+    """The processor the model was attached with, or the one saved next to its weights."""
     if is_attached(model) and attachment(model).processor is not None:
         return attachment(model).processor
     source = get_config_model_id(model.config)

@@ -22,7 +22,7 @@ from ..core.packed_rows import check_packs, first_fit_decreasing
 from ..data.images import BadImageError
 from ..data.trl_rows import as_trl_row
 from .collator import VoCoDataCollator
-from .token_counting import blank_image, without_pixels
+from .token_counting import counting_processor, placeholder_image
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +105,13 @@ def _name(rows: Any, index: int) -> str:
 def token_counter(collator: VoCoDataCollator) -> Callable[[dict[str, Any], int], int]:
     """A function of ``(conversation, its number)`` that says how many tokens ``collator`` makes of it.
 
-    VoCo tokens are counted, the largest K where it is drawn. Images are not decoded: blank ones of their
-    sizes stand for them.
+    VoCo tokens are counted, the largest K where it is drawn. Images are not decoded: placeholders of their
+    sizes stand in for them.
     """
     drawn = collator.num_tokens
-    blank = dataclasses.replace(
+    counting = dataclasses.replace(
         collator,
-        processor=without_pixels(collator.processor),
+        processor=counting_processor(collator.processor),
         max_length=None,
         pad_to_multiple_of=None,
         num_tokens=max(drawn) if isinstance(drawn, tuple) else drawn,
@@ -122,10 +122,10 @@ def token_counter(collator: VoCoDataCollator) -> Callable[[dict[str, Any], int],
     )
 
     def count(example: dict[str, Any], number: int) -> int:
-        row = as_trl_row(example, collator.dataset_text_field, f"row {number}", blank_image)
+        row = as_trl_row(example, collator.dataset_text_field, f"row {number}", placeholder_image)
         if "id" not in row:
             row["row"] = number
-        return int(blank([row])["attention_mask"].sum())
+        return int(counting([row])["attention_mask"].sum())
 
     return count
 

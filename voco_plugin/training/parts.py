@@ -30,8 +30,8 @@ _OTHER_SENSE = re.compile(r"vision|visual|image|audio|speech|video")
 class ModelParts:
     """The parts of ``model``, a transformers model outside PEFT and other wrappers.
 
-    The language model is what stands beside the input embeddings; its head belongs to it. Of the rest, what
-    is named as a projector is one, and everything else is the vision tower.
+    The language model is the module that holds the input embeddings, and its head. Of the rest, what is named
+    like a projector is one, and everything else is the vision tower.
 
     Attributes:
         decoder: name of the module that holds the input embeddings.
@@ -41,8 +41,9 @@ class ModelParts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         names = {id(module): name for name, module in model.named_modules()}
-        self.decoder = names[id(model.get_input_embeddings())].rpartition(".")[0]
-        self.head = names.get(id(model.get_output_embeddings()))
+        whole = cast("PreTrainedModel", model)  # what `unwrap` gives is typed as any module
+        self.decoder = names[id(whole.get_input_embeddings())].rpartition(".")[0]
+        self.head = names.get(id(whole.get_output_embeddings()))
         composed = getattr(getattr(model, "config", None), "composed_of", None) or {}
         self.fixed = tuple(composed.get("fixed_layers") or ())
         lists = [

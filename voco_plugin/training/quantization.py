@@ -55,8 +55,9 @@ def _key(config: Any) -> str | None:
 def language_model_only(quantization_config: Any, source: str, **options: Any) -> Any:
     """A copy of ``quantization_config`` that leaves vision tower, projector and LM head as they are.
 
-    Quantized modules cannot be trained themselves, and vision towers lose more by it than they save: a tower
-    of 0.3 B parameters beside 7 B. A list of modules that the user gives (``llm_int8_skip_modules``) is kept.
+    Quantized modules cannot be trained themselves, and quantizing a vision tower costs more accuracy than the
+    memory is worth: 0.3 B parameters next to 7 B. A list of modules that the user gives
+    (``llm_int8_skip_modules``) is kept.
 
     Args:
         source: path or hub id of the model; only its config is read.

@@ -1,7 +1,7 @@
-"""Counting tokens without decoding images: blank images of their sizes, and a processor that skips pixels.
+"""Counting tokens without decoding images: placeholders of the images' sizes, and a processor that remembers.
 
 How many tokens a processor writes for an image depends on the image's size alone (and on which images share
-its conversation). So what it says of a blank image is remembered by size, without the pixels.
+its conversation). So its outputs for a placeholder are remembered by size, without the pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 from ..data.images import image_size
 
 
-def blank_image(source: Any, where: str | None = None) -> Image.Image:
+def placeholder_image(source: Any, where: str | None = None) -> Image.Image:
     """A black RGB image of the size of ``source``, of which only the head is read.
 
     Raises:
@@ -25,15 +25,15 @@ def blank_image(source: Any, where: str | None = None) -> Image.Image:
     return Image.new("RGB", image_size(source, where))
 
 
-def without_pixels(processor: Any) -> Any:
-    """A copy of ``processor`` whose image processor works once for each combination of image sizes."""
+def counting_processor(processor: Any) -> Any:
+    """A copy of ``processor`` whose image processor runs once for each combination of image sizes."""
     made = copy.copy(processor)
     if getattr(processor, "image_processor", None) is not None:
-        made.image_processor = _BySize(processor.image_processor)
+        made.image_processor = _OutputsBySize(processor.image_processor)
     return made
 
 
-class _BySize:
+class _OutputsBySize:
     """An image processor's outputs by the sizes of its inputs; pixels are zeros that take no memory."""
 
     def __init__(self, real: Any) -> None:

@@ -40,7 +40,7 @@ class Report:
         return self
 
     def write(self, path: str | Path) -> Path:
-        """Write the report; pictures must lie beside it or below.
+        """Write the report; pictures must lie next to it or below.
 
         Raises:
             ValueError: a picture lies elsewhere.

@@ -13,7 +13,7 @@ def from_mapping(cls: Any, values: Any, where: str) -> Any:
     """``cls(**values)``, an unknown key refused with the nearest known one.
 
     Raises:
-        ValueError: ``values`` is no mapping, a key is unknown or missing, or a value is wrong.
+        ValueError: ``values`` is not a mapping, a key is unknown or missing, or a value is wrong.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}={values!r} must be a section, `key: value` lines.")

@@ -99,7 +99,7 @@ class Method:
 
     @classmethod
     def parse(cls, name: str, values: Any) -> Method:
-        """A method of the YAML: its own keys beside the recipe's."""
+        """A method of the YAML: its own keys, next to the recipe's."""
         where = f"methods.{name}"
         values = {} if values is None else values
         if not isinstance(values, Mapping):
@@ -174,7 +174,7 @@ class Study:
         search: see :class:`Search`.
         max_new_tokens: length of an answer.
         batch_size: prompts at a time while reading.
-        reference: the method that the others are compared with; ``None``: the first that is no bound.
+        reference: the method that the others are compared with; ``None``: the first that is not a bound.
         resample: what the bootstrap draws, ``questions`` or ``images`` with all their questions.
     """
 

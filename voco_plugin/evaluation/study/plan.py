@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .definition import EvalSet, Method, Study
-from .keys import Fingerprint, digest, training_key, training_values
+from .run_keys import Fingerprint, digest, training_key, training_values
 
 Resolve = Callable[[str, Sequence[str]], Mapping[str, Any]]
 """Recipe and override words → the recipe's checked values."""
@@ -109,7 +109,7 @@ class Planner:
         study: what to run.
         work: the folder of trainings and readings, shared between studies.
         resolve: the recipe's values under override words; raises for what is wrong.
-        fingerprint: see :func:`voco_plugin.evaluation.study.keys.fingerprint`.
+        fingerprint: see :func:`voco_plugin.evaluation.study.run_keys.fingerprint`.
         count_rows: the number of rows of a training set and split, for ``search.last``.
     """
 
@@ -175,7 +175,7 @@ class Planner:
             k = search.num_tokens or self.tokens_of(method)[0]
             for values in itertools.product(*search.over.values()):
                 tried = dict(zip(keys, values, strict=True))
-                # with overrides of its own it is no run of the study, and has no curve
+                # with overrides of its own it is not a run of the study, and has no curve
                 training = self._training(
                     method, k, search.seed, tried | search.overrides, curve=not search.overrides
                 )

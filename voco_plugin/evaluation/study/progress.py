@@ -1,4 +1,4 @@
-"""How far a grid is, and when it will be done."""
+"""The progress of a grid of runs, and when it will be done."""
 
 from __future__ import annotations
 

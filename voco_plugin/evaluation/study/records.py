@@ -115,7 +115,7 @@ def questions(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
 
 
 class RunFolder:
-    """``RESULTS/runs``: one JSON a finished run; beside it ``questions.json``."""
+    """``RESULTS/runs``: one JSON a finished run; next to it ``questions.json``."""
 
     def __init__(self, results: Path) -> None:
         self.folder = Path(results) / "runs"
@@ -150,7 +150,7 @@ class RunFolder:
 
     def current(self, runs: Iterable[Run], *, by: str = "key") -> list[dict[str, Any]]:
         """The records of ``runs`` that are there and made under this definition (``by``: ``values_key`` where
-        the files that a run was made from are not at hand)."""
+        the files that a run was made from are not there)."""
         found = []
         for run in runs:
             made = self.read(run)

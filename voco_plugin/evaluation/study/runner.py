@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import atomic_write_text
-from .children import ChildFailed, Children
+from .child_processes import ChildFailed, Children
 from .plan import Planner, Reading, Run, Training, units
 from .progress import Progress, spoken
 from .records import (

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...config import nearest, read_section
+from ...config import from_fields, nearest, read_section
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 TEACHERS = ("base", "frozen")
@@ -130,13 +130,7 @@ class DistillConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DistillConfig:
         """The config of ``values``; an unknown key raises ``ValueError`` with the nearest known one."""
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ValueError(
-                    f"DistillConfig has no field {key!r}{nearest(key, known)}; it has {', '.join(known)}."
-                )
-        return cls(**values)
+        return from_fields(cls, values)
 
 
 def as_distill_config(value: DistillConfig | dict[str, Any] | str | None) -> DistillConfig | None:

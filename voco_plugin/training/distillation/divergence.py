@@ -1,4 +1,4 @@
-"""How far the student's next-token distributions are from the teacher's, chunk by chunk of answer tokens.
+"""The divergence of the student's next-token distributions from the teacher's, in chunks of answer tokens.
 
 Shapes: ``n`` answer tokens, ``c`` of them in a chunk, ``d`` width (the teacher's may differ), ``V`` rows of
 the vocabulary that are compared, ``k`` of them under ``top_k``.
@@ -48,7 +48,7 @@ class Head:
 
         Args:
             scaled: whether the model applies the logit scale of its text config.
-            capped: whether it applies the soft cap; ``lesson.observe_head`` finds out both.
+            capped: whether it applies the soft cap; ``step.observe_head`` finds out both.
         """
         head, text = model.get_output_embeddings(), model.config.get_text_config()
         return cls(
@@ -97,7 +97,7 @@ class Comparison:
         divergence: ``forward``, ``reverse`` or ``jsd``.
         temperature: logits are divided by it.
         rows: V, the rows of the vocabulary that both models have.
-        left_out: ids below V that are no outcome (the VoCo token, which the original model does not know).
+        left_out: ids below V that are not outcomes (the VoCo token, which the original model does not know).
         top_k: compare the teacher's k likeliest tokens and the rest as one; ``None``: every token.
         chunk: c, at most.
     """

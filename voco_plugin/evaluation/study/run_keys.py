@@ -2,7 +2,7 @@
 
 A training's key covers the recipe's values with every override, except those that only say where files go
 and what is logged, and the content of every file or folder that they name: base model, data, plugins,
-teachers. Paths are no part of it (a moved folder keeps its key), and neither are versions and machine, which
+teachers. Paths are not part of it (a moved folder keeps its key), and neither are versions and machine, which
 each result records.
 """
 
@@ -80,7 +80,7 @@ def fingerprint(source: str) -> str:
 
 
 def _hash_pictures(sha: Any, path: Path) -> None:
-    """A few of the pictures beside a LLaVA file: the same questions may be about other images."""
+    """A few of the pictures that belong to a LLaVA file: the same questions may be about other images."""
     if path.suffix.lower() != ".json" or path.stat().st_size > _WHOLE:
         return
     try:

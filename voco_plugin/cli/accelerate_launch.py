@@ -73,7 +73,7 @@ def find_profile(name: str) -> Path:
 
 
 def devices() -> int:
-    """How many accelerators this machine has; 0 where it has only a CPU."""
+    """The number of accelerators of this machine; 0 where it has only a CPU."""
     import torch
 
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0

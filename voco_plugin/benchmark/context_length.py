@@ -73,7 +73,7 @@ def default_kinds() -> list[Kind]:
 
 
 def fits(kind: Kind, context: int, num_tokens: int, text: int) -> dict[str, int]:
-    """Frames that a context of ``context`` positions holds beside ``text`` tokens, by way.
+    """Frames that a context of ``context`` positions holds next to ``text`` tokens, by way.
 
     Raises:
         ValueError: the text alone fills the context.

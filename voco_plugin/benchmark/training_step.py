@@ -20,7 +20,7 @@ import torch
 from ..config import VoCoConfig
 from ..models import attach
 from . import shapes
-from .memory import peak, reset_peak
+from .peak_memory import peak, reset_peak
 from .timing import Way, compare, flops, interleaved_times, product_rate, synchronised, top_operations
 
 PLAIN, DENSE, SEGMENTED = "plain causal", "VoCo, dense", "VoCo, segmented"

@@ -1,4 +1,4 @@
-"""Stage 2 of a model and processor at hand, compared with what it replaces, on the same weights:
+"""Stage 2 of a given model and processor, compared with what it replaces, on the same weights:
 
 no cache      vision tower and every vision token again, for each question
 full caching  the keys and values of every vision token kept: the honest baseline
