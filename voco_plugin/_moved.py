@@ -92,8 +92,6 @@ MOVED: dict[str, str] = {
     "data.gridworld_words": "gridworld.words",
     "data.image_items": "store.sources.image_items",
     "data.image_sources": "store.sources.image_sources",
-    "data.llava_format": "data.llava_format",
-    "data.loaders": "data.loaders",
     "data.tar_images": "store.sources.tar_images",
     "data.tiny_align": "gridworld.tiny_align",
     "data.tiny_parts": "gridworld.tiny_parts",
@@ -203,7 +201,9 @@ def _warn(old: str, new: str, level: int) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Last on ``sys.meta_path``: asked only for what is not where it was."""
+    """First on ``sys.meta_path``: a package under its old name has the new one's ``__path__``, where the
+    finder of files would load each of its modules a second time.
+    """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         new = new_path(fullname[len(_PACKAGE) :]) if fullname.startswith(_PACKAGE) else None
@@ -228,4 +228,4 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install() -> None:
     """Let the table be asked (idempotent)."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())

@@ -127,8 +127,8 @@ def test_groups_equal_the_single_pass_and_nothing_is_padded(name, monkeypatch):
     assert len(padded) == (name in UNDIVIDED), "padded only where two images of a row run together"
     assert sum(rows for rows, *_ in seen["forwards"]) == 6
     # Llama 4's chunks are cut where the block stands in its prompt; PaliGemma without a mask is not causal
-    own = "trust" if name in ("llama4", "paligemma", "paligemma2") else "alone"
-    assert {policy for *_, full, policy in seen["forwards"] if full} == {own}
+    ruled = name in ("llama4", "paligemma", "paligemma2")
+    assert {rule for *_, full, rule in seen["forwards"] if full} == {ruled}
     assert all(plan.cut and plan.reason is None for plan in seen["plans"]), "the last layer is cut"
 
 

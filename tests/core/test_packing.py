@@ -17,7 +17,7 @@ from matrix import combined, quick_rule
 from packed import COUNTS, LONG, numbered, packed_inputs
 from tiny import NAMES, PAD
 from voco_plugin._compat import as_cache, cache_of
-from voco_plugin.core.attention import backends
+from voco_plugin.core.attention import interface
 from voco_plugin.core.forward import ONE_PASS, _prepare
 from voco_plugin.core.masks import TokenTable
 from voco_plugin.core.packed_rows import DOCUMENT_IDS, Documents, first_fit_decreasing, pack_batch
@@ -266,9 +266,9 @@ def test_segments_of_documents_equal_dense_on_any_layout(table, rule, prefix, hi
 
 def test_segments_run_where_rows_are_packed(monkeypatch):
     plans = []
-    real = backends.run_plan
+    real = interface.run_plan
     monkeypatch.setattr(
-        backends, "run_plan", lambda plan, *a, **k: (plans.append(plan), real(plan, *a, **k))[1]
+        interface, "run_plan", lambda plan, *a, **k: (plans.append(plan), real(plan, *a, **k))[1]
     )
     for rule in ("isolated", "causal"):
         model = attached("llava_llama", attention="segmented", rule=rule)

@@ -27,7 +27,7 @@ from harness import (
 from matrix import REPRESENTATIVES, combined, quick_rule
 from tiny import NAMES, voco_id
 from tiny.wide import EAGER_ONLY
-from voco_plugin.core.attention import backends, flash, flex
+from voco_plugin.core.attention import backends, flash, flex, interface
 from voco_plugin.core.attention.segmented import run_plan
 from voco_plugin.core.attention.segments import SegmentPlan, plan_segments
 from voco_plugin.core.forward import in_force
@@ -96,13 +96,13 @@ def test_families_equal_dense(name, rule, attn):
 def spied(monkeypatch) -> list:
     """The plans that run, layer by layer."""
     seen = []
-    real = backends.run_plan
+    real = interface.run_plan
 
     def run(plan, *args, **kwargs):
         seen.append(plan)
         return real(plan, *args, **kwargs)
 
-    monkeypatch.setattr(backends, "run_plan", run)
+    monkeypatch.setattr(interface, "run_plan", run)
     return seen
 
 
@@ -110,9 +110,9 @@ def spied(monkeypatch) -> list:
 def test_the_plan_is_what_the_layers_get(name, monkeypatch):
     model = shared(name, torch.float32, "sdpa", "isolated", "segmented")
     seen = []
-    real = backends.run_plan
+    real = interface.run_plan
     monkeypatch.setattr(
-        backends, "run_plan", lambda plan, *a, **k: (seen.append(plan), real(plan, *a, **k))[1]
+        interface, "run_plan", lambda plan, *a, **k: (seen.append(plan), real(plan, *a, **k))[1]
     )
     model(**inputs(name))
     assert len(seen) == model.get_decoder().config.num_hidden_layers
@@ -144,13 +144,13 @@ def test_auto_chooses_by_length(monkeypatch):
         vocabulary=vocabulary("llava_llama", stock, vp.VoCoConfig(token_id=voco_id("llava_llama"))),
     )
     seen = []
-    real = backends.run_plan
+    real = interface.run_plan
     monkeypatch.setattr(
-        backends, "run_plan", lambda plan, *a, **k: (seen.append(plan), real(plan, *a, **k))[1]
+        interface, "run_plan", lambda plan, *a, **k: (seen.append(plan), real(plan, *a, **k))[1]
     )
     model(**inputs("llava_llama"))
     assert not seen
-    monkeypatch.setattr(backends, "SEGMENTED_FROM", 8)
+    monkeypatch.setattr(interface, "SEGMENTED_FROM", 8)
     model(**inputs("llava_llama"))
     assert seen
 

@@ -14,6 +14,7 @@ from contracts.decoding import ONE, draft
 from contracts.generation import NEW, single
 from harness import RULES, attached, inputs, rows_for, shared
 from tiny import NAMES
+from voco_plugin.core.forward import active_rule
 
 
 def windowed(model) -> bool:
@@ -137,23 +138,18 @@ def test_stop_strings_and_processors_work_on_a_cache():
     assert torch.equal(made, single(model, batch, **ban)[0])
 
 
-def test_decoding_on_settled_slots_needs_no_rule(monkeypatch):
+def test_decoding_on_settled_slots_needs_no_rule():
     """Without windows the mask is built under the rule once, for the prompt; with windows in every step."""
     for name, every_step in (("llava_llama", False), ("llava_mistral", True)):
         model = attached(name)
         batch = inputs(name, ONE, "left")
         cache, stream = model.compress(**batch), model.stream_inputs(batch)
-        state = vp.attachment(model)
         rules = []
-        real = state.prepare
-
-        def spy(module, kwargs, real=real, rules=rules):
-            prepared = real(module, kwargs)
-            rules.append(prepared[1] is not None)
-            return prepared
-
-        monkeypatch.setattr(state, "prepare", spy)
+        handle = model.get_decoder().register_forward_pre_hook(
+            lambda *_, rules=rules: rules.append(active_rule() is not None)
+        )
         model.generate(**stream, voco_cache=cache, **NEW, do_sample=False)
+        handle.remove()
         assert rules == [True] + [every_step] * 5
 
 

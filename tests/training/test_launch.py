@@ -131,18 +131,13 @@ def test_every_own_profile_is_one_that_accelerate_reads_and_names_a_file_that_is
 
 def test_what_compat_changes_in_upstream_it_puts_back(monkeypatch) -> None:
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-    from trl.trainer import utils
 
-    names = [(TrainableTokensLayer, "_collect_token_weights"), (utils, "maybe_gather_lm_head_ctx")]
-    stock = [owner.__dict__[name] for owner, name in names]
-    with _compat.loss_of_merged_heads():
-        assert utils.maybe_gather_lm_head_ctx is stock[1], "changed where ZeRO-3 is not in use"
-    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    stock = vars(TrainableTokensLayer)["_collect_token_weights"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(KeyError), _compat.token_rows_on_any_device(), _compat.loss_of_merged_heads():
-        assert all(o.__dict__[n] is not s for (o, n), s in zip(names, stock, strict=True))
+    with pytest.raises(KeyError), _compat.token_rows_on_any_device():
+        assert vars(TrainableTokensLayer)["_collect_token_weights"] is not stock
         raise KeyError
-    assert [owner.__dict__[name] for owner, name in names] == stock
+    assert vars(TrainableTokensLayer)["_collect_token_weights"] is stock
 
 
 class Head(torch.nn.Linear):

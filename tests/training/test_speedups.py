@@ -12,7 +12,7 @@ from random_pictures import pictures
 from talks import TALK
 from tiny.processors import processor
 from voco_plugin import VoCoDataCollator
-from voco_plugin._compat import head_on_answers_alone
+from voco_plugin.training.fused_step import take_off_fused_forward
 
 
 def test_answers_are_marked_as_transformers_marks_them():
@@ -42,15 +42,16 @@ def test_the_head_reads_answers_alone_and_loss_and_gradients_stay(monkeypatch):
 
     utils_function = utils._ChunkedLogProbFunction
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Spied)
-    before = utils._use_triton
+    before = dict(vars(utils))
     plain = model(**batch, fused_lm_head=True)
     plain.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with head_on_answers_alone():
-        found = model(**batch, fused_lm_head=True)
-        found.loss.backward()
-    assert utils._use_triton is before, "TRL is as it was"
+    step = take_off_fused_forward(model, None)
+    assert "forward" not in vars(model)
+    found = step.run(model, {**batch, "fused_lm_head": True})
+    found.loss.backward()
+    assert vars(utils) == before, "TRL is as it was"
     assert scored == [batch["labels"][:, 1:].numel(), labelled]
     assert found.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
     assert torch.equal(found.label_mask, plain.label_mask)

@@ -18,9 +18,11 @@ from ..core.block_embeddings import NAME, BlockEmbeddings
 from ..core.extension import extend, is_extended, restore
 from ..core.forward import TakesBlockEmbeddings, UnderRule
 from ..core.layout import TokenVocabulary
+from ..data.padding import tokenizer_of
 from ..inference.mixin import VoCoGenerationMixin
 from .compressors import build_compressor
 from .families import family_of
+from .snapshot import as_given_on_failure
 from .token_rows import add_token, embedding_rows, make_rows, remove_token, restore_rows
 
 
@@ -66,12 +68,11 @@ def attach(
     undo: dict[str, Any] = {"implementation": implementation}
     known = 0
     added = False
-    if processor is not None:
-        tokenizer = getattr(processor, "tokenizer", processor)
-        known = len(tokenizer)
-        config.token_id, added = add_token(processor, config)
-        undo["token"] = config.token if added else None
-    try:
+    with as_given_on_failure(inner, processor):
+        if processor is not None:
+            known = len(tokenizer_of(processor))
+            config.token_id, added = add_token(processor, config)
+            undo["token"] = config.token if added else None
         vocab = vocabulary or family.vocabulary(config=inner.config, processor=processor, voco=config)
         config.token_id = vocab.voco_id
         rows = embedding_rows(inner)
@@ -80,9 +81,8 @@ def attach(
                 f"VoCoConfig.token_id={vocab.voco_id} is outside the model's {rows} embedding rows; give an "
                 f"id below {rows}, or processor=… so that the token is added."
             )
-        if added if initialize_token is None else initialize_token:
-            undo["rows"] = make_rows(inner, config, vocab.voco_id, known)
-        elif vocab.voco_id >= rows:
+        new = added if initialize_token is None else initialize_token
+        if new or vocab.voco_id >= rows:
             undo["rows"] = make_rows(inner, config, vocab.voco_id, known)
         register()
         state = Attachment(config, vocab, family, processor)
@@ -91,11 +91,6 @@ def attach(
             state.embeddings = _block_embeddings(inner, config)
         text.config._attn_implementation_internal = name
         _extend(inner, state)
-    except BaseException:
-        _take_off(inner, undo)
-        if added:
-            remove_token(processor, config.token)
-        raise
     return model
 
 
@@ -165,9 +160,8 @@ def _held_by_adapter(module: torch.nn.Module) -> bool:
 
 
 def _take_off(model: torch.nn.Module, undo: dict[str, Any]) -> None:
-    """Give back classes, attention, and embedding rows, as far as they were changed."""
-    state = vars(model).pop(ATTRIBUTE, None)
-    family = family_of(model.config) if state is None else state.family
+    """Give back classes, attention and embedding rows."""
+    family = vars(model).pop(ATTRIBUTE).family
     for module in model.modules():
         if is_extended(module):
             restore(module)

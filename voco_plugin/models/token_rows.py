@@ -54,23 +54,38 @@ def make_rows(model: Any, config: VoCoConfig, token_id: int, known: int) -> dict
     record: dict[str, Any] = {"rows": before, "token_id": token_id, "resized": token_id >= before}
     if record["resized"]:
         multiple = 64 if before % 64 == 0 else None
-        model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=multiple, mean_resizing=False)
+        _resize(model, token_id + 1, pad_to_multiple_of=multiple)
     known = min(known, before, token_id) or before
     generator = torch.Generator().manual_seed(config.token_seed)
     weights = _weights(model)
     with torch.no_grad(), gathered(weights, write=True):
         if not record["resized"]:
             record["old"] = [weight[token_id].detach().clone() for weight in weights]
-        for weight in weights:
-            rows = weight[:known].detach().float()
-            std = rows.std(dim=0, unbiased=False).cpu()
-            noise = torch.randn(weight.shape[1], generator=generator) * std * 0.01
-            row = (rows.mean(dim=0).cpu() + noise).to(weight.device, weight.dtype)
-            weight[token_id] = row
-            if record["resized"]:
-                weight[before:token_id] = row  # ids between the old end and the token, if any
-                weight[token_id + 1 :] = row  # padding rows
+        try:
+            for weight in weights:
+                rows = weight[:known].detach().float()
+                std = rows.std(dim=0, unbiased=False).cpu()
+                noise = torch.randn(weight.shape[1], generator=generator) * std * 0.01
+                row = (rows.mean(dim=0).cpu() + noise).to(weight.device, weight.dtype)
+                weight[token_id] = row
+                if record["resized"]:
+                    weight[before:token_id] = row  # ids between the old end and the token, if any
+                    weight[token_id + 1 :] = row  # padding rows
+        except BaseException:  # an interrupt: a row that was there has its values back
+            for weight, old in zip(weights, record.get("old", ()), strict=False):
+                weight[token_id] = old
+            raise
     return record
+
+
+def _resize(model: Any, rows: int, **options: Any) -> None:
+    """transformers' own, which makes new modules, in training mode whatever mode the model is in."""
+    ends = (model.get_input_embeddings, model.get_output_embeddings)
+    modes = [None if end() is None else end().training for end in ends]
+    model.resize_token_embeddings(rows, mean_resizing=False, **options)
+    for end, mode in zip(ends, modes, strict=True):
+        if mode is not None:
+            end().train(mode)
 
 
 def _weights(model: Any) -> list[torch.Tensor]:
@@ -85,7 +100,7 @@ def _weights(model: Any) -> list[torch.Tensor]:
 def restore_rows(model: Any, record: dict[str, Any]) -> None:
     """Undo :func:`make_rows`."""
     if record["resized"]:
-        model.resize_token_embeddings(record["rows"], mean_resizing=False)
+        _resize(model, record["rows"])
         return
     weights = _weights(model)
     with torch.no_grad(), gathered(weights, write=True):

@@ -13,7 +13,9 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from ..config import CONFIG_NAME, VoCoConfig
 from ..core.attachment import attachment, is_attached, unwrap
 from ..core.layout import TokenVocabulary
-from ..models import attach, detach, load
+from ..models import attach, load
+from ..models.snapshot import as_given_on_failure
+from ..models.token_rows import restore_rows
 from .config import VoCoSFTConfig, as_voco_config
 from .parts import base_of, freeze, is_peft
 from .quantization import language_model_only
@@ -79,56 +81,29 @@ def check_backbone(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def as_it_was_on_failure(model: Any) -> Iterator[None]:
+def as_it_was_on_failure(model: Any, processor: Any) -> Iterator[None]:
     """Where the block raises, ``model`` is as it was given: attached or not, without an adapter that was made
-    inside, with its own forward, what trained before training.
+    inside, what trained before training; and so is its processor.
     """
     inner = unwrap(model)
-    was_attached, was_adapted = is_attached(inner), hasattr(inner, "peft_config")
-    own_forward = vars(inner).get("forward")
-    # by name: attaching may put a longer matrix in the place of embeddings and head
-    trained = {name: parameter.requires_grad for name, parameter in inner.named_parameters()}
-    frozen_stage1 = was_attached and attachment(inner).config.frozen_stage1
+    config = attachment(inner).config if is_attached(inner) else None
+    frozen_stage1 = config is not None and config.frozen_stage1
+    if processor is None and config is not None:
+        processor = attachment(inner).processor
+    made: dict[str, Any] = {}
     try:
-        yield
+        with as_given_on_failure(inner, processor):
+            try:
+                yield
+            finally:
+                if config is None and is_attached(inner):
+                    made = attachment(inner).restore
     except BaseException:
-        if not was_adapted:
-            _unload(inner)
-        if vars(inner).get("forward") is not own_forward:
-            del inner.forward
-            if own_forward is not None:
-                inner.forward = own_forward
-        if was_attached:
-            attachment(inner).config.frozen_stage1 = frozen_stage1
-        elif is_attached(inner):
-            detach(inner)
-        for name, parameter in inner.named_parameters():
-            if name in trained:
-                parameter.requires_grad_(trained[name])
+        if config is not None:
+            config.frozen_stage1 = frozen_stage1
+        elif "rows" in made and not made["rows"]["resized"]:
+            restore_rows(inner, made["rows"])
         raise
-
-
-def _unload(model: Any) -> None:
-    """Take the adapter layers that PEFT put into ``model`` out again, weights as they were."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import _get_submodules
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    taken_out: tuple[str, ...] = ()  # the wrapper of a token row holds an adapter layer, which went with it
-    for name, module in list(model.named_modules()):
-        if name.startswith(taken_out):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            plain = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            plain = module.original_module
-        else:
-            continue
-        parent, _, leaf = _get_submodules(model, name)
-        setattr(parent, leaf, plain)
-        taken_out += (f"{name}.",)
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        vars(model).pop(name, None)
 
 
 def freeze_as_asked(model: Any, args: VoCoSFTConfig, vocab: TokenVocabulary | None) -> HoldRows | None:

@@ -120,7 +120,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
             processing_class = processing_class or found
             # the model is there: TRL would warn that these are ignored
             quantization_config = args.model_init_kwargs = None
-        with as_it_was_on_failure(model):
+        with as_it_was_on_failure(model, processing_class):
             self._set_up(
                 model, args, data_collator, train_dataset, eval_dataset, processing_class,
                 quantization_config, peft_config, **kwargs,

@@ -30,21 +30,27 @@ OPTIONS = {
 
 def merged_and_written(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The embeddings before and after the blocks' were written, ``(B, N, D)`` each."""
-    state = vp.attachment(model)
-    module, after = state.family.merged_at(model)
-    seen = []
-    first = module.register_forward_hook if after else module.register_forward_pre_hook
-    keep = (lambda m, a, out: seen.append(out)) if after else (
-        lambda m, a, kwargs: seen.append(kwargs["inputs_embeds"])
-    )  # fmt: skip
-    more = {} if after else {"with_kwargs": True}
-    handles = [first(keep, prepend=True, **more), first(keep, **more)]
+    embeddings = vp.attachment(model).embeddings
+    module, after = vp.attachment(model).family.merged_at(model)
+    seen, got, write = [], [], type(embeddings).write
+
+    def spied(places, merged):
+        seen.append(merged.clone())
+        seen.append(write(embeddings, places, merged))
+        return seen[-1]
+
+    embeddings.write = spied
+    handle = module.register_forward_pre_hook(
+        lambda module, args, kwargs: got.append(kwargs.get("inputs_embeds")), with_kwargs=True
+    )
     try:
         with torch.no_grad():
             model(**batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+        del embeddings.write
+    assert len(seen) == 2, "once a forward"
+    assert after or got[0] is seen[1], "the decoder gets what was written"
     return seen[0], seen[1]
 
 
