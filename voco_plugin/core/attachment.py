@@ -60,6 +60,7 @@ class Attachment:
         processor: the processor given to ``attach``, or ``None``.
         embeddings: what makes the VoCo tokens' input embeddings; ``None`` where they are the token's row.
         restore: what ``detach`` gives back.
+        detached: whether it did; a shallow copy of the model, which shares its submodules, then has no rule.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Attachment:
         self.config, self.vocab, self.family, self.processor = config, vocab, family, processor
         self.embeddings: BlockEmbeddings | None = None
         self.restore: dict[str, Any] = {}
+        self.detached = False
 
     def __deepcopy__(self, memo: dict) -> Attachment:
         made = Attachment(copy.copy(self.config), self.vocab, self.family, self.processor)
@@ -84,6 +86,18 @@ class Attachment:
         the other row (the LM head's) anew from the same seed.
         """
         return self.config.save(folder, vocabulary=self.vocab.to_dict(), row_made="rows" in self.restore)
+
+    def check_attached(self) -> None:
+        """Refuse what was taken off.
+
+        Raises:
+            ValueError: the model that this one is a shallow copy of was detached.
+        """
+        if self.detached:
+            raise ValueError(
+                "this is a shallow copy (copy.copy) of a model that was detached, and shares its submodules; "
+                "use that model, or copy.deepcopy before it is detached."
+            )
 
     def check_reusable(self, what: str) -> None:
         """Refuse to cache what was made for one question.
@@ -117,7 +131,8 @@ def unwrap(model: Any) -> torch.nn.Module:
 
 def is_attached(model: Any) -> bool:
     """Whether ``model`` (or the model inside its wrappers) has the rule on."""
-    return getattr(unwrap(model), ATTRIBUTE, None) is not None
+    found = getattr(unwrap(model), ATTRIBUTE, None)
+    return found is not None and not found.detached
 
 
 def attachment(model: Any) -> Attachment:
@@ -131,4 +146,5 @@ def attachment(model: Any) -> Attachment:
         raise ValueError(
             f"{type(model).__name__} has no VoCo attached; call voco_plugin.attach(model, config) first."
         )
+    found.check_attached()
     return found

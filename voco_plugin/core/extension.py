@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 _ORIGIN = "_voco_extension"
+_SHALLOW = "_voco_shallow_copy"
 _LOCK = threading.Lock()
 _CLASSES: dict[tuple[type, type], type] = {}
 
@@ -32,7 +33,15 @@ class Extension:
         if origin is None:  # a named subclass, or a class that something else made on top of ours
             return super().__reduce_ex__(protocol)
         get = getattr(super(), "__getstate__", None)  # every object has one from Python 3.11 on
-        return _rebuild, origin, vars(self) if get is None else get()
+        state = vars(self) if get is None else get()
+        if isinstance(state, dict) and _SHALLOW in state:  # what comes of this has submodules of its own
+            state = {key: value for key, value in state.items() if key != _SHALLOW}
+        return _rebuild, origin, state
+
+    def __copy__(self) -> Any:
+        made: Any = type(self).__new__(type(self))
+        vars(made).update(vars(self), **{_SHALLOW: True})
+        return made
 
 
 def extended(base: type, mixin: type[Extension]) -> type:
@@ -63,6 +72,11 @@ def is_extended(thing: Any) -> bool:
     return any(_ORIGIN in vars(cls) for cls in type(thing).__mro__)
 
 
+def is_shallow_copy(thing: Any) -> bool:
+    """Whether ``thing`` was made by ``copy.copy``: its submodules are another's too."""
+    return _SHALLOW in vars(thing)
+
+
 def restore(thing: Any) -> None:
     """Give ``thing`` back the class it had before :func:`extend`.
 
@@ -86,4 +100,4 @@ def _rebuild(base: type, mixin: type[Extension]) -> Any:
     return made.__new__(made)
 
 
-__all__ = ["Extension", "extend", "extended", "is_extended", "restore"]
+__all__ = ["Extension", "extend", "extended", "is_extended", "is_shallow_copy", "restore"]

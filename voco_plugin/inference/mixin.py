@@ -201,6 +201,7 @@ class VoCoGenerationMixin(Extension):
 
     def _read(self, mode: ForwardMode | None, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, its backbone run in ``mode``."""
+        self._voco_attachment.check_attached()
         backbone = self._voco_attachment.family.backbone(self)  # type: ignore[arg-type]
         if backbone is self:  # Llama 4
             return run_forward(self._voco_attachment, self, super().forward, args, kwargs, mode)  # type: ignore

@@ -15,7 +15,7 @@ from ..core.adapter_switch import is_tuner
 from ..core.attachment import ATTRIBUTE, Attachment, attachment, is_attached, unwrap
 from ..core.attention import backend_for, register
 from ..core.block_embeddings import NAME, BlockEmbeddings
-from ..core.extension import extend, is_extended, restore
+from ..core.extension import extend, is_extended, is_shallow_copy, restore
 from ..core.forward import TakesBlockEmbeddings, UnderRule
 from ..core.layout import TokenVocabulary
 from ..data.padding import tokenizer_of
@@ -65,7 +65,8 @@ def attach(
     implementation = text.config._attn_implementation
     name = backend_for(implementation, config.attention)
 
-    undo: dict[str, Any] = {"implementation": implementation}
+    mended = [name for name, module in inner.named_modules() if is_extended(module)]  # by its owner
+    undo: dict[str, Any] = {"implementation": implementation, "mended": mended}
     known = 0
     added = False
     with as_given_on_failure(inner, processor):
@@ -131,10 +132,14 @@ def _check_can_take_off(model: torch.nn.Module, state: Attachment) -> None:
     """Refuse what could be taken off in part only, before anything changes.
 
     Raises:
-        ValueError: an adapter holds the embedding rows that were added, or another library has made a class
-        on
-            top of ours.
+        ValueError: an adapter holds the embedding rows that were added, another library has made a class on
+            top of ours, or the submodules are those of another model too.
     """
+    if is_shallow_copy(model):
+        raise ValueError(
+            "detach: this is a shallow copy (copy.copy), whose submodules are another model's too; "
+            "detach that model."
+        )
     for module in model.modules():
         if is_extended(module) and "_voco_extension" not in vars(type(module)):
             raise ValueError(
@@ -161,15 +166,16 @@ def _held_by_adapter(module: torch.nn.Module) -> bool:
 
 def _take_off(model: torch.nn.Module, undo: dict[str, Any]) -> None:
     """Give back classes, attention and embedding rows."""
-    family = vars(model).pop(ATTRIBUTE).family
-    for module in model.modules():
-        if is_extended(module):
+    state = vars(model).pop(ATTRIBUTE)
+    state.detached = True
+    for place, module in model.named_modules():
+        if is_extended(module) and place not in undo["mended"]:
             restore(module)
         for name in ("_voco_of", "_voco_after", "_voco_hashes"):
             vars(module).pop(name, None)
     if hasattr(model, NAME):
         delattr(model, NAME)
-    family.text_model(model).config._attn_implementation_internal = undo["implementation"]
+    state.family.text_model(model).config._attn_implementation_internal = undo["implementation"]
     if "rows" in undo:
         restore_rows(model, undo["rows"])
 
