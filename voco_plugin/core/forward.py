@@ -32,7 +32,7 @@ from .attachment import Attachment
 from .block_embeddings import QUESTION_MASK, Places
 from .extension import Extension
 from .kv_cache import KVSlots, RemembersSlots, begin, remember
-from .layout import SequenceLayout, TokenKind, compact_positions
+from .layout import SequenceLayout, TokenKind, compact_positions, sent
 from .masks import ActiveRule, TokenTable
 from .packed_rows import DOCUMENT_IDS, prepare_packed
 
@@ -248,9 +248,8 @@ def _prepare(
     layout = None
     if ids is not None and (ruled or frozen or embeddings is not None):
         mask = _mask(named.get("attention_mask"), ids, length, slots)
-        if ids.shape[1] == 1 and length:  # one decoded token is no block, whatever its id
-            layout = None
-        else:
+        # one decoded token is no block, whatever its id, and a prompt that stage 2 placed was read there
+        if not (ids.shape[1] == 1 and length) and (slots is None or slots.planned is None):
             layout = SequenceLayout.from_ids(ids, mask[:, length:], attachment.vocab)
     if frozen and layout is not None and layout.has_vision:
         raise ValueError(
@@ -308,6 +307,7 @@ def _under_rule(
     assert attachment is not None
     ids = kwargs["input_ids"]
     new = mask[:, -ids.shape[1] :]
+    masked = kwargs.get("attention_mask") is not None
     kwargs = dict(kwargs, attention_mask=mask)
     prefix = None
     if slots is not None and slots.planned is not None:
@@ -316,9 +316,11 @@ def _under_rule(
         running.rule = ActiveRule(attachment.config, after.table, prefix)
         later: Callable[[], KVSlots] = lambda: after  # noqa: E731
     elif slots is not None and not blocks and (slots.open_to_text or layout is None):
-        own = attachment.family.sequential(module, ids, new, {}).to(ids.device)
+        own = attachment.family.sequential_of_text(module, new).to(ids.device)
         positions = own + slots.next_position[:, None]
-        after = slots.go_on(new.to(ids.device))
+        after = slots.go_on(new.to(ids.device), full=slots.full and not masked)
+        if after.full and slots.open_to_text:
+            kwargs["attention_mask"] = None  # of ones alone; to see that, the backbone would read it
         if not slots.open_to_text:
             running.rule = ActiveRule(attachment.config, after.table)
         later = lambda: after  # noqa: E731
@@ -367,17 +369,17 @@ def _after(
         table = TokenTable.from_layout(layout)  # on the CPU: only a dense mask needs it on the device
     else:
         steps = torch.arange(layout.num_tokens, device=device)
-        block = layout.block.to(device)
+        block = sent(layout.block, device)
         block = torch.where(block >= 0, block + slots.num_blocks[:, None], block)
-        new = TokenTable(layout.kind.to(device), block, slots.next_order[:, None] + steps)
+        new = TokenTable(sent(layout.kind, device), block, slots.next_order[:, None] + steps)
         table = slots.table.to(device).append(new, ordered=slots.table.ordered)
 
     def later() -> KVSlots:
         compact = attachment.config.positions == "compact"
         counted = layout.in_stream if compact else layout.kind != TokenKind.PAD
         flat = positions if positions.dim() == 2 else positions.amax(dim=0)
-        last = torch.where(counted.to(device), flat, torch.full_like(flat, -1)).amax(dim=1) + 1
-        blocks = torch.tensor([len(layout.row_spans(r)) for r in range(layout.num_rows)], device=device)
+        last = torch.where(sent(counted, device), flat, torch.full_like(flat, -1)).amax(dim=1) + 1
+        blocks = sent(torch.tensor([len(layout.row_spans(r)) for r in range(layout.num_rows)]), device)
         if slots is None:
             order = torch.full_like(last, layout.num_tokens)
             return KVSlots(table.to(device), last.clamp_min(0), order, blocks)

@@ -37,6 +37,7 @@ class KVSlots:
             prefix-LM, else ``None``.
         open_to_text: every slot may be read by whatever text comes after it, so that the backbone's own mask
             says all there is to say: no vision token among them, no window that asks where a slot stood.
+        full: no slot, and no planned token, is padding, as far as the host knows without reading the table.
     """
 
     table: TokenTable
@@ -47,6 +48,7 @@ class KVSlots:
     planned_positions: torch.Tensor | None = None
     planned_prefix: torch.Tensor | None = None
     open_to_text: bool = False
+    full: bool = False
 
     @classmethod
     def starting_at(cls, order: torch.Tensor) -> KVSlots:
@@ -139,10 +141,15 @@ class KVSlots:
             self.next_order - tail.shape[1],
             self.num_blocks,
             open_to_text=self.open_to_text,
+            full=self.full,
         )
 
-    def go_on(self, mask: torch.Tensor) -> KVSlots:
-        """After new text tokens under ``mask`` ``(B, N)``, right after what is there."""
+    def go_on(self, mask: torch.Tensor, full: bool = False) -> KVSlots:
+        """After new text tokens under ``mask`` ``(B, N)``, right after what is there.
+
+        Args:
+            full: whether slots and ``mask`` are known to hold no padding.
+        """
         kind = torch.where(mask.bool(), TokenKind.TEXT, TokenKind.PAD)
         steps = torch.arange(mask.shape[1], device=mask.device)
         new = TokenTable(kind, torch.full_like(kind, -1), self.next_order[:, None] + steps)
@@ -152,6 +159,7 @@ class KVSlots:
             self.next_order + mask.shape[1],
             self.num_blocks,
             open_to_text=self.open_to_text,
+            full=full,
         )
 
     def take_planned(self, tokens: int) -> tuple[torch.Tensor, KVSlots]:
@@ -180,6 +188,7 @@ class KVSlots:
             rest,
             self.planned_positions[:, tokens:] if rest is not None else None,
             open_to_text=self.open_to_text,
+            full=self.full,
         )
 
 

@@ -247,6 +247,16 @@ class SequenceLayout:
         return iter(self.spans)
 
 
+def sent(value: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """``value``, made a moment ago in the host's memory, on ``device``; an accelerator is not waited for.
+
+    A copy out of pageable memory is staged before the call returns, so the host may go on and drop ``value``;
+    a blocking one first lets the device finish all that is queued. To the CPU (and on MPS, where a copy that
+    is not waited for can be read too early) it is the ordinary copy.
+    """
+    return value.to(device, non_blocking=torch.device(device).type not in ("cpu", "mps"))
+
+
 def on_cpu(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """Ids ``(B, N)`` int64 and mask ``(B, N)`` bool as arrays, read from their device in one go."""
     if mask is None:
@@ -320,5 +330,5 @@ def compact_positions(layout: SequenceLayout, sequential: torch.Tensor) -> torch
     like = torch.arange(layout.num_tokens).repeat(layout.num_rows, 1)  # whose shift each token takes
     for span in layout:
         like[span.row, span.start : span.stop] = span.voco
-    shift = stream.to(device) - flat
-    return sequential + shift.gather(1, like.to(device))
+    shift = sent(stream, device) - flat
+    return sequential + shift.gather(1, sent(like, device))

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import VoCoConfig
-from .layout import SequenceLayout, TokenKind
+from .layout import SequenceLayout, TokenKind, sent
 
 Predicate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -61,7 +61,7 @@ class TokenTable:
         """The table of a plain forward: slot = token."""
         rows, tokens = layout.kind.shape
         order = torch.arange(tokens, device=device).expand(rows, tokens)
-        return cls(layout.kind.to(device), layout.block.to(device), order, ordered=True)
+        return cls(sent(layout.kind, device), sent(layout.block, device), order, ordered=True)
 
     @property
     def length(self) -> int:
@@ -93,7 +93,7 @@ class TokenTable:
         return self.each(lambda value: value[:, :length])
 
     def to(self, device: torch.device | str) -> TokenTable:
-        return self.each(lambda value: value.to(device))
+        return self.each(lambda value: sent(value, device))
 
     def pad_to(self, length: int) -> TokenTable:
         """Padding slots up to ``length`` (a static cache shows the mask more slots than are filled)."""

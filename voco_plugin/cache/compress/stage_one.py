@@ -21,7 +21,7 @@ from ...core.adapter_switch import can_leave_out_adapters
 from ...core.attachment import Attachment
 from ...core.forward import STAGE_ONE, ForwardMode
 from ...core.kv_cache import KVSlots, VoCoKVCache
-from ...core.layout import BlockSpan, SequenceLayout, compact_positions
+from ...core.layout import BlockSpan, SequenceLayout, compact_positions, sent
 from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import block_fingerprint
 from .batching import Limits, chunks_of
@@ -43,6 +43,34 @@ _DROPPED = (
 
 
 @dataclass
+class Starts:
+    """Where blocks and rows begin, as the host knows: read from the device once a batch, however many images.
+
+    Attributes:
+        voco: per block, the position of its first VoCo token.
+        extent: per block, how far positions advance over its vision tokens.
+        first_real: per row, the column of its first real token.
+    """
+
+    voco: list[int]
+    extent: list[int]
+    first_real: list[int]
+
+    @classmethod
+    def of(cls, positions: torch.Tensor, mask: torch.Tensor, layout: SequenceLayout) -> Starts:
+        places = torch.tensor([(s.row, s.voco, s.start) for s in layout])
+        row, voco, start = sent(places, positions.device).T
+        axes = positions if positions.dim() == 3 else positions[None]
+        first = axes[0, row, voco]
+        extent = first - axes[:, row, start].amax(dim=0)
+        # left padding is no part of the sequence
+        first_real = mask.to(positions.device).long().argmax(dim=1)
+        read = torch.cat([first, extent, first_real]).tolist()
+        count = len(layout.spans)
+        return cls(read[:count], read[count : 2 * count], read[2 * count :])
+
+
+@dataclass
 class Batch:
     """What a batch's blocks are cut from. ``tokens``: the per-token inputs by name, ``(R, N)``.
 
@@ -55,7 +83,7 @@ class Batch:
     vision: VisionInputs
     layout: SequenceLayout
     positions: torch.Tensor
-    first_real: torch.Tensor
+    starts: Starts
     replayed: bool = False
 
 
@@ -77,9 +105,9 @@ def _blocks_as_rows(
     ids = tokens["input_ids"]
     longest = max(s.stop - s.start for s in spans)
     offsets = torch.arange(longest, device=ids.device)
-    starts = torch.tensor([s.start for s in spans], device=ids.device)
-    lengths = torch.tensor([s.stop - s.start for s in spans], device=ids.device)
-    rows = torch.tensor([s.row for s in spans], device=ids.device)[:, None]
+    places = torch.tensor([(s.start, s.stop - s.start, s.row) for s in spans])
+    starts, lengths, rows = sent(places, ids.device).T
+    rows = rows[:, None]
     mask = (offsets < lengths[:, None]).long()
     columns = (starts[:, None] + offsets).clamp_max(ids.shape[1] - 1)
 
@@ -170,8 +198,8 @@ def read_batch(model: torch.nn.Module, state: Any, inputs: dict[str, Any], layou
     else:
         vision = vision_inputs({**others, "input_ids": ids}, layout.spans, state.vocab, model.config,
                                by_row=state.family.images_by_row)  # fmt: skip
-    first_real = mask.long().argmax(dim=1)  # left padding is no part of the sequence
-    return Batch(model, state, {**tokens, "attention_mask": mask}, vision, layout, positions, first_real)
+    starts = Starts.of(positions, mask, layout)
+    return Batch(model, state, {**tokens, "attention_mask": mask}, vision, layout, positions, starts)
 
 
 def run_alone(
@@ -199,8 +227,8 @@ def run_alone(
         cache = VoCoKVCache()  # a config-built one would crop windowed layers
     chunked = state.family.chunk_size(model) is not None
     if chunked:  # chunks are cut where the block stands in its prompt
-        orders = [s.start - int(batch.first_real[s.row]) for s in spans]
-        cache.voco_slots = KVSlots.starting_at(torch.tensor(orders, device=batch.positions.device))
+        orders = [s.start - batch.starts.first_real[s.row] for s in spans]
+        cache.voco_slots = KVSlots.starting_at(sent(torch.tensor(orders), batch.positions.device))
     # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
     text, config = state.family.text_model(model), state.config
     plain = even and not chunked and config.rule == "isolated" and _is_causal(text)
@@ -212,9 +240,9 @@ def run_alone(
             rule = not (plain and config.reads_vision)
             hidden = _forward(state, model, run, cache, replace(STAGE_ONE, rule=rule, cut=cut))
     found = []
-    for row, span in enumerate(spans):
+    for row, (number, span) in enumerate(zip(numbers, spans, strict=True)):
         start = 0 if slim else span.num_vision
-        found.append(_block(batch, span, cache, row, start))
+        found.append(_block(batch, number, cache, row, start))
     return found, hidden if read_on else None
 
 
@@ -246,7 +274,7 @@ def _run_prefix(batch: Batch) -> list[VoCoBlock]:
     run["position_ids"] = batch.positions[..., :stop]
     cache = VoCoKVCache()
     _forward(batch.state, batch.model, run, cache, STAGE_ONE)
-    return [_block(batch, span, cache, span.row, span.voco) for span in batch.layout]
+    return [_block(batch, n, cache, span.row, span.voco) for n, span in enumerate(batch.layout)]
 
 
 def _forward(
@@ -263,17 +291,16 @@ def _forward(
     return getattr(output, "last_hidden_state", None)  # Llama 4 is its own backbone, and gives logits
 
 
-def _block(batch: Batch, span: BlockSpan, cache: VoCoKVCache, row: int, start: int) -> VoCoBlock:
-    """The block whose VoCo tokens stand at the slots from ``start`` on of ``row``."""
-    flat = batch.positions if batch.positions.dim() == 2 else batch.positions[0]
-    first = int(flat[span.row, span.voco])
+def _block(batch: Batch, number: int, cache: VoCoKVCache, row: int, start: int) -> VoCoBlock:
+    """The block ``number``, whose VoCo tokens stand at the slots from ``start`` on of ``row``."""
+    span, starts = batch.layout.spans[number], batch.starts
     slots = slice(start, start + span.num_voco)
     return VoCoBlock(
         keys=tuple(layer.keys[row, :, slots].clone() for layer in cache.layers),
         values=tuple(layer.values[row, :, slots].clone() for layer in cache.layers),
-        position=first,
-        extent=first - int(batch.positions[..., span.row, span.start].amax()),
+        position=starts.voco[number],
+        extent=starts.extent[number],
         num_vision=span.num_vision,
         relocatable=batch.state.config.block_context == "self",
-        order=span.voco - int(batch.first_real[span.row]),
+        order=span.voco - starts.first_real[span.row],
     )

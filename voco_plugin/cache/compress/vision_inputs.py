@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ...core.layout import BlockSpan, TokenVocabulary
+from ...core.layout import BlockSpan, TokenVocabulary, sent
 
 _VISION_NAMES = (
     "pixel_",
@@ -165,7 +165,7 @@ def _tokens(channel: str, both: bool, vocab: TokenVocabulary, config: Any) -> fr
 
 def _counts(ids: torch.Tensor, spans: Sequence[BlockSpan], tokens: frozenset[int]) -> list[int]:
     """How many tokens of ``tokens`` each block holds."""
-    hits = torch.isin(ids, torch.tensor(sorted(tokens), device=ids.device)).long()
+    hits = torch.isin(ids, sent(torch.tensor(sorted(tokens)), ids.device)).long()
     before = torch.nn.functional.pad(hits.cumsum(dim=1), (1, 0)).tolist()
     return [before[s.row][s.voco] - before[s.row][s.start] for s in spans]
 

@@ -15,7 +15,7 @@ import torch
 from transformers import Cache
 
 from ...core.kv_cache import KVSlots, VoCoKVCache
-from ...core.layout import TokenKind, on_cpu
+from ...core.layout import TokenKind, on_cpu, sent
 from ...core.masks import TokenTable
 from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import differences, fingerprint, of_blocks
@@ -169,7 +169,7 @@ def place(
     _check_reach(model, state, plans, per_row, int(text[1].max()), int(text[2].max()) + 1, dtype)
     key_values = _key_values(model, state, per_row, plans, slots, before)
 
-    source, position_ids, orders = torch.from_numpy(text).to(device)
+    source, position_ids, orders = sent(torch.from_numpy(text), device)
     table = past.table.append(TokenTable(*torch.from_numpy(held))).to(device)
     text_kind = torch.where(source >= 0, TokenKind.TEXT, TokenKind.PAD)
     planned = TokenTable(text_kind, torch.full_like(text_kind, -1), orders)
@@ -177,13 +177,14 @@ def place(
     counted = [len(blocks) for blocks in per_row]
     key_values.voco_slots = KVSlots(
         table=table,
-        next_position=torch.tensor([plan.end for plan in plans], device=device),
+        next_position=sent(torch.tensor([plan.end for plan in plans]), device),
         next_order=orders[:, -1] + 1,
-        num_blocks=torch.from_numpy(past.num_blocks + counted).to(device),
+        num_blocks=sent(torch.from_numpy(past.num_blocks + counted), device),
         planned=planned,
         planned_positions=position_ids,
         planned_prefix=_prefix(state, cache, table, source, token_types),
         open_to_text=past.open_to_text and not (state.config.hide_prefix or state.family.windowed(model)),
+        full=past.full and bool((held[0] != TokenKind.PAD).all() and (text[0] >= 0).all()),
     )
     key_values.voco_made_by = mine
     full_mask = torch.cat([table.kind != TokenKind.PAD, source >= 0], dim=1).long()
@@ -219,13 +220,14 @@ class _Past:
     next_order: np.ndarray
     num_blocks: np.ndarray
     open_to_text: bool
+    full: bool
 
     @classmethod
     def of(cls, before: Cache | None, mine: dict[str, Any], rows: int) -> _Past:
         if before is None:
             none = torch.zeros(rows, 0, dtype=torch.long)
             zeros = np.zeros(rows, dtype=np.int64)
-            return cls(TokenTable(none, none, none), zeros, zeros, zeros, True)
+            return cls(TokenTable(none, none, none), zeros, zeros, zeros, True, True)
         held = KVSlots.of(before)
         if held is None:
             raise ValueError(
@@ -247,6 +249,7 @@ class _Past:
             held.table.to("cpu"),
             *(v.cpu().numpy() for v in (held.next_position, held.next_order, held.num_blocks)),
             held.open_to_text,
+            held.full,
         )
 
 
@@ -339,8 +342,8 @@ def _key_values(model, state, per_row, plans: list[RowPlan], slots: int, before:
     )
     if any(deltas):
         relocator = relocator_for(state, state.family.text_model(model), state.family.backbone(model))
-        tensors = relocator.move(tensors, torch.tensor(deltas, device=device))
-    gather = torch.from_numpy(np.where(index < 0, len(deltas), index)).to(device)
+        tensors = relocator.move(tensors, sent(torch.tensor(deltas), device))
+    gather = sent(torch.from_numpy(np.where(index < 0, len(deltas), index)), device)
     in_order = len(per_row) == 1 and bool((index == np.arange(slots)).all())
     for layer in layers:
         past.update(*(_laid_out(t[layer], gather, in_order) for t in tensors), layer)

@@ -251,11 +251,11 @@ class Family:
             ValueError: an mrope family's image tokens without the grids that place them.
         """
         if not self.multi_axis(backbone):
-            return sequential_positions(attention_mask)
+            return self.sequential_of_text(backbone, attention_mask)
         wanted = inspect.signature(backbone.get_rope_index).parameters
         given = {k: v for k, v in vision.items() if k in wanted and v is not None}
         if not bool((self.token_types(backbone.config, input_ids) > 0).any()):
-            return sequential_positions(attention_mask).expand(3, *input_ids.shape).clone()
+            return self.sequential_of_text(backbone, attention_mask)
         if not self.has_grids(given):
             raise ValueError(
                 "image tokens without image_grid_thw: their positions cannot be told (the backbone would "
@@ -265,6 +265,11 @@ class Family:
             given["mm_token_type_ids"] = self.token_types(backbone.config, input_ids)
         given.update(input_ids=input_ids, attention_mask=attention_mask)
         return backbone.get_rope_index(**given)[0]
+
+    def sequential_of_text(self, backbone: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+        """:meth:`sequential` of tokens that are known to be text, which need not be read for it."""
+        positions = sequential_positions(attention_mask)
+        return positions.expand(3, *positions.shape).clone() if self.multi_axis(backbone) else positions
 
     def token_types(self, config: Any, input_ids: torch.Tensor) -> torch.Tensor:
         """``mm_token_type_ids`` as the processor would give them: 0 text, 1 image, 2 video. ``(B, N)``."""

@@ -27,7 +27,7 @@ from ...cache.cache import VoCoCache
 from ...cache.compress.batching import Limits, chunks_of
 from ...cache.compress.stage_one import Batch, attention_of, read_batch, run_alone
 from ...cache.place.stage_two import Placed, place
-from ...core.layout import SequenceLayout, TokenKind
+from ...core.layout import SequenceLayout, TokenKind, sent
 from .read_only_cache import read_only
 
 
@@ -147,7 +147,7 @@ def predicting(batch: Batch, labels: torch.Tensor | None) -> dict[int, tuple[int
     """
     if labels is None:
         return {}
-    first = batch.first_real[:, None]
+    first = sent(torch.tensor(batch.starts.first_real), labels.device)[:, None]
     orphan = (labels.gather(1, first) != -100) & (first > 0)
     if bool(orphan.any()):
         raise ValueError(
