@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import types
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,21 +33,6 @@ def cache_names() -> tuple[str, ...]:
 
     renamed = any(field.name == "cache" for field in dataclasses.fields(BaseModelOutputWithPast))
     return ("cache", "past_key_values") if renamed else ("past_key_values",)
-
-
-def as_cache(past: Any) -> dict[str, Any]:
-    """``past`` as the keyword argument of a forward or of ``generate``."""
-    return {cache_names()[0]: past}
-
-
-def given_cache(kwargs: Mapping[str, Any]) -> Any:
-    """The KV cache among a caller's keyword arguments, under whichever name, or ``None``."""
-    return next((kwargs[name] for name in cache_names() if kwargs.get(name) is not None), None)
-
-
-def cache_of(output: Any) -> Any:
-    """The KV cache that a forward or ``generate`` gave back in ``output``, or ``None``."""
-    return getattr(output, cache_names()[0], None)
 
 
 class _GivesImageOutputs(Extension):
@@ -223,54 +206,3 @@ def patch_tied_head(model: nn.Module) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper) and "bias" not in head.__dict__:
         head.__dict__["bias"] = getattr(head.original_module, "bias", None)
-
-
-def fused_forward(patched: Any) -> Callable[..., Any]:
-    """TRL's fused forward, off the bound method that ``add_fused_lm_head`` puts on a model: ``f(model, …)``.
-
-    The function runs with names of its own for two helpers that TRL's module has; the module stays as it is.
-
-    - ``_use_triton``: TRL 1.16 takes the LM head over labelled positions alone on a GPU, and elsewhere scores
-    every
-      position and drops most of it: a fifth of a CPU step of the gridworld recipes, whose answers are a
-      seventh of the tokens. Loss and gradients are the same. Remove when TRL scores valid positions on CPU.
-    - ``maybe_gather_lm_head_ctx``: with tied embeddings and trainable token rows, the head's weight is the
-      embedding with the rows written in: a plain tensor, whole already, of which TRL 1.16 reads ``ds_status``
-      under ZeRO-3 ("'Tensor' object has no attribute 'ds_status'"). Remove when it skips tensors that are not
-      split.
-
-    Warns (once a name): where TRL's function asks neither by that name any more, what is lost.
-    """
-    stock = patched.__func__
-    names = dict(stock.__globals__)
-    for name, make, lost in (
-        ("_use_triton", _heads_on_answers, "the head scores every position on a CPU"),
-        ("maybe_gather_lm_head_ctx", _gathers_split_heads, "ZeRO-3 with tied embeddings may fail"),
-    ):
-        if name in names and name in stock.__code__.co_names:
-            names[name] = make(names[name])
-        else:
-            warnings.warn(
-                f"TRL's fused forward has no {name} any more, which voco_plugin replaces in its own copy: "
-                f"{lost}. "
-                "Loss and gradients are right; tell voco_plugin's maintainers.",
-                stacklevel=2,
-            )
-    made = types.FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)
-    made.__kwdefaults__ = stock.__kwdefaults__
-    return made
-
-
-def _heads_on_answers(stock: Callable[..., bool]) -> Callable[..., bool]:
-    return lambda device: torch.device(device).type == "cpu" or stock(device)
-
-
-def _gathers_split_heads(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def gather(*parameters: torch.Tensor | None) -> Any:
-        from transformers.integrations import is_deepspeed_zero3_enabled
-
-        if not is_deepspeed_zero3_enabled():
-            return stock(*parameters)
-        return stock(*(p for p in parameters if p is not None and is_partitioned(p)))
-
-    return gather

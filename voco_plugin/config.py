@@ -15,6 +15,8 @@ from .files import atomic_write_text
 T = TypeVar("T")
 
 CONFIG_NAME = "voco_config.json"
+VOCO = "voco"
+"""The compressor that is the language model itself: VoCo tokens read the vision tokens (the paper's)."""
 FORMAT_VERSION = 1
 
 RULES = ("isolated", "causal", "star")
@@ -77,7 +79,7 @@ class VoCoConfig:
     block_sink: str = "none"
     hide_prefix: bool = False
     token_init: str = "learned"
-    compressor: str = "voco"
+    compressor: str = VOCO
     compressor_options: dict[str, Any] = field(default_factory=dict)
     frozen_stage1: bool = False
     token: str = "<voco>"
@@ -165,7 +167,7 @@ class VoCoConfig:
     @property
     def reads_vision(self) -> bool:
         """Whether VoCo tokens read the vision tokens inside the language model (false for the rivals)."""
-        return self.compressor == "voco"
+        return self.compressor == VOCO
 
     @property
     def makes_embeddings(self) -> bool:

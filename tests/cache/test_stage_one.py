@@ -18,10 +18,10 @@ from harness import RULES, inputs, layout_of, rows_for, shared
 from tiny import NAMES
 from tiny.inputs import image_sizes
 from tiny.wide import BACKBONES
-from voco_plugin._compat import as_cache
 from voco_plugin.cache.compress import last_rows, stage_one
 from voco_plugin.cache.compress.batching import Limits
 from voco_plugin.cache.compress.memory import readable, working_memory
+from voco_plugin.core.forward import as_cache
 from voco_plugin.core.layout import BlockSpan, TokenVocabulary
 
 SIZED = [

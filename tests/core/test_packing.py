@@ -16,9 +16,8 @@ from harness import CORE, ROWS, RULES, attached, inputs, rows_for, shared
 from matrix import combined, quick_rule
 from packed import COUNTS, LONG, numbered, packed_inputs
 from tiny import NAMES, PAD
-from voco_plugin._compat import as_cache, cache_of
 from voco_plugin.core.attention import interface
-from voco_plugin.core.forward import ONE_PASS, _prepare
+from voco_plugin.core.forward import ONE_PASS, _prepare, as_cache, cache_of
 from voco_plugin.core.masks import TokenTable
 from voco_plugin.core.packed_rows import DOCUMENT_IDS, Documents, first_fit_decreasing, pack_batch
 

@@ -19,7 +19,8 @@ from transformers import DynamicCache, StaticCache
 import voco_plugin as vp
 from harness import TOLERANCE, attached, inputs, plain
 from states import NEW, Once, disturbed, equal, in_a_thread, keys_of, raises, tensors_of, world
-from voco_plugin._compat import as_cache, cache_names, cache_of
+from voco_plugin._compat import cache_names
+from voco_plugin.core.forward import as_cache, cache_of
 
 fp64 = torch.float64
 ROWS = [["bos", "t3", "img", "c2", "t4"], ["bos", "t2", "img", "c2", "t1", "img", "c1", "t5"]]

@@ -24,7 +24,7 @@ import voco_plugin as vp
 from harness import attached, rows_for
 from tiny import make_inputs, processors
 from trainers import LORA, losses, picture
-from voco_plugin._compat import as_cache, cache_of
+from voco_plugin.core.forward import as_cache, cache_of
 
 ROWS = [["bos", "t3", "img", "c2", "t4"], ["bos", "t2", "img", "c2", "t1", "img", "c1", "t5"]]
 TEXT = [["bos", "t6"], ["bos", "t3"]]

@@ -22,6 +22,7 @@ from voco_plugin import _compat
 from voco_plugin.benchmark import serving, shapes
 from voco_plugin.benchmark.inference import first_token_ways
 from voco_plugin.benchmark.timing import flops
+from voco_plugin.core import forward
 
 ROW = [["bos", "t3", "img", "c2", "t4"]]
 NEW = {"max_new_tokens": 3, "do_sample": False}
@@ -110,9 +111,9 @@ def test_the_name_is_the_models_own():
     own = _compat.cache_names()[0]
     assert own in inspect.signature(LlavaForConditionalGeneration.forward).parameters
     past = DynamicCache()
-    assert _compat.as_cache(past) == {own: past} and _compat.given_cache({own: past}) is past
-    assert _compat.given_cache({own: None}) is None and _compat.given_cache({}) is None
-    assert _compat.cache_of((torch.zeros(1), past)) is None  # a tuple names nothing
+    assert forward.as_cache(past) == {own: past} and forward.given_cache({own: past}) is past
+    assert forward.given_cache({own: None}) is None and forward.given_cache({}) is None
+    assert forward.cache_of((torch.zeros(1), past)) is None  # a tuple names nothing
 
 
 @pytest.mark.parametrize("keyword", _compat.cache_names())
@@ -123,7 +124,7 @@ def test_a_caller_may_use_every_name_the_library_takes(keyword):
     batch = inputs("llava_llama", [["bos", "t2", "img", "c2", "t5"]])
     logits = model(**batch).logits[0, -2:]
     head = {k: v[:, :-2] if v.dim() == 2 else v for k, v in batch.items()}
-    past = _compat.cache_of(model(**head, use_cache=True))
+    past = forward.cache_of(model(**head, use_cache=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # theirs, for the caller
         out = model(

@@ -382,7 +382,7 @@ def test_streamed_training_mixes_no_devices(name, checkpointing, device):
     given = {**batch, "labels": everything(here, batch), "fused_lm_head": True}
     check_same(
         *(
-            gradients(model, Streamed(2, fused_step(model)).run(model, to(given, model.device)))
+            gradients(model, Streamed(2, fused_step(model)).run(model, **to(given, model.device)))
             for model in (here, there)
         )
     )

@@ -13,7 +13,8 @@ from contracts.generation import NEW, single
 from harness import CORE, RULES, inputs, shared
 from matrix import combined, quick_rule
 from tiny import NAMES
-from voco_plugin._compat import as_cache, cache_names, cache_of
+from voco_plugin._compat import cache_names
+from voco_plugin.core.forward import as_cache, cache_of
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from tiny import processors
 from voco_plugin.config import VoCoConfig
 from voco_plugin.core.layout import LayoutError, SequenceLayout
 from voco_plugin.data.conversations import llava_to_messages, split_placeholders
-from voco_plugin.data.trl_rows import as_trl_row
 from voco_plugin.models.families import vocabulary_for
-from voco_plugin.training.collator import VoCoDataCollator
+from voco_plugin.training.collator import VoCoDataCollator, as_trl_row
 
 VOCO = VoCoConfig(num_tokens=2, token="<unused0>")
 ASK = [{"role": "user", "content": "what is it"}]

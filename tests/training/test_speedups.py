@@ -13,6 +13,7 @@ from talks import TALK
 from tiny.processors import processor
 from voco_plugin import VoCoDataCollator
 from voco_plugin.training.fused_step import take_off_fused_forward
+from voco_plugin.training.trainer import IN_TRLS_LOSS
 
 
 def test_answers_are_marked_as_transformers_marks_them():
@@ -47,9 +48,9 @@ def test_the_head_reads_answers_alone_and_loss_and_gradients_stay(monkeypatch):
     plain.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    step = take_off_fused_forward(model, None)
+    step = take_off_fused_forward(model, None, IN_TRLS_LOSS)
     assert "forward" not in vars(model)
-    found = step.run(model, {**batch, "fused_lm_head": True})
+    found = step.run(model, **batch, fused_lm_head=True)
     found.loss.backward()
     assert vars(utils) == before, "TRL is as it was"
     assert scored == [batch["labels"][:, 1:].numel(), labelled]

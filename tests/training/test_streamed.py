@@ -54,7 +54,7 @@ def kept_bytes(frames: int, streamed: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = Streamed(2, fused_step(model)).run(model, given) if streamed else fused(model)(**given)
+        loss = Streamed(2, fused_step(model)).run(model, **given) if streamed else fused(model)(**given)
     assert loss.requires_grad
     return sum(kept.values())
 

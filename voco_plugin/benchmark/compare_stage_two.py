@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .._compat import as_cache, cache_of
+from ..core.forward import as_cache, cache_of
 from .timing import interleaved_medians
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .._compat import as_cache, cache_of
+from ..core.forward import as_cache, cache_of
 from . import shapes
 from .timing import Way, compare, flops, interleaved_times, synchronised
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from .._compat import as_cache, cache_of
 from ..cache import VoCoCache
+from ..core.forward import as_cache, cache_of
 from . import shapes
 from .inference import many_images, text_ids
 from .timing import Way, compare, interleaved_times, synchronised

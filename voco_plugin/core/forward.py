@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .._compat import cache_of, given_cache
+from .._compat import cache_names
 from .attachment import Attachment
 from .block_embeddings import QUESTION_MASK, Places
 from .extension import Extension
@@ -35,6 +35,23 @@ from .kv_cache import KVSlots, RemembersSlots, begin, remember
 from .layout import SequenceLayout, TokenKind, compact_positions, sent
 from .masks import ActiveRule, TokenTable
 from .packed_rows import DOCUMENT_IDS, prepare_packed
+
+_CACHE_NAMES = cache_names()
+
+
+def as_cache(past: Any) -> dict[str, Any]:
+    """``past`` as the keyword argument of a forward or of ``generate``."""
+    return {_CACHE_NAMES[0]: past}
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The KV cache among a caller's keyword arguments, under whichever name, or ``None``."""
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache that a forward or ``generate`` gave back in ``output``, or ``None``."""
+    return getattr(output, _CACHE_NAMES[0], None)
 
 
 @dataclass(frozen=True)
@@ -239,7 +256,7 @@ def _prepare(
     if not isinstance(past, Cache):
         past = None
     length = 0 if past is None else past.get_seq_length()
-    slots = KVSlots.of(past)
+    slots = None if past is None else KVSlots.of(past)
     if isinstance(past, RemembersSlots):
         past.check_finished(length)
     ids = named.get("input_ids")
@@ -397,7 +414,7 @@ def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str,
     """As :func:`_prepare`, of packed rows: their documents are kept apart under every rule."""
     attachment = running.attachment
     assert attachment is not None
-    packed = prepare_packed(attachment, module, kwargs)
+    packed = prepare_packed(attachment, module, kwargs, given_cache(kwargs))
     if attachment.config.frozen_stage1 and packed.layout.has_vision:
         raise ValueError(
             "this model's stage 1 is frozen (frozen_stage1); packed rows are one pass over both."
@@ -501,6 +518,9 @@ __all__ = [
     "TakesBlockEmbeddings",
     "UnderRule",
     "active_rule",
+    "as_cache",
+    "cache_of",
+    "given_cache",
     "handing",
     "in_force",
     "run_forward",

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import VoCoConfig
+from ..config import VOCO, VoCoConfig
 from .layout import SequenceLayout, TokenKind, sent
 
 Predicate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -138,6 +138,7 @@ def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:
     broadcast, or are scalars under ``vmap``.
     """
     kind, block, order, document = table.kind, table.block, table.order, table.document
+    rival = config.compressor != VOCO
     start_of = _first_voco(table) if config.hide_prefix else None
 
     def predicate(b, h, q, k):
@@ -159,9 +160,9 @@ def isolation_predicate(config: VoCoConfig, table: TokenTable) -> Predicate:
         if config.block_context == "prefix":
             block_sees = block_sees | ~key_is_vision
         query_is_vision = kind[b, q] == TokenKind.VISION
-        if config.rule == "star" or not config.reads_vision:
+        if config.rule == "star" or rival:
             block_sees = block_sees & (~query_is_vision | (order[b, q] == order[b, k]))
-        if not config.reads_vision:  # the image is in their input embeddings
+        if rival:  # the image is in their input embeddings
             block_sees = block_sees & (query_is_vision | ~key_is_vision)
         return torch.where(query_is_text, text_sees, block_sees)
 

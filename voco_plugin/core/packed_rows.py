@@ -20,7 +20,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 
-from .._compat import given_cache
 from .layout import BlockSpan, SequenceLayout, TokenKind, compact_positions
 from .masks import TokenTable
 
@@ -233,7 +232,7 @@ class PackedForward:
 
 
 def prepare_packed(
-    attachment: Attachment, backbone: torch.nn.Module, kwargs: dict[str, Any]
+    attachment: Attachment, backbone: torch.nn.Module, kwargs: dict[str, Any], past: Any = None
 ) -> PackedForward:
     """Take packed rows apart into their documents, one row each, and put back what is found of them where
     they stand. So mrope positions, which are counted image by image with the grids, need nothing of their
@@ -245,7 +244,6 @@ def prepare_packed(
     """
     kwargs = dict(kwargs)
     ids, input_ids = kwargs.pop(DOCUMENT_IDS), kwargs.get("input_ids")
-    past = given_cache(kwargs)
     if isinstance(past, Cache) and past.get_seq_length():
         raise ValueError(f"{DOCUMENT_IDS} were given beside a filled KV cache; packed rows have no past.")
     if input_ids is None:

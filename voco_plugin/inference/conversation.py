@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .._compat import cache_of
 from ..cache import VoCoCache
 from ..core.attachment import attachment, is_attached
+from ..core.forward import cache_of
 from ..data.padding import tokenizer_of
 from .prompts import adds_special_tokens, render, stream_ids_in_pieces, with_counts
 

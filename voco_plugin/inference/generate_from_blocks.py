@@ -14,10 +14,9 @@ import torch
 from transformers import Cache, StaticCache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
-from .._compat import as_cache, cache_of, given_cache
 from ..cache.place.stage_two import Placed
 from ..core.attachment import Attachment
-from ..core.forward import OWN_POSITIONS
+from ..core.forward import OWN_POSITIONS, as_cache, cache_of, given_cache
 from ..core.kv_cache import RemembersSlots
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")

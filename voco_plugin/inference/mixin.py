@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from .._compat import as_cache, cache_names, cache_of, given_cache
+from .._compat import cache_names
 from ..cache import VoCoCache
 from ..cache.compress.batching import Limits
 from ..cache.compress.stage_one import compress
@@ -16,7 +16,16 @@ from ..cache.place.stage_two import place
 from ..core.attachment import Attachment
 from ..core.attention import backend_for, register
 from ..core.extension import Extension
-from ..core.forward import ONE_PASS, OWN_POSITIONS, ForwardMode, handing, run_forward
+from ..core.forward import (
+    ONE_PASS,
+    OWN_POSITIONS,
+    ForwardMode,
+    as_cache,
+    cache_of,
+    given_cache,
+    handing,
+    run_forward,
+)
 from ..core.injection import insert_voco_tokens
 from ..core.kv_cache import KVSlots
 from ..core.layout import SequenceLayout
@@ -185,15 +194,16 @@ class VoCoGenerationMixin(Extension):
                 tokens; the VoCo runs say where each block goes.
             prefix_cache: what the stream goes on from (:meth:`prefix_cache`); it is not changed.
             training_step: what a trainer adds to the forward of one batch (a fused loss, two stages, a
-                distillation): ``training_step.run(model, kwargs)`` gives the output.
+                distillation): ``training_step.run(model, **batch)`` gives the output. A batch that
+                asks for no fused head (a loss function of the user's) is one pass.
             voco_mode: how this forward is run (:class:`~voco_plugin.core.forward.ForwardMode`).
 
         Returns:
             the model's own output. With ``voco_cache``, ``logits`` has a row per stream token, ``(B, S,
             vocabulary)``; those of VoCo tokens and padding are NaN: they were computed in stage 1, or never.
         """
-        if training_step is not None:
-            return training_step.run(self, kwargs)
+        if training_step is not None and kwargs.get("fused_lm_head"):
+            return training_step.run(self, **kwargs)
         if voco_cache is None and prefix_cache is None:
             return self._read(voco_mode, *args, **kwargs)
         voco_cache = VoCoCache() if voco_cache is None else voco_cache

@@ -12,35 +12,35 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..config import VoCoConfig
+from ..config import VOCO, VoCoConfig
 from ..core.block_embeddings import QUESTION_MASK
 from ..core.injection import insert_voco_tokens, truncate
 from ..core.layout import TokenVocabulary
 from ..core.packed_rows import pack_batch
-from ..data.images import BadImageError, check_on_bad_sample, describe, find_refused
-from ..data.trl_rows import as_trl_row, check_same_kind, name_of
+from ..data.conversations import llava_to_messages
+from ..data.images import BadImageError, check_on_bad_sample, open_image
 from ..models.families import family_of_processor
 from ..registry import compressors
 from ..store.keys import image_key
+from .bad_rows import ReplacesBadRows
 from .two_stage.frozen_blocks import IMAGE_KEYS, as_tensor
 
 logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped_samples"
-_DRAWS = 16
-"""Rows drawn in the place of a bad one before the data set is taken to be bad itself."""
 
 
 @dataclass
-class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
+class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
     """Batches of a vision dataset with K VoCo tokens after each image, labelled -100.
 
     Every row is one of TRL's vision formats (``messages``, ``prompt`` and ``completion``, or ``text``) or
@@ -125,7 +125,8 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         ]
         bad = [places[number] for number in problems]
         size = 1 + max(places, default=-1)
-        self._replace(problems, examples, rows, names, packed)
+        if problems:
+            self._replace(problems, examples, rows, names, packed)
         check_same_kind(rows, self.dataset_text_field, names)
         try:
             with _plain_offsets(self.processor):
@@ -142,8 +143,6 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
             batch[SKIPPED] = torch.bincount(torch.tensor(bad, dtype=torch.long), minlength=size)
         return batch
 
-    # -- bad samples
-
     def _row(self, example: Any, name: str, problems: dict[int, str], number: int) -> dict[str, Any] | None:
         """The row of ``example``; where its image is bad, the reason goes to ``problems``."""
         try:
@@ -151,79 +150,6 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
         except BadImageError as error:
             problems[number] = str(error)
             return None
-
-    def _refused(self, rows: list[dict[str, Any]], names: list[str]) -> dict[int, str]:
-        """The rows with an image that the image processor does not take."""
-        image_processor = getattr(self.processor, "image_processor", None)
-        if image_processor is None:
-            return {}
-        refused = {}
-        for number, row in enumerate(rows):
-            found = find_refused(image_processor, row["images"])
-            if found:
-                which, reason = next(iter(found.items()))
-                refused[number] = f"{names[number]}: image {which} cannot be used: {reason}."
-        return refused
-
-    def _replace(
-        self,
-        problems: dict[int, str],
-        examples: list[Any],
-        rows: list[Any],
-        names: list[str],
-        packed: list[int] | None = None,
-    ) -> None:
-        """Put another row where each of ``problems`` is, or raise. A packed row goes on without it, if it has
-        others."""
-        if problems and self.on_bad_sample == "raise":
-            raise BadImageError(next(iter(problems.values())))
-        good = [number for number in range(len(rows)) if number not in problems]
-        kept = set() if packed is None else {packed[number] for number in good}
-        out = []
-        for number, problem in problems.items():
-            if packed is not None and packed[number] in kept:
-                out.append(number)
-                if problem not in self._named:
-                    self._named.add(problem)
-                    logger.warning("%s Skipped; its packed row goes on without it.", problem)
-                continue
-            if packed is not None:
-                kept.add(packed[number])
-            rows[number], other = self._stand_in(
-                examples[number], problem, [(rows[g], names[g]) for g in good]
-            )
-            if problem not in self._named:
-                self._named.add(problem)
-                logger.warning("%s Skipped; %s takes its place.", problem, other)
-            names[number] = f"{other}, in the place of {names[number]},"
-        for number in sorted(out, reverse=True):
-            assert packed is not None  # only packed rows go on without one of theirs
-            for parallel in (examples, rows, names, packed):
-                del parallel[number]
-
-    def _stand_in(self, example: Any, problem: str, good: list[tuple[dict, str]]) -> tuple[dict, str]:
-        """A good row instead of ``example``, and its name; the draw depends on ``example`` and the seed."""
-        identity = hashlib.blake2b(digest_size=16)
-        _digest(example, identity)
-        for attempt in range(_DRAWS):
-            key = identity.digest() + f"{self.seed}/{attempt}".encode()
-            draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-            if self.pool is None:
-                if good:
-                    row, name = good[draw % len(good)]
-                    return dict(row), name
-                break
-            index = draw % len(self.pool)
-            drawn = {key: value for key, value in self.pool[index].items() if key in example}
-            name = f"row {index}" + (f" (id {drawn['id']!r})" if "id" in drawn else "")
-            try:
-                row = as_trl_row(drawn, self.dataset_text_field, name)
-            except BadImageError:
-                continue
-            if not self._refused([row], [name]):
-                return row, name
-        tried = f"{_DRAWS} rows drawn" if self.pool is not None else "every other row of its batch"
-        raise BadImageError(f"{problem} on_bad_sample=skip found no row in its place: {tried} are bad too.")
 
     def _collate(
         self, rows: list[dict[str, Any]], names: list[str], packed: list[int] | None = None
@@ -266,7 +192,7 @@ class VoCoDataCollator(DataCollatorForVisionLanguageModeling):
             )
         if self.max_length is not None and int(batch["attention_mask"].sum(1).max()) > self.max_length:
             batch = truncate(batch, self.vocab, self.max_length, **shape)
-        if not self.voco.reads_vision and compressors.get(self.voco.compressor).reads_question:
+        if self.voco.compressor != VOCO and compressors.get(self.voco.compressor).reads_question:
             asked = batch["attention_mask"].bool() & (batch["labels"] == -100)
             batch[QUESTION_MASK] = asked.to(batch["attention_mask"].dtype)
         return batch
@@ -321,21 +247,104 @@ def check_range(value: Sequence[int]) -> tuple[int, int]:
     return values
 
 
-def _digest(value: Any, into: Any) -> None:
-    """Feed what tells a row from others into a hash: text, numbers, file names and bytes; of an open image
-    only what it is called, for its address in memory would differ between runs."""
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            into.update(f"{key}=".encode())
-            _digest(value[key], into)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _digest(item, into)
-    elif isinstance(value, (bytes, bytearray)):
-        into.update(value)
-    elif isinstance(value, (str, int, float, bool, os.PathLike)) or value is None:
-        into.update(f"{value}|".encode())
-    else:
-        into.update(
-            describe(value).encode() if isinstance(value, Image.Image) else type(value).__name__.encode()
+# -- rows
+# ------------------------------------------------------------------------------------------------------------
+
+
+def as_trl_row(
+    example: Mapping[str, Any],
+    text_field: str = "text",
+    where: str = "the sample",
+    opener: Callable[[Any, str], Any] = open_image,
+) -> dict[str, Any]:
+    """A copy of ``example`` in TRL's vision format; ``images`` holds its images in reading order, loaded by
+    ``opener``.
+    """
+    row = {key: value for key, value in example.items() if key not in ("image", "images", "conversations")}
+    if "conversations" in example and "messages" not in example:
+        row["messages"] = llava_to_messages(example, where)
+    if not any(key in row for key in ("messages", text_field)) and not {"prompt", "completion"} <= set(row):
+        raise ValueError(
+            f"{where} has the keys {', '.join(map(str, example))}; give 'messages', 'prompt' and "
+            f"'completion', {text_field!r} or 'conversations', with 'image' or 'images'."
         )
+    given = [
+        _open(image, where, opener) for key in ("image", "images") for image in _as_list(example.get(key))
+    ]
+    if example.get("videos") and not given:
+        raise ValueError(
+            f"{where} has videos and no images, and videos are not read here; give frames as images."
+        )
+    images: list[Any] = []
+    row["images"] = images
+    for key in ("messages", "prompt", "completion"):
+        if isinstance(row.get(key), list):
+            row[key] = [_lift_images(message, given, images, where, opener) for message in row[key]]
+    images += given  # of plain text, and of messages whose content is a string
+    spoken = row.get("messages", row.get("prompt"))
+    if isinstance(spoken, list):
+        try:
+            prepare_multimodal_messages(spoken, images=images)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: {error} Write one placeholder per image, where the image stands."
+            ) from None
+    return row
+
+
+def _lift_images(
+    message: dict[str, Any],
+    given: list[Any],
+    images: list[Any],
+    where: str,
+    opener: Callable[[Any, str], Any],
+) -> dict[str, Any]:
+    """A copy of ``message``; the image of each image part (its own, or the next given) goes to ``images``."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    parts = []
+    for part in content:
+        part = {
+            key: value for key, value in part.items() if value is not None
+        }  # Arrow fills absent keys with None
+        if part.get("type") == "image":
+            own = [part.pop(key) for key in ("image", "url", "path", "base64") if key in part]
+            if own:
+                images.append(_open(own[0], where, opener))
+            elif given:
+                images.append(given.pop(0))
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _open(image: Any, where: str, opener: Callable[[Any, str], Any]) -> Any:
+    """An RGB image of whatever :func:`~voco_plugin.data.images.open_image` reads; arrays as they are."""
+    if isinstance(image, (str, bytes, os.PathLike, Mapping, Image.Image)):
+        return opener(image, where)
+    return image
+
+
+def _kind(row: Mapping[str, Any], text_field: str) -> str:
+    return next((key for key in ("messages", text_field) if key in row), "prompt")
+
+
+def check_same_kind(rows: list[dict[str, Any]], text_field: str, names: list[str]) -> None:
+    """One format a batch: TRL's collator goes by its first row."""
+    kinds = [_kind(row, text_field) for row in rows]
+    for kind, name in zip(kinds, names, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"{name} has {kind!r} where {names[0]} has {kinds[0]!r}; give all rows one format."
+            )
+
+
+def name_of(example: Mapping[str, Any], number: int) -> str:
+    for key in ("id", "row"):
+        if example.get(key) is not None:
+            return f"sample {number} ({key} {example[key]!r})"
+    return f"sample {number}"

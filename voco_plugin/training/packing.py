@@ -20,8 +20,7 @@ from torch.utils.data import Dataset
 from ..core.attachment import attachment, unwrap
 from ..core.packed_rows import check_packs, first_fit_decreasing
 from ..data.images import BadImageError
-from ..data.trl_rows import as_trl_row
-from .collator import VoCoDataCollator
+from .collator import VoCoDataCollator, as_trl_row
 from .token_counting import counting_processor, placeholder_image
 
 logger = logging.getLogger(__name__)

@@ -7,21 +7,23 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from .._compat import (
     introduce_deepspeed_to_the_process_group,
+    is_partitioned,
     name_present_layers,
     patch_tied_head,
     token_rows_on_any_device,
 )
-from ..core.attachment import attachment, is_attached, unwrap
+from ..core.attachment import attachment, unwrap
 from ..core.layout import SequenceLayout, TokenKind
 from ..core.packed_rows import DOCUMENT_IDS, Documents
 from ..models import save_voco_config
@@ -58,6 +60,35 @@ from .skipping import SkipCounter
 from .two_stage.trainer_part import Frozen, Staged
 
 logger = logging.getLogger(__name__)
+
+
+def _heads_on_answers(stock: Callable[..., bool]) -> Callable[..., bool]:
+    """TRL 1.16 takes the LM head over labelled positions alone on a GPU, and elsewhere scores every position
+    and drops most of it: a fifth of a CPU step of the gridworld recipes, whose answers are a seventh of the
+    tokens. Loss and gradients are the same. Remove when TRL scores valid positions on CPU.
+    """
+    return lambda device: torch.device(device).type == "cpu" or stock(device)
+
+
+def _gathers_split_heads(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """With tied embeddings and trainable token rows, the head's weight is the embedding with the rows written
+    in: a plain tensor, whole already, of which TRL 1.16 reads ``ds_status`` under ZeRO-3 ("'Tensor' object
+    has no attribute 'ds_status'"). Remove when it skips tensors that are not split.
+    """
+
+    def gather(*parameters: torch.Tensor | None) -> Any:
+        if not is_deepspeed_zero3_enabled():
+            return stock(*parameters)
+        return stock(*(p for p in parameters if p is not None and is_partitioned(p)))
+
+    return gather
+
+
+IN_TRLS_LOSS = {
+    "_use_triton": (_heads_on_answers, "the head scores every position on a CPU"),
+    "maybe_gather_lm_head_ctx": (_gathers_split_heads, "ZeRO-3 with tied embeddings may fail"),
+}
+"""What TRL's fused loss gets instead of its module's own (``fused_step.py``)."""
 
 
 class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
@@ -189,7 +220,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
             )
         inner = self.accelerator.unwrap_model(self.model)
         if self.voco is not None:
-            self._fused = take_off_fused_forward(unwrap(inner), own_forward)
+            self._fused = take_off_fused_forward(unwrap(inner), own_forward, IN_TRLS_LOSS)
         patch_tied_head(inner)
         self._loose = train_loose_parameters(inner, args.train_projector) if is_peft(inner) else []
         self._row_only = hold is not None and hold.only
@@ -344,7 +375,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         metrics["voco_tokens_per_sample"].append(voco / rows)
         if voco:
             metrics["compression_ratio"].append(vision / voco)
-            metrics["isolation"].append(float(is_attached(self.model) and self.voco.isolates))
+            metrics["isolation"].append(float(self.voco.rule != "causal"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.args.on_bad_sample == "skip":

@@ -76,7 +76,7 @@ def step(peft, batch, labels, chunk: int = 2, store=None) -> torch.Tensor:
         layout = layout_of(peft, batch)
         keys = [[f"{row}-{n}" for n in range(len(layout.row_spans(row)))] for row in range(layout.num_rows)]
         given[IMAGE_KEYS] = as_tensor([[hashlib.sha256(k.encode()).hexdigest() for k in row] for row in keys])
-    return Frozen(blocks, fused_step(inner)).run(inner, given)
+    return Frozen(blocks, fused_step(inner)).run(inner, **given)
 
 
 def gradients(peft, loss) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ def both(model, batch, labels, chunk: int = 2):
         model.zero_grad()
         forward = fused(model)
         given = {**batch, "labels": labels, "fused_lm_head": True}
-        loss = Streamed(chunk, fused_step(model)).run(model, given) if streamed else forward(**given)
+        loss = Streamed(chunk, fused_step(model)).run(model, **given) if streamed else forward(**given)
         loss.backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         found.append((loss.item(), grads))

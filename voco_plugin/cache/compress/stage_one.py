@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ..._compat import as_cache, cache_names
+from ..._compat import cache_names
 from ...core.adapter_switch import can_leave_out_adapters
 from ...core.attachment import Attachment
-from ...core.forward import STAGE_ONE, ForwardMode
+from ...core.forward import STAGE_ONE, ForwardMode, as_cache
 from ...core.kv_cache import KVSlots, VoCoKVCache
 from ...core.layout import BlockSpan, SequenceLayout, compact_positions, sent
 from ..cache import VoCoBlock, VoCoCache

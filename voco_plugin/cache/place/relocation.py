@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..._compat import as_cache
+from ...core.forward import as_cache
 from .rope_layout import Turn, turns
 
 Layers = tuple[list[torch.Tensor], list[torch.Tensor]]

@@ -91,7 +91,7 @@ class Lesson:
     prompts: dict[str, torch.Tensor]
     labels: torch.Tensor
 
-    def run(self, student: Any, kwargs: dict[str, Any]) -> DistilledOutput:
+    def run(self, student: Any, **kwargs: Any) -> DistilledOutput:
         """The student's fused forward with the terms of the distillation, as sums over its answer tokens."""
         how = self.distiller
         inputs = {k: v for k, v in kwargs.items() if k not in (*_STUDENTS, *_PER_TOKEN)}
@@ -101,7 +101,7 @@ class Lesson:
             how.head = observe_head(student, how.vocab)
         taught, teacher = how.teacher.read({**inputs, **extra}, **how.head)
         seen: list[Any] = []
-        output = how.step.run(student, {**kwargs, **extra, "voco_mode": ForwardMode(output=_kept_in(seen))})
+        output = how.step.run(student, **kwargs, **extra, voco_mode=ForwardMode(output=_kept_in(seen)))
         at, there = before_answers(self.labels), before_answers(self.prompts["labels"])
         if int(at.sum()) != int(there.sum()):
             raise ValueError(

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..._compat import as_cache
 from ...cache.cache import VoCoCache
 from ...cache.compress.batching import Limits, chunks_of
 from ...cache.compress.stage_one import Batch, attention_of, read_batch, run_alone
 from ...cache.place.stage_two import Placed, place
+from ...core.forward import as_cache
 from ...core.layout import SequenceLayout, TokenKind, sent
 from .read_only_cache import read_only
 

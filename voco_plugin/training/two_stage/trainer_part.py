@@ -51,15 +51,13 @@ class Streamed:
     chunk: int
     step: FusedStep
 
-    def run(self, student: Any, kwargs: dict[str, Any]) -> Any:
-        """The student's fused forward over the batch ``kwargs``; without a fused head it is one pass."""
-        if not kwargs.get("fused_lm_head"):
-            return self.step.run(student, kwargs)
+    def run(self, student: Any, **kwargs: Any) -> Any:
+        """The student's fused forward over the batch ``kwargs``."""
         state = attachment(student)
         inputs = {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS and v is not None}
         stream = stream_of(student, state, inputs, kwargs["labels"], self.chunk)
         if stream is None:
-            return self.step.run(student, kwargs)
+            return self.step.run(student, **kwargs)
         heads = {k: v for k, v in kwargs.items() if k in _HEADS}
         return read_stream(student, self.step, stream, heads)
 
@@ -73,10 +71,8 @@ class Frozen:
     blocks: FrozenBlocks
     step: FusedStep
 
-    def run(self, student: Any, kwargs: dict[str, Any]) -> Any:
-        """The student's fused forward over the batch ``kwargs``; without a fused head it is one pass."""
-        if not kwargs.get("fused_lm_head"):
-            return self.step.run(student, {k: v for k, v in kwargs.items() if k != IMAGE_KEYS})
+    def run(self, student: Any, **kwargs: Any) -> Any:
+        """The student's fused forward over the batch ``kwargs``."""
         inputs = {k: v for k, v in kwargs.items() if k not in _NOT_INPUTS and v is not None}
         inputs = {k: _as_weights(v, student) for k, v in inputs.items()}
         with evaluating(student), torch.autocast(inputs["input_ids"].device.type, enabled=False):
@@ -84,7 +80,7 @@ class Frozen:
                 student, attachment(student), inputs, kwargs["labels"], kwargs.get(IMAGE_KEYS)
             )
         if stream is None:
-            return self.step.run(student, {k: v for k, v in kwargs.items() if k != IMAGE_KEYS})
+            return self.step.run(student, **{k: v for k, v in kwargs.items() if k != IMAGE_KEYS})
         heads = {k: v for k, v in kwargs.items() if k in _HEADS}
         return read_stream(student, self.step, stream, heads)
 
@@ -104,7 +100,7 @@ def read_stream(student: Any, step: FusedStep, stream: Stream, heads: dict[str, 
         return output
 
     mode = ForwardMode("own", checkpoint_cached_layers=True, output=lay_out)
-    return step.run(student, {**stream.inputs, **heads, "labels": stream.labels, "voco_mode": mode})
+    return step.run(student, **stream.inputs, **heads, labels=stream.labels, voco_mode=mode)
 
 
 class Staged(_Base):
