@@ -45,7 +45,7 @@ MOVED: dict[str, str] = {
     "cache.last_layer": "cache.compress.last_rows",
     "cache.memory": "cache.compress.memory",
     "cache.pixels": "cache.compress.vision_inputs",
-    "cache.plan": "cache.place.row_plan",
+    "cache.plan": "cache.place.stage_two",
     "cache.recomputed": "training.two_stage.layer_checkpointing",
     "cache.record": "cache.file_format",
     "cache.recut": "cache.compress.num_voco_tokens",

@@ -17,6 +17,7 @@ import torch
 
 from ..config import VoCoConfig
 from ..core.adapter_switch import is_tuner
+from ..core.attachment import Attachment
 
 _WHOLE, _SAMPLE = 1 << 16, 1 << 14
 _RULE_FIELDS = (
@@ -187,3 +188,43 @@ def check_nested(made_by: dict[str, Any]) -> None:
             "their whole number, and the first k are not what k tokens would be; compress again with "
             "compress(num_tokens=k)."
         )
+
+
+def made_by(model: torch.nn.Module, state: Attachment) -> dict[str, Any]:
+    """The fingerprint of this attached model as it reads now."""
+    return fingerprint(model, state.config, state.processor, state.vocab.voco_id)
+
+
+def blocks_made_by(model: torch.nn.Module, state: Attachment) -> dict[str, Any]:
+    """The fingerprint of the blocks that this attached model makes now."""
+    return of_blocks(made_by(model, state))
+
+
+def check_cache(model: torch.nn.Module, state: Attachment, cache: Any) -> dict[str, Any]:
+    """The model's fingerprint (as it reads); refuses a cache that this model did not make under this rule.
+
+    Raises:
+        ValueError: it says what differs.
+    """
+    if state.config.rule == "causal":
+        raise ValueError(
+            "rule='causal' has no cached inference: text reads the vision tokens; use rule='isolated'."
+        )
+    mine = made_by(model, state)
+    if not len(cache):
+        return mine
+    if not cache.fingerprint:
+        raise ValueError(
+            "this cache has no fingerprint, so it cannot be told which model made it; make it with "
+            "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
+        )
+    expected = of_blocks(mine)
+    if state.family.prefix_lm and "attention" in cache.fingerprint:
+        expected["attention"] = cache.fingerprint["attention"]  # told by stage 1's inputs, not by the model
+    wrong = differences(expected, cache.fingerprint)
+    if wrong:
+        raise ValueError(
+            f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images "
+            "again."
+        )
+    return mine

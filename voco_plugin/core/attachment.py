@@ -4,8 +4,10 @@ and ``torch.compile`` wrappers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +64,7 @@ class Attachment:
         processor: the processor given to ``attach``, or ``None``.
         embeddings: what makes the VoCo tokens' input embeddings; ``None`` where they are the token's row.
         restore: what ``detach`` gives back.
+        relocator: what moves cached keys, once it is needed (:mod:`~voco_plugin.cache.place.relocation`).
         detached: whether it did; a shallow copy of the model, which shares its submodules, then has no rule.
     """
 
@@ -72,6 +75,7 @@ class Attachment:
         self.embeddings: BlockEmbeddings | None = None
         self.restore: dict[str, Any] = {}
         self.detached = False
+        self.relocator: Any = None
 
     def __deepcopy__(self, memo: dict) -> Attachment:
         made = Attachment(copy.copy(self.config), self.vocab, self.family, self.processor)
@@ -150,3 +154,20 @@ def attachment(model: Any) -> Attachment:
         )
     found.check_attached()
     return found
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards each module is in the mode it was in.
+
+    Only the flags are set: ``PreTrainedModel.eval`` would also exchange kernels, and ``train`` would put
+    modules that were in evaluation mode (a frozen tower) into training mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -271,7 +271,7 @@ def begin(cache: Cache, length: int) -> None:
     """
     if type(cache) is DynamicCache:
         cache.__class__ = VoCoKVCache
-    else:
+    elif not isinstance(cache, RemembersSlots):
         extend(cache, RemembersSlots)
     cache.voco_unfinished = length
 

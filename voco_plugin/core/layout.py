@@ -332,3 +332,54 @@ def compact_positions(layout: SequenceLayout, sequential: torch.Tensor) -> torch
         like[span.row, span.start : span.stop] = span.voco
     shift = sent(stream, device) - flat
     return sequential + shift.gather(1, sent(like, device))
+
+
+# -- inputs
+# ------------------------------------------------------------------------------------------------------------
+
+
+VISION_INPUTS = (
+    "pixel_",
+    "image_",
+    "video_",
+    "second_per_grid",
+    "batch_num_images",
+    "num_",
+    "input_features",
+)
+
+
+def is_per_token(name: str, value: Any, shape: tuple[int, int]) -> bool:
+    """Whether an input has a value for each token of the batch ``(R, N)``, and not that shape by accident."""
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+        return False
+    return not (value.is_floating_point() or value.is_complex() or name.startswith(VISION_INPUTS))
+
+
+# -- how batches are padded
+# ------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def pad_id_of(processor: Any) -> int:
+    """The id that ``processor`` pads with; 0 where its tokenizer has none (the attention mask hides it)."""
+    return _id(getattr(tokenizer_of(processor), "pad_token_id", None))
+
+
+def pad_id_of_model(model: Any) -> int:
+    """The id that a transformers model pads with, from its config; 0 where it names none."""
+    return _id(getattr(model.config.get_text_config(), "pad_token_id", None))
+
+
+def _id(value: Any) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def padding_side_of(attention_mask: torch.Tensor | None) -> str:
+    """``left`` where a row of ``attention_mask`` ``(B, N)`` begins with padding, else ``right``."""
+    left = attention_mask is not None and bool((attention_mask[:, 0] == 0).any())
+    return "left" if left else "right"

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from ..cache import VoCoCache
-from ..core.attachment import is_attached
-from ..core.modes import evaluating
+from ..core.attachment import evaluating, is_attached
 from ..data.images import BadImageError, find_refused
 from .prompts import Messages, ask, check_times, encode, stream_of
 

@@ -16,7 +16,7 @@ import torch
 from ..cache import VoCoCache
 from ..core.attachment import attachment, is_attached
 from ..core.forward import cache_of
-from ..data.padding import tokenizer_of
+from ..core.layout import tokenizer_of
 from .prompts import adds_special_tokens, render, stream_ids_in_pieces, with_counts
 
 _MARK = "\ue000"  # private use: in no prompt, so that a turn's end can be found in the rendered text

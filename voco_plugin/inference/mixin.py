@@ -28,7 +28,7 @@ from ..core.forward import (
 )
 from ..core.injection import insert_voco_tokens
 from ..core.kv_cache import KVSlots
-from ..core.layout import SequenceLayout
+from ..core.layout import SequenceLayout, pad_id_of_model, padding_side_of
 from .generate_from_blocks import (
     check_draft,
     expansion,
@@ -84,15 +84,12 @@ class VoCoGenerationMixin(Extension):
             num_tokens: K; by default the config's.
         """
         state = self._voco_attachment
-        mask = inputs.get("attention_mask")
-        left = mask is not None and bool((mask[:, 0] == 0).any())
-        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
         return insert_voco_tokens(
             dict(inputs),
             state.vocab,
             num_tokens or state.config.num_tokens,
-            pad_token_id=pad if isinstance(pad, int) and pad >= 0 else 0,
-            padding_side="left" if left else "right",
+            pad_token_id=pad_id_of_model(self),
+            padding_side=padding_side_of(inputs.get("attention_mask")),
         )
 
     @torch.no_grad()
@@ -123,7 +120,9 @@ class VoCoGenerationMixin(Extension):
             ValueError: the rule does not isolate, or a limit is below what one block (or the images that
                 cannot be told apart) takes.
         """
-        return compress(self, self._voco_attachment, inputs, num_tokens, Limits(max_memory, max_batch_tokens))
+        limited = max_memory is not None or max_batch_tokens is not None
+        limits = Limits(max_memory, max_batch_tokens) if limited else None
+        return compress(self, self._voco_attachment, inputs, num_tokens, limits)
 
     def stream_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The compressed stream of ``inputs``: ``input_ids`` and ``attention_mask`` (and a prefix-LM's
@@ -134,8 +133,7 @@ class VoCoGenerationMixin(Extension):
         layout = SequenceLayout.from_ids(ids, mask, state.vocab)
         keep = layout.in_stream.to(ids.device)
         longest = int(keep.sum(dim=1).max())
-        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
-        stream = ids.new_full((ids.shape[0], longest), pad if isinstance(pad, int) and pad >= 0 else 0)
+        stream = ids.new_full((ids.shape[0], longest), pad_id_of_model(self))
         stream_mask = torch.zeros_like(stream)
         types = inputs.get("token_type_ids") if state.family.prefix_lm else None
         stream_types = None if types is None else torch.zeros_like(stream)
@@ -291,7 +289,7 @@ class VoCoGenerationMixin(Extension):
         ids = kwargs.get("input_ids")
         state = self._voco_attachment
         prefix = kwargs.pop("prefix_cache", None)
-        if voco_cache is None and prefix is None and (ids is None or not state.config.isolates):
+        if voco_cache is None and prefix is None and (ids is None or state.config.rule == "causal"):
             return super().generate(*args, **kwargs)
         if ids is None:
             raise ValueError("generate(voco_cache=…) needs input_ids: the stream of text and VoCo tokens.")

@@ -18,8 +18,7 @@ from PIL import Image
 from ..cache import VoCoCache
 from ..core.attachment import attachment
 from ..core.injection import insert_voco_tokens
-from ..core.layout import SequenceLayout
-from ..data.padding import pad_id_of, tokenizer_of
+from ..core.layout import SequenceLayout, pad_id_of, tokenizer_of
 
 Messages = list[dict[str, Any]]
 

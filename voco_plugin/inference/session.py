@@ -15,7 +15,7 @@ import os
 from typing import Any
 
 from ..cache import VoCoCache
-from ..cache.place.stage_two import blocks_made_by, made_by
+from ..cache.fingerprint import blocks_made_by, made_by
 from ..core.attachment import attachment
 from .answering import compress_images
 from .conversation import Conversation, said

@@ -17,8 +17,7 @@ from ..core.attention import backend_for, register
 from ..core.block_embeddings import NAME, BlockEmbeddings
 from ..core.extension import extend, is_extended, is_shallow_copy, restore
 from ..core.forward import TakesBlockEmbeddings, UnderRule
-from ..core.layout import TokenVocabulary
-from ..data.padding import tokenizer_of
+from ..core.layout import TokenVocabulary, tokenizer_of
 from ..inference.mixin import VoCoGenerationMixin
 from .compressors import build_compressor
 from .families import family_of

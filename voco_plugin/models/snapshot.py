@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..data.padding import tokenizer_of
+from ..core.layout import tokenizer_of
 from .token_rows import remove_token
 
 _HOLDS = (dict, list, set)

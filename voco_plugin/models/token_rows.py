@@ -11,7 +11,7 @@ import torch
 
 from .._compat import full_shape, gathered
 from ..config import VoCoConfig
-from ..data.padding import tokenizer_of
+from ..core.layout import tokenizer_of
 
 
 def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ...core.layout import SequenceLayout
-from .vision_inputs import is_per_token
+from ...core.layout import SequenceLayout, is_per_token
 
 
 def recut(inputs: dict[str, Any], layout: SequenceLayout, num_tokens: int, pad_id: int) -> dict[str, Any]:

@@ -17,17 +17,18 @@ from typing import Any
 import torch
 
 from ..._compat import cache_names
+from ...config import VOCO
 from ...core.adapter_switch import can_leave_out_adapters
 from ...core.attachment import Attachment
 from ...core.forward import STAGE_ONE, ForwardMode, as_cache
 from ...core.kv_cache import KVSlots, VoCoKVCache
-from ...core.layout import BlockSpan, SequenceLayout, compact_positions, sent
+from ...core.layout import BlockSpan, SequenceLayout, compact_positions, is_per_token, sent
 from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import block_fingerprint
 from .batching import Limits, chunks_of
 from .last_rows import LastSlotsCache, NotCut, last_rows, plan_last_rows, voco_rows_only
 from .num_voco_tokens import recut
-from .vision_inputs import VisionInputs, is_per_token, vision_inputs
+from .vision_inputs import VisionInputs, vision_inputs
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def compress(
     """Compress every block of a batch; see
     :meth:`~voco_plugin.inference.mixin.VoCoGenerationMixin.compress`.
     """
-    if not state.config.isolates:
+    if state.config.rule == "causal":
         raise ValueError(
             "rule='causal' lets text read the vision tokens, so there is nothing to compress; use "
             "rule='isolated'."
@@ -156,14 +157,15 @@ def compress(
         )
     batch = read_batch(model, state, inputs, layout)
     vision = batch.vision
-    limits = limits or Limits()
     blocks: list[VoCoBlock | None] = [None] * len(layout.spans)
     if whole:
-        limits.check_whole(model, layout, vision)
+        if limits is not None:
+            limits.check_whole(model, layout, vision)
         for number, block in enumerate(_run_prefix(batch)):
             blocks[number] = block
     else:
-        for chunk in chunks_of(model, layout.spans, vision, limits):
+        alone = len(layout.spans) == 1 and limits is None
+        for chunk in [[(0, 1)]] if alone else chunks_of(model, layout.spans, vision, limits or Limits()):
             numbers = [n for first, stop in chunk for n in range(first, stop)]
             for number, block in zip(numbers, run_alone(batch, chunk, numbers)[0], strict=True):
                 blocks[number] = block
@@ -195,6 +197,8 @@ def read_batch(model: torch.nn.Module, state: Any, inputs: dict[str, Any], layou
         vision = VisionInputs(
             others, {}, [0, len(layout.spans)], "block_context='prefix' computes whole rows"
         )
+    elif len(ids) == 1 and len(layout.spans) == 1:
+        vision = VisionInputs(others, {}, [0, 1])  # all of it is the one block's
     else:
         vision = vision_inputs({**others, "input_ids": ids}, layout.spans, state.vocab, model.config,
                                by_row=state.family.images_by_row)  # fmt: skip
@@ -216,7 +220,7 @@ def run_alone(
     state, model = batch.state, batch.model
     spans = [batch.layout.spans[n] for n in numbers]
     run: dict[str, Any] = _blocks_as_rows(batch.tokens, spans, batch.positions, _pad_id(model, state.vocab))
-    run |= batch.vision.take(chunk)
+    run |= batch.vision.take(chunk) if batch.vision.rows else batch.vision.shared
     length, kept = spans[0].stop - spans[0].start, spans[0].num_voco
     even = all((s.stop - s.start, s.num_voco) == (length, kept) for s in spans)
     slim = even and not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
@@ -231,13 +235,14 @@ def run_alone(
         cache.voco_slots = KVSlots.starting_at(sent(torch.tensor(orders), batch.positions.device))
     # a row that is one whole block sees all of it: the backbone's own mask says the same as the rule
     text, config = state.family.text_model(model), state.config
+    rival = config.compressor != VOCO
     plain = even and not chunked and config.rule == "isolated" and _is_causal(text)
     hidden = None
-    if not (plain and slim and not config.reads_vision and _ran_short(batch, run, cache, kept, length)):
+    if not (plain and slim and rival and _ran_short(batch, run, cache, kept, length)):
         # a hook inside a layer would not be there when that layer is recomputed
         cut = plan_last_rows(text, kept, length, not batch.replayed) if slim and not read_on else None
         with last_rows(cut):
-            rule = not (plain and config.reads_vision)
+            rule = not plain or rival
             hidden = _forward(state, model, run, cache, replace(STAGE_ONE, rule=rule, cut=cut))
     found = []
     for row, (number, span) in enumerate(zip(numbers, spans, strict=True)):

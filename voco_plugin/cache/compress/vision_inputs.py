@@ -23,17 +23,8 @@ from typing import Any
 
 import torch
 
-from ...core.layout import BlockSpan, TokenVocabulary, sent
+from ...core.layout import VISION_INPUTS, BlockSpan, TokenVocabulary, sent
 
-_VISION_NAMES = (
-    "pixel_",
-    "image_",
-    "video_",
-    "second_per_grid",
-    "batch_num_images",
-    "num_",
-    "input_features",
-)
 _SETTINGS = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
 _GRIDS = ("grid_thw", "grid_hws", "grid_hw")
 _ENTRIES = "batch_num_images"  # one number per batch row that has images: its images are encoded by it
@@ -94,13 +85,6 @@ class VisionInputs:
         return {**self.shared, **{name: value for name, value in taken.items() if value is not None}}
 
 
-def is_per_token(name: str, value: Any, shape: tuple[int, int]) -> bool:
-    """Whether an input has a value for each token of the batch ``(R, N)``, and not that shape by accident."""
-    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
-        return False
-    return not (value.is_floating_point() or value.is_complex() or name.startswith(_VISION_NAMES))
-
-
 def vision_inputs(
     inputs: Mapping[str, Any],
     spans: Sequence[BlockSpan],
@@ -125,7 +109,7 @@ def vision_inputs(
             if name in _SETTINGS or isinstance(value, (bool, int, float, str)):
                 shared[name] = value
                 continue
-            if not name.startswith(_VISION_NAMES) and "pixel_" not in name:
+            if not name.startswith(VISION_INPUTS) and "pixel_" not in name:
                 raise Unclear(f"{name} is an input of unknown meaning")
             if isinstance(value, torch.Tensor) and value.shape == ids.shape and not value.is_floating_point():
                 raise Unclear(f"{name} has a value per token, or one row an image: its shape says both")

@@ -9,8 +9,10 @@ cannot be reproduced is refused.
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +33,42 @@ class RelocationError(ValueError):
     """This backbone's keys cannot be moved; the message says why."""
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far a prompt may go before cached blocks cannot stand in it.
+
+    Attributes:
+        positions: the first position from which rotary frequencies depend on the length: past it, the whole
+            sequence would be computed with others than a block alone was.
+        tokens: the first number of tokens (vision tokens counted) from which layers scale queries by their
+            slot, which differs between one pass and two stages.
+    """
+
+    positions: float = math.inf
+    tokens: float = math.inf
+    rope: str = ""
+
+    @classmethod
+    def of(cls, config: Any) -> Reach:
+        """That of a text config: dynamic NTK, longrope; Llama 4's temperature tuning."""
+        positions, rope = math.inf, ""
+        parameters = getattr(config, "rope_parameters", None) or {}
+        sets = parameters.values() if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
+        for values in sets:
+            kind = (values or {}).get("rope_type") if isinstance(values, dict) else None
+            if kind not in _NONLINEAR:
+                continue
+            limit = config.max_position_embeddings
+            if kind == "longrope":
+                limit = values.get("original_max_position_embeddings") or getattr(
+                    config, "original_max_position_embeddings", limit
+                )
+            if limit < positions:
+                positions, rope = limit, kind
+        tuned = getattr(config, "attn_temperature_tuning", 0)
+        return cls(positions, (getattr(config, "floor_scale", None) if tuned else None) or math.inf, rope)
+
+
 class Relocator:
     """Rotates the cached keys of one text model, wherever it keeps them.
 
@@ -41,6 +79,7 @@ class Relocator:
     def __init__(self, text_model: torch.nn.Module, multi_axis: bool) -> None:
         self.text, self.multi_axis = text_model, multi_axis
         self._turns: list[tuple[Turn | None, Turn | None]] | None = None
+        self.reach = Reach.of(text_model.config)
 
     # -- what the backbone's rotary says
     # ---------------------------------------------------------------------------
@@ -153,50 +192,24 @@ class Relocator:
             "computed."
         )
 
-    def check_range(self, last: int) -> None:
-        """Refuse a stream that reaches position ``last`` where rotary frequencies depend on the length.
-
-        A block alone is computed with the frequencies of a short sequence. Past the limit, the whole sequence
-        would be computed with others, and no rotation turns the one into the other.
+    def refuse(self, last: int, tokens: int) -> None:
+        """Say why cached blocks cannot stand in a prompt that goes on to position ``last`` and has ``tokens``
+        tokens, past its :attr:`reach`.
 
         Raises:
-            RelocationError: dynamic NTK past its maximum, longrope past its original length.
+            RelocationError: dynamic NTK past its maximum, longrope past its original length; temperature
+                tuning by slot (Llama 4).
         """
-        parameters = getattr(self.text.config, "rope_parameters", None) or {}
-        sets = parameters.values() if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
-        for values in sets:
-            kind = (values or {}).get("rope_type") if isinstance(values, dict) else None
-            if kind not in _NONLINEAR:
-                continue
-            limit = self.text.config.max_position_embeddings
-            if kind == "longrope":
-                limit = values.get("original_max_position_embeddings") or getattr(
-                    self.text.config, "original_max_position_embeddings", limit
-                )
-            if last >= limit:
-                raise RelocationError(
-                    f"{_NONLINEAR[kind]} changes its frequencies past {limit} positions, so a cached block "
-                    f"cannot stand in a stream that reaches position {last}; keep the stream below {limit}."
-                )
-
-    def check_length(self, tokens: int) -> None:
-        """Refuse a prompt of ``tokens`` (vision tokens counted) where layers scale queries by their cache
-        slot.
-
-        Raises:
-            RelocationError: temperature tuning by slot (Llama 4) would differ between one pass and two
-                stages.
-        """
-        config = self.text.config
-        scale = (
-            getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", 0) else None
-        )
-        if scale and tokens >= scale:
+        limit, slots = self.reach.positions, self.reach.tokens
+        if last >= limit:
             raise RelocationError(
-                f"{type(self.text).__name__} scales queries by their slot from token {int(scale)} on, and "
-                "the "
-                f"prompt has {tokens} with its vision tokens: slots differ in stage 2; shorten the prompt, "
-                "or "
+                f"{_NONLINEAR[self.reach.rope]} changes its frequencies past {limit} positions, so a cached "
+                f"block cannot stand in a stream that reaches position {last}; keep the stream below {limit}."
+            )
+        if tokens >= slots:
+            raise RelocationError(
+                f"{type(self.text).__name__} scales queries by their slot from token {int(slots)} on, and the "
+                f"prompt has {tokens} with its vision tokens: slots differ in stage 2; shorten the prompt, or "
                 "use generate(…, two_stage=False)."
             )
 
@@ -235,7 +248,7 @@ class Relocator:
 
 def relocator_for(state: Any, text_model: torch.nn.Module, backbone: torch.nn.Module) -> Relocator:
     """The relocator of an attached model, made once."""
-    found = getattr(state, "relocator", None)
+    found = state.relocator
     if found is None or found.text is not text_model:
         found = Relocator(text_model, hasattr(backbone, "get_rope_index"))
         state.relocator = found

@@ -2,11 +2,18 @@
 
 Per row the KV cache holds ``[padding, C of every block, text …]``: the blocks come first whatever their place
 in the stream. Where each stands in the sequence is kept beside the cache, so that a text token sees only
-blocks before it.
+blocks before it. One row, K = 2, ``positions="compact"``, an image of 9 vision tokens (``C`` stands in the
+prompt for a block):
+
+    stream      s  a  C  C  b  c
+    position    0  1  2  3  4  5        sequential: C at 11, 12
+    order       0  1 11 12 13 14        indices in the whole sequence, vision tokens counted
+    slot        2  3  0  1  4  5        the KV cache holds the blocks first
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +25,8 @@ from ...core.kv_cache import KVSlots, VoCoKVCache
 from ...core.layout import TokenKind, on_cpu, sent
 from ...core.masks import TokenTable
 from ..cache import VoCoBlock, VoCoCache
-from ..fingerprint import differences, fingerprint, of_blocks
+from ..fingerprint import check_cache, differences
 from .relocation import relocator_for
-from .row_plan import RowPlan, plan_row
 
 
 @dataclass
@@ -47,46 +53,6 @@ class Placed:
     text: torch.Tensor
     ends_with_text: bool
     whole_last_column: bool
-
-
-def made_by(model, state) -> dict[str, Any]:
-    """The fingerprint of this attached model as it reads now."""
-    return fingerprint(model, state.config, state.processor, state.vocab.voco_id)
-
-
-def blocks_made_by(model, state) -> dict[str, Any]:
-    """The fingerprint of the blocks that this attached model makes now."""
-    return of_blocks(made_by(model, state))
-
-
-def check_cache(model, state, cache: VoCoCache) -> dict[str, Any]:
-    """The model's fingerprint (as it reads); refuses a cache that this model did not make under this rule.
-
-    Raises:
-        ValueError: it says what differs.
-    """
-    if not state.config.isolates:
-        raise ValueError(
-            "rule='causal' has no cached inference: text reads the vision tokens; use rule='isolated'."
-        )
-    mine = made_by(model, state)
-    if not len(cache):
-        return mine
-    if not cache.fingerprint:
-        raise ValueError(
-            "this cache has no fingerprint, so it cannot be told which model made it; make it with "
-            "model.compress, or give VoCoCache(…, fingerprint=…) the fingerprint of the cache it came from."
-        )
-    expected = of_blocks(mine)
-    if state.family.prefix_lm and "attention" in cache.fingerprint:
-        expected["attention"] = cache.fingerprint["attention"]  # told by stage 1's inputs, not by the model
-    wrong = differences(expected, cache.fingerprint)
-    if wrong:
-        raise ValueError(
-            f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images "
-            "again."
-        )
-    return mine
 
 
 def _rows_of_blocks(cache: VoCoCache, rows: int) -> list[list[VoCoBlock]]:
@@ -279,12 +245,15 @@ def _check_reach(
     """
     if not any(per_row):
         return
-    relocator = relocator_for(state, state.family.text_model(model), state.family.backbone(model))
+    text, relocator = state.family.text_model(model), state.relocator
+    if relocator is None or relocator.text is not text:
+        relocator = relocator_for(state, text, state.family.backbone(model))
     chunk = state.family.chunk_size(model)
     example = next(b for blocks in per_row for b in blocks)
     far = max(b.position + b.num_tokens - 1 for blocks in per_row for b in blocks)
-    relocator.check_range(max(last, far))
-    relocator.check_length(tokens)
+    last = max(last, far)
+    if last >= relocator.reach.positions or tokens >= relocator.reach.tokens:
+        relocator.refuse(last, tokens)
     for row, (plan, blocks) in enumerate(zip(plans, per_row, strict=True)):
         for number, block in enumerate(blocks):
             position, order = int(plan.block_positions[number]), int(plan.block_orders[number])
@@ -358,3 +327,90 @@ def _laid_out(flat: torch.Tensor, gather: torch.Tensor, in_order: bool) -> torch
         return flat[None]
     padded = torch.nn.functional.pad(flat, (0, 0, 0, 1))
     return padded[:, gather].transpose(0, 1).contiguous()
+
+
+# -- one row: arithmetic on positions and indices, no model
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RowPlan:
+    """One row of the stream: ``T`` text tokens, ``n`` blocks.
+
+    Attributes:
+        columns, positions, orders: ``(T,)`` int64, of each text token: its column in the stream, its
+            position, its index in the whole sequence.
+        block_positions, block_orders: ``(n,)`` int64, of each block's first VoCo token.
+        end: position after the row's last token.
+    """
+
+    columns: np.ndarray
+    positions: np.ndarray
+    orders: np.ndarray
+    block_positions: np.ndarray
+    block_orders: np.ndarray
+    end: int
+
+
+def plan_row(
+    row: int,
+    kinds: np.ndarray,
+    blocks: Sequence[VoCoBlock],
+    compact: bool,
+    position: int = 0,
+    order: int = 0,
+) -> RowPlan:
+    """The places of one row's tokens.
+
+    Args:
+        row: its number, for messages.
+        kinds: ``(S,)``, :class:`~voco_plugin.core.layout.TokenKind` of the stream's tokens (padding
+        anywhere). compact: whether vision tokens take no position.
+        position, order: of the row's first token; more than 0 where a KV cache stands before it.
+
+    Raises:
+        ValueError: VoCo tokens and blocks do not match; the message names sample and position.
+    """
+    real = kinds != TokenKind.PAD
+    is_voco = kinds == TokenKind.VOCO
+    starts = _block_starts(row, is_voco, blocks)
+    # every token advances both counts by one; a block's first VoCo token also by what its vision tokens take
+    extra_position, extra_order = np.zeros_like(kinds), np.zeros_like(kinds)
+    if len(blocks):
+        extra_order[starts] = [b.num_vision for b in blocks]
+        if not compact:
+            extra_position[starts] = [b.extent for b in blocks]
+    count = np.cumsum(real) - 1
+    positions = position + count + np.cumsum(extra_position)
+    orders = order + count + np.cumsum(extra_order)
+    columns = np.flatnonzero(kinds == TokenKind.TEXT)
+    end = int(positions[real][-1]) + 1 if real.any() else position
+    return RowPlan(columns, positions[columns], orders[columns], positions[starts], orders[starts], end)
+
+
+def _block_starts(row: int, is_voco: np.ndarray, blocks: Sequence[VoCoBlock]) -> np.ndarray:
+    """The column of each block's first VoCo token ``(n,)``."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], is_voco.astype(np.int8), [0]))))
+    starts: list[int] = []
+    for start, stop in edges.reshape(-1, 2).tolist():
+        while start < stop:
+            if len(starts) == len(blocks):
+                raise ValueError(
+                    f"sample {row}, position {start}: a VoCo token with no block for it; the cache holds "
+                    f"{len(blocks)} block(s) for this row."
+                )
+            wanted = blocks[len(starts)].num_tokens
+            if stop - start < wanted:
+                raise ValueError(
+                    f"sample {row}, position {start}: {stop - start} VoCo token(s) for block {len(starts)}, "
+                    f"which holds {wanted}; use {wanted} in the prompt, or cache.first({stop - start})."
+                )
+            starts.append(start)
+            start += wanted
+    if len(starts) < len(blocks):
+        raise ValueError(
+            f"sample {row}: the cache holds {len(blocks)} block(s) and the prompt VoCo tokens for "
+            f"{len(starts)}; put each block's VoCo tokens into the prompt, or take a part of the cache "
+            "(cache[:n])."
+        )
+    return np.asarray(starts, dtype=np.int64)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from ...config import VoCoConfig
-from ...core.layout import TokenVocabulary, sequential_positions
-from ...data.padding import tokenizer_of
+from ...core.layout import TokenVocabulary, sequential_positions, tokenizer_of
 from .observe import observed_markers
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from ...cache import VoCoCache
-from ...core.modes import evaluating
+from ...core.attachment import evaluating
 from ...data.images import BadImageError, check_on_bad_sample
 from ...inference.answering import compress_images
 from ..keys import fingerprint_of, image_key

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ...core.attachment import evaluating
 from ...core.block_embeddings import QUESTION_MASK
 from ...core.forward import UNTOUCHED, ForwardMode
 from ...core.injection import remove_voco_tokens
@@ -31,7 +32,7 @@ from ...core.packed_rows import DOCUMENT_IDS, Documents
 from ..fused_step import FusedStep
 from .config import DistillConfig
 from .divergence import Comparison, Head, divergence
-from .teacher import Teacher, evaluating
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

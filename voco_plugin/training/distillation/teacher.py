@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ...config import CONFIG_NAME
-from ...core.attachment import attachment, is_attached, unwrap
+from ...core.attachment import attachment, evaluating, is_attached, unwrap
 from ...core.extension import Extension, extend
 from ...core.forward import UNTOUCHED
 from ...core.layout import TokenVocabulary
@@ -110,22 +110,6 @@ def original_rows(model: nn.Module) -> int | None:
 
 # -- what a shared model must look like meanwhile
 # ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module is in the mode it was in.
-
-    The flags alone: ``PreTrainedModel.eval`` would exchange kernels, and so back, at every step.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -22,11 +22,10 @@ from torch import nn
 
 from ...cache.fingerprint import differences
 from ...config import VoCoConfig
-from ...core.attachment import attachment, unwrap
+from ...core.attachment import attachment, evaluating, unwrap
 from ...core.forward import ForwardMode
 from ...store.keys import fingerprint_of
 from ...store.store import VoCoCacheStore
-from ..distillation.teacher import evaluating
 from ..fused_step import FusedStep
 from .frozen_blocks import IMAGE_KEYS, FrozenBlocks
 from .frozen_checks import check_frozen, check_trained

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from voco_plugin.core.modes import evaluating
-from voco_plugin.data.padding import pad_id_of, pad_id_of_model, padding_side_of
+from voco_plugin.core.attachment import evaluating
+from voco_plugin.core.layout import pad_id_of, pad_id_of_model, padding_side_of
 
 
 @pytest.mark.parametrize("fails", [False, True])
