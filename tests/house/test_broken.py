@@ -30,6 +30,7 @@ from contracts import session as session_contracts
 from contracts import streamed as streamed_contracts
 from harness import inputs, shared
 from voco_plugin.cache import file_format as files
+from voco_plugin.cache import fingerprint as fingerprints
 from voco_plugin.cache.compress import stage_one
 from voco_plugin.cache.place import relocation, stage_two
 from voco_plugin.core import adapter_switch, block_embeddings, forward, layout
@@ -196,7 +197,7 @@ def checksum_ignored(patch):
 
 
 def fingerprint_ignored(patch):
-    patch.setattr(stage_two, "differences", lambda expected, found: [])
+    patch.setattr(fingerprints, "differences", lambda expected, found: [])
 
 
 def cache_written_in_place(patch):
@@ -234,7 +235,7 @@ def chunks_from_zero(patch):
 
 
 def limit_forgotten(patch):
-    patch.setattr(relocation.Relocator, "refuse", lambda self, last, tokens: None)
+    patch.setattr(stage_two, "_check_lengths", lambda text, last, tokens: None)
 
 
 def forward_not_prepared(patch):
@@ -375,8 +376,8 @@ def keys_of_another_image(patch):
 
 def reader_taken_for_the_maker(patch):
     """Text that was read with the adapter has the starting model's fingerprint."""
-    real = stage_two.fingerprint
-    patch.setattr(stage_two, "fingerprint", lambda *args: stage_two.of_blocks(real(*args)))
+    real = fingerprints.fingerprint
+    patch.setattr(fingerprints, "fingerprint", lambda *args: fingerprints.of_blocks(real(*args)))
 
 
 def filled_then_read(patch):

@@ -9,10 +9,8 @@ cannot be reproduced is refused.
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,47 +24,10 @@ Layers = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 # one token sees itself alone wherever it stands: in bf16, no layer's rounding reaches the layers below
 _PROBE_TOKENS, _PROBE_SHIFT = 1, 5
-_NONLINEAR = {"dynamic": "dynamic NTK scaling", "longrope": "longrope"}
 
 
 class RelocationError(ValueError):
     """This backbone's keys cannot be moved; the message says why."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far a prompt may go before cached blocks cannot stand in it.
-
-    Attributes:
-        positions: the first position from which rotary frequencies depend on the length: past it, the whole
-            sequence would be computed with others than a block alone was.
-        tokens: the first number of tokens (vision tokens counted) from which layers scale queries by their
-            slot, which differs between one pass and two stages.
-    """
-
-    positions: float = math.inf
-    tokens: float = math.inf
-    rope: str = ""
-
-    @classmethod
-    def of(cls, config: Any) -> Reach:
-        """That of a text config: dynamic NTK, longrope; Llama 4's temperature tuning."""
-        positions, rope = math.inf, ""
-        parameters = getattr(config, "rope_parameters", None) or {}
-        sets = parameters.values() if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
-        for values in sets:
-            kind = (values or {}).get("rope_type") if isinstance(values, dict) else None
-            if kind not in _NONLINEAR:
-                continue
-            limit = config.max_position_embeddings
-            if kind == "longrope":
-                limit = values.get("original_max_position_embeddings") or getattr(
-                    config, "original_max_position_embeddings", limit
-                )
-            if limit < positions:
-                positions, rope = limit, kind
-        tuned = getattr(config, "attn_temperature_tuning", 0)
-        return cls(positions, (getattr(config, "floor_scale", None) if tuned else None) or math.inf, rope)
 
 
 class Relocator:
@@ -79,7 +40,6 @@ class Relocator:
     def __init__(self, text_model: torch.nn.Module, multi_axis: bool) -> None:
         self.text, self.multi_axis = text_model, multi_axis
         self._turns: list[tuple[Turn | None, Turn | None]] | None = None
-        self.reach = Reach.of(text_model.config)
 
     # -- what the backbone's rotary says
     # ---------------------------------------------------------------------------
@@ -191,27 +151,6 @@ class Relocator:
             f"(relative error {min(errors, default=float('nan')):.2g}); use its blocks where they were "
             "computed."
         )
-
-    def refuse(self, last: int, tokens: int) -> None:
-        """Say why cached blocks cannot stand in a prompt that goes on to position ``last`` and has ``tokens``
-        tokens, past its :attr:`reach`.
-
-        Raises:
-            RelocationError: dynamic NTK past its maximum, longrope past its original length; temperature
-                tuning by slot (Llama 4).
-        """
-        limit, slots = self.reach.positions, self.reach.tokens
-        if last >= limit:
-            raise RelocationError(
-                f"{_NONLINEAR[self.reach.rope]} changes its frequencies past {limit} positions, so a cached "
-                f"block cannot stand in a stream that reaches position {last}; keep the stream below {limit}."
-            )
-        if tokens >= slots:
-            raise RelocationError(
-                f"{type(self.text).__name__} scales queries by their slot from token {int(slots)} on, and the "
-                f"prompt has {tokens} with its vision tokens: slots differ in stage 2; shorten the prompt, or "
-                "use generate(…, two_stage=False)."
-            )
 
     def move(self, tensors: Layers, deltas: torch.Tensor) -> Layers:
         """Keys and values turned by ``deltas`` positions.

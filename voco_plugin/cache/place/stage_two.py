@@ -26,7 +26,9 @@ from ...core.layout import TokenKind, on_cpu, sent
 from ...core.masks import TokenTable
 from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import check_cache, differences
-from .relocation import relocator_for
+from .relocation import RelocationError, relocator_for
+
+_NONLINEAR = {"dynamic": "dynamic NTK scaling", "longrope": "longrope"}
 
 
 @dataclass
@@ -245,15 +247,10 @@ def _check_reach(
     """
     if not any(per_row):
         return
-    text, relocator = state.family.text_model(model), state.relocator
-    if relocator is None or relocator.text is not text:
-        relocator = relocator_for(state, text, state.family.backbone(model))
     chunk = state.family.chunk_size(model)
     example = next(b for blocks in per_row for b in blocks)
     far = max(b.position + b.num_tokens - 1 for blocks in per_row for b in blocks)
-    last = max(last, far)
-    if last >= relocator.reach.positions or tokens >= relocator.reach.tokens:
-        relocator.refuse(last, tokens)
+    _check_lengths(state.family.text_model(model), max(last, far), tokens)
     for row, (plan, blocks) in enumerate(zip(plans, per_row, strict=True)):
         for number, block in enumerate(blocks):
             position, order = int(plan.block_positions[number]), int(plan.block_orders[number])
@@ -275,6 +272,41 @@ def _check_reach(
                     f"cut the image differently at token {order} than at token {block.order}, where it was "
                     "compressed; compress it in this prompt."
                 )
+
+
+def _check_lengths(text: torch.nn.Module, last: int, tokens: int) -> None:
+    """Refuse a prompt that goes on to position ``last`` and has ``tokens`` tokens where what a layer computes
+    depends on either.
+
+    Raises:
+        RelocationError: dynamic NTK past its maximum, longrope past its original length: the whole sequence
+            would be computed with other frequencies than a block alone was. Temperature tuning by slot (Llama
+            4), where slots differ between one pass and two stages.
+    """
+    config = text.config
+    parameters = getattr(config, "rope_parameters", None) or {}
+    sets = parameters.values() if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
+    for values in sets:
+        kind = (values or {}).get("rope_type") if isinstance(values, dict) else None
+        if kind not in _NONLINEAR:
+            continue
+        limit = config.max_position_embeddings
+        if kind == "longrope":
+            original = values.get("original_max_position_embeddings")
+            limit = original or getattr(config, "original_max_position_embeddings", limit)
+        if last >= limit:
+            raise RelocationError(
+                f"{_NONLINEAR[kind]} changes its frequencies past {limit} positions, so a cached block "
+                f"cannot stand in a stream that reaches position {last}; keep the stream below {limit}."
+            )
+    tuned = getattr(config, "attn_temperature_tuning", 0)
+    scale = getattr(config, "floor_scale", None) if tuned else None
+    if scale and tokens >= scale:
+        raise RelocationError(
+            f"{type(text).__name__} scales queries by their slot from token {int(scale)} on, and the prompt "
+            f"has {tokens} with its vision tokens: slots differ in stage 2; shorten the prompt, or use "
+            "generate(…, two_stage=False)."
+        )
 
 
 def _key_values(model, state, per_row, plans: list[RowPlan], slots: int, before: Cache | None) -> VoCoKVCache:
