@@ -376,8 +376,8 @@ def keys_of_another_image(patch):
 
 def reader_taken_for_the_maker(patch):
     """Text that was read with the adapter has the starting model's fingerprint."""
-    real = fingerprints.fingerprint
-    patch.setattr(fingerprints, "fingerprint", lambda *args: fingerprints.of_blocks(real(*args)))
+    real = fingerprints.made_by
+    patch.setattr(fingerprints, "made_by", lambda *args: fingerprints.of_blocks(real(*args)))
 
 
 def filled_then_read(patch):
