@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 import voco_plugin as vp
 from contracts.streamed import everything, fused_step
 from harness import attached, inputs, layout_of
-from voco_plugin.cache.place import stage_two
+from voco_plugin.cache import fingerprint as fingerprints
 from voco_plugin.store import VoCoCacheStore
 from voco_plugin.store.keys import fingerprint_of
 from voco_plugin.training.adapters import prepare_peft_config
@@ -107,7 +107,7 @@ def its_blocks_are_the_starting_models_and_its_text_is_its_own():
     batch = inputs("llava_llama", ROWS[:1])
     assert peft.compress(**batch).fingerprint == start.compress(**batch).fingerprint == fingerprint_of(peft)
     stream = start.stream_inputs(batch)
-    reader = stage_two.made_by(peft.get_base_model(), vp.attachment(peft))
+    reader = fingerprints.made_by(peft.get_base_model(), vp.attachment(peft))
     assert reader["adapter"] != "none" and reader["frozen_stage1"] is True
     # one way on from text that another model has read is refused, blocks are not
     read = start.prefix_cache(**stream, voco_cache=peft.compress(**batch))
