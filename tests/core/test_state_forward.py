@@ -4,9 +4,6 @@ answers depends on what it is asked alone, bit for bit.
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -188,28 +185,14 @@ def test_a_session_goes_on_after_a_question_that_was_stopped():
 
 @pytest.mark.parametrize("what", ["single-pass", "compress", "stage-two", "generate-in-one-pass", "frozen"])
 def test_a_forward_that_is_stopped_in_one_thread_disturbs_neither_itself_nor_another(what):
-    """One thread stands inside its forward while another asks; it is stopped, and both ask again."""
-    asked, what = (IN_TWO_STAGES, "compress") if what == "frozen" else (tuple(ASKED), what)
-    w = frozen_world() if asked is IN_TWO_STAGES else world()
-    before = in_a_thread(answers)(w, asked)
-    inside, go_on, mine = threading.Event(), threading.Event(), threading.get_ident()
+    contracts.a_forward_stopped_in_one_thread_disturbs_no_other(what)
 
-    def wait_and_stop() -> None:
-        if threading.get_ident() != mine:
-            inside.set()
-            assert go_on.wait(60)
-            raise KeyboardInterrupt("stopped here")
 
-    with ThreadPoolExecutor(1) as pool:
-        with disturbed(w.model, "layer-after", wait_and_stop):
-            running = pool.submit(ask, w, what)
-            assert inside.wait(60)
-            equal(answers(w, asked), before)
-            go_on.set()
-            assert isinstance(running.exception(), KeyboardInterrupt)
-        equal(answers(w, asked), before)
-        equal(pool.submit(answers, w, asked).result(), before)
-        pool.submit(check_undisturbed, world()).result()
+@pytest.mark.parametrize("place", ["tower", "layer-before"])
+@pytest.mark.parametrize("second", ["single-pass", "compress", "generate"])
+@pytest.mark.parametrize("first", ["single-pass", "compress"])
+def test_two_forwards_that_overlap_are_as_alone(first, second, place):
+    contracts.two_forwards_that_overlap_are_as_alone(first, second, place)
 
 
 # -- one inside another

@@ -21,7 +21,6 @@ from contracts.kv_cache import (
     alone,
     batch_of,
     check,
-    fp64,
     go_on,
     made,
     model_of,
@@ -29,7 +28,7 @@ from contracts.kv_cache import (
     read,
     same,
 )
-from harness import TOLERANCE, plain
+from harness import plain
 from states import NEW, equal, keys_of, tensors_of, world
 from voco_plugin._compat import as_cache, cache_names, cache_of
 
@@ -94,15 +93,7 @@ def test_text_that_was_cropped_off_can_be_read_again(way, then):
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_a_cache_cropped_into_an_image_is_refused(way):
-    name, source, how = way
-    past, filled = made(name, source)
-    if type(past.layers[0]).__name__ == "DynamicSlidingWindowLayer":
-        return
-    length = past.get_seq_length()
-    with pytest.raises(ValueError, match="cropped inside a vision block"):
-        past.crop(-10)
-        go_on(name, past, filled[:, :-10], how, more(name, 2))
-    assert past.get_seq_length() == length  # nothing was cut
+    contracts.a_cache_cropped_into_an_image_is_refused(way)
 
 
 @pytest.mark.parametrize("source", ["a prefix", "stage two"])
@@ -112,15 +103,8 @@ def test_padding_slots_are_known_without_a_mask(name, source):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@torch.no_grad()
 def test_a_cache_that_was_reset_is_an_empty_one(rows):
-    model, batch = model_of("llava_llama"), batch_of("llava_llama")
-    text = batch_of("llava_llama", [["bos", "t5"]] * rows)
-    for new in (text, batch):
-        past = cache_of(model(**batch, use_cache=True))
-        past.reset()
-        found = model(**new, use_cache=True, **as_cache(past))
-        assert (found.logits - model(**new).logits).abs().max() <= TOLERANCE[fp64]
+    contracts.a_cache_that_was_reset_is_an_empty_one(rows)
 
 
 # -- copies

@@ -355,6 +355,11 @@ def test_and_all_else_as_it_was_so_that_another_can_be_made(why, given, not_made
     assert vp.is_attached(made.model)
 
 
+@pytest.mark.parametrize("given", ["a plain model", "an attached one"])
+def test_so_does_one_that_was_stopped_at_its_end(given, tmp_path):
+    constructor.a_trainer_stopped_at_its_end_changes_nothing(given, tmp_path)
+
+
 STOPPED_AT = ["resize_token_embeddings", "register_forward_hook", "register_forward_pre_hook", "add_module"]
 
 

@@ -132,7 +132,7 @@ def not_made(why: str, given: str, out: Path) -> tuple[Any, Any, dict, dict]:
     before and after.
     """
     model, its = tiny.build("llava_llama"), processors.processor("llava_llama")
-    options = FAILS[why](out)
+    options = FAILS[why](out) if why else MODES["frozen"]
     if given == "an attached one":
         vp.attach(model, vp.VoCoConfig(num_tokens=2), its)
         options = {"voco": None, **options}
@@ -145,6 +145,21 @@ def not_made(why: str, given: str, out: Path) -> tuple[Any, Any, dict, dict]:
 @in_a_thread
 def a_trainer_that_is_not_made_changes_nothing(why: str, given: str, out: Path) -> None:
     _, _, before, after = not_made(why, given, out)
+    assert changed(before, after) == ""
+
+
+@in_a_thread
+def a_trainer_stopped_at_its_end_changes_nothing(given: str, out: Path) -> None:
+    """All is set up, and that stage 1 is frozen is noted: the last moment at which ctrl-c stops it."""
+    real = vp.VoCoSFTTrainer._set_up
+
+    def stopped(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        raise KeyboardInterrupt("not made")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vp.VoCoSFTTrainer, "_set_up", stopped)
+        _, _, before, after = not_made("", given, out)
     assert changed(before, after) == ""
 
 

@@ -76,6 +76,12 @@ def traces(model: torch.nn.Module) -> list[str]:
     return found
 
 
+def implementations(model: torch.nn.Module) -> list[str]:
+    """Of attention: those of each module with a config, the decoder's last."""
+    modules = [*(m for m in model.modules() if hasattr(m, "config")), model.get_decoder()]
+    return [module.config._attn_implementation for module in modules]
+
+
 def hooks(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     """How many of each kind each submodule has."""
     return {
@@ -215,6 +221,7 @@ def nothing_of_this_package_stays_on_a_detached_model(name: str, rule: str) -> N
     with torch.no_grad():
         model(**make_inputs(name, [["bos", "img", "t3"]]))  # transformers' own marks
     before, keys = hooks(model), {n: set(vars(m)) for n, m in model.named_modules()}
+    attention = implementations(model)
     options = vp.VoCoConfig(token_id=voco_id(name), **RULES[rule])
     vp.attach(model, options, vocabulary=vocabulary(name, model, options))
     answers(world_of(name, model, rule), ("text", "single-pass", "compress", "generate"))
@@ -223,6 +230,7 @@ def nothing_of_this_package_stays_on_a_detached_model(name: str, rule: str) -> N
     assert traces(model) == mended
     assert {n: set(vars(m)) for n, m in model.named_modules()} == keys
     assert hooks(model) == before
+    assert implementations(model) == attention
 
 
 # -- attention
@@ -254,8 +262,15 @@ def check_attention(w: World, start: str, asked: Any, then: World) -> None:
         equal(answers(w, SEEN), before)
         return
     close(answers(w, SEEN), answers(then, SEEN))
+    stock = vp.detach(copy.deepcopy(w.model))
+    assert implementations(stock)[-1:] == [vp.attachment(then.model).restore["implementation"]]
     w.model.set_attn_implementation(start)
     close(answers(w, SEEN), before)
     assert w.model.get_decoder().config._attn_implementation == own
     vp.detach(w.model)
     assert w.model.get_decoder().config._attn_implementation == start
+
+
+@in_a_thread
+def another_attention_has_the_rule(start: str, asked: str) -> None:
+    check_attention(attention_world(start), start, asked, attention_world(asked))

@@ -171,6 +171,29 @@ def padding_slots_are_known_without_a_mask(name: str, source: str) -> None:
     same(found, alone(name, source, "past"))
 
 
+def a_cache_cropped_into_an_image_is_refused(way: tuple[str, str, str]) -> None:
+    name, source, how = way
+    past, filled = made(name, source)
+    if type(past.layers[0]).__name__ == "DynamicSlidingWindowLayer":
+        return
+    length = past.get_seq_length()
+    with pytest.raises(ValueError, match="cropped inside a vision block"):
+        past.crop(-10)
+        go_on(name, past, filled[:, :-10], how, more(name, 2))
+    assert past.get_seq_length() == length  # nothing was cut
+
+
+@torch.no_grad()
+def a_cache_that_was_reset_is_an_empty_one(rows: int) -> None:
+    model, batch = model_of("llava_llama"), batch_of("llava_llama")
+    text = batch_of("llava_llama", [["bos", "t5"]] * rows)
+    for new in (text, batch):
+        past = cache_of(model(**batch, use_cache=True))
+        past.reset()
+        found = model(**new, use_cache=True, **as_cache(past))
+        assert (found.logits - model(**new).logits).abs().max() <= TOLERANCE[fp64]
+
+
 # -- copies
 # ------------------------------------------------------------------------------------------------------------
 

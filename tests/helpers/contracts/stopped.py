@@ -5,7 +5,9 @@ those inside others; run on broken versions too.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from states import (
     ASKED,
+    IN_TWO_STAGES,
     Once,
     World,
     answers,
@@ -20,6 +23,7 @@ from states import (
     disturbed,
     equal,
     expected,
+    frozen_world,
     in_a_thread,
     passages,
     raises,
@@ -81,6 +85,59 @@ def a_stopped_forward_leaves_nothing_behind(error: str) -> None:
     for what in ("single-pass", "compress"):
         stopped(world(), what, "layer-after", ERRORS[error], 1)
         check_undisturbed(world())
+
+
+def a_forward_stopped_in_one_thread_disturbs_no_other(what: str) -> None:
+    """One thread stands inside its forward while another asks; it is stopped, and both ask again."""
+    asked, what = (IN_TWO_STAGES, "compress") if what == "frozen" else (tuple(ASKED), what)
+    w = frozen_world() if asked is IN_TWO_STAGES else world()
+    before = in_a_thread(answers)(w, asked)
+    inside, go_on, mine = threading.Event(), threading.Event(), threading.get_ident()
+
+    def wait_and_stop() -> None:
+        if threading.get_ident() != mine:
+            inside.set()
+            assert go_on.wait(60)
+            raise KeyboardInterrupt("stopped here")
+
+    with ThreadPoolExecutor(1) as pool:
+        with disturbed(w.model, "layer-after", wait_and_stop):
+            running = pool.submit(ask, w, what)
+            assert inside.wait(60)
+            equal(answers(w, asked), before)
+            go_on.set()
+            assert isinstance(running.exception(), KeyboardInterrupt)
+        equal(answers(w, asked), before)
+        equal(pool.submit(answers, w, asked).result(), before)
+        pool.submit(check_undisturbed, world()).result()
+
+
+def two_forwards_that_overlap_are_as_alone(first: str, second: str, place: str) -> None:
+    """One goes in first and comes out first, the other in between and after: in threads of their own."""
+    w, asked = world(), (first, second)
+    alone = [expected(w, (what,))[what] for what in asked]
+    inside, go_on = ([threading.Event() for _ in asked] for _ in range(2))
+    mine = threading.local()
+
+    def wait() -> None:
+        number, mine.number = getattr(mine, "number", None), None
+        if number is not None:  # once a thread
+            inside[number].set()
+            assert go_on[number].wait(60)
+
+    def run(number: int) -> list[torch.Tensor]:
+        mine.number = number
+        return ask(w, asked[number])
+
+    with ThreadPoolExecutor(2) as pool, disturbed(w.model, place, wait):
+        running = []
+        for number in range(2):
+            running.append(pool.submit(run, number))
+            assert inside[number].wait(60)
+        for number in range(2):
+            go_on[number].set()
+            running[number].exception(60)
+    equal([one.result() for one in running], alone)
 
 
 # -- one inside another
