@@ -15,12 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import voco_plugin as vp
 from contracts.copies import LINEAR, SOME, check_apart, traces, zero
 from contracts.stopped import nothing_runs
 from harness import attached, plain
-from states import Once, World, disturbed, equal, in_a_thread, raises, world_of
+from states import Once, World, disturbed, equal, in_a_thread, raises, tensors_of, world_of
 from voco_plugin.core.attachment import unwrap
 
 
@@ -41,9 +43,6 @@ def in_ddp(model: Any) -> Any:
 
 
 def in_fsdp2(model: Any) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (1,))
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
@@ -64,13 +63,15 @@ WRAPPERS = {
 }
 
 
-IN_ONE_PASS = ("fsdp2", "checkpointed")
-"""Weights in parts have no fingerprint; transformers gives a layer that is checkpointed no KV cache."""
+IN_ONE_PASS = ("checkpointed",)
+"""transformers gives a layer that is checkpointed no KV cache."""
 
 
 def wrapped(kind: str) -> tuple[Any, World]:
     name = kind if kind == "llama4" else "llava_llama"
     w = world_of(name, attached(name))
+    if kind == "fsdp2":
+        w.blocks  # noqa: B018 - its weights are whole in a forward of the model alone
     return WRAPPERS[kind](w.model), w
 
 
@@ -83,6 +84,10 @@ def batches(kind: str, w: World) -> list[dict[str, Any]]:
 @torch.no_grad()
 def answers(call: Any, asked: list[dict[str, Any]]) -> list[torch.Tensor]:
     return [call(**batch).logits for batch in asked]
+
+
+def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
 def check_nothing_runs(kind: str, w: World) -> None:
@@ -150,6 +155,21 @@ def test_gradients_through_ddp_after_a_step_that_was_stopped(process_group):
         equal(gradients(), before)
 
 
+@in_a_thread
+def test_what_is_around_a_model_changes_no_answer(process_group):
+    """LoRA is new and changes nothing. Blocks made before are taken; those made after are the same."""
+    for kind in WRAPPERS:
+        name = kind if kind == "llama4" else "llava_llama"
+        w = world_of(name, attached(name))
+        asked = [w.text, w.batch, {**w.stream, "voco_cache": w.blocks}]
+        alone = answers(w.model, asked)
+        call = WRAPPERS[kind](w.model)
+        close(answers(call, asked[: 2 if kind == "peft" else 3]), alone[: 2 if kind == "peft" else 3])
+        if kind == "fsdp2":
+            register_fsdp_forward_method(call, "compress")
+        equal(tensors_of(w.model.compress(**w.batch)), tensors_of(w.blocks))
+
+
 # -- copies
 # ------------------------------------------------------------------------------------------------------------
 
@@ -204,9 +224,6 @@ def test_a_sharded_model_refuses_to_be_detached_and_stays_as_it_was(process_grou
 @in_a_thread
 def test_so_does_one_whose_backbone_alone_is_sharded(process_group):
     """The model's own class could be given back: all of it is asked first."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     w = world_of("llava_llama", attached("llava_llama"))
     fully_shard(w.model.base_model, mesh=init_device_mesh("cpu", (1,)))
     before = answers(w.model, [w.text, w.batch])
@@ -225,10 +242,6 @@ def compiled() -> Iterator[Any]:
     """A compiler that only reads: what stands where is torch's, however the code is run."""
     yield lambda model: torch.compile(model, backend="eager")
     torch._dynamo.reset()
-
-
-def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
