@@ -12,6 +12,7 @@ import pytest
 
 from paths import ROOT
 from pretend_device import unavailable
+from voco_plugin.core import layout
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")
 
@@ -55,7 +56,10 @@ def test_waits_beyond_the_plain_model(name, case):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_waits_of_a_first_token(name):
-    found = measured(name, "first token")
+    check_first_token(measured(name, "first token"))
+
+
+def check_first_token(found):
     forward, generate = found["first token, forward"], found["first token, generate"]
     count = syncs().waits(forward.ours)
     assert count <= FIRST_TOKEN, lines(forward)
@@ -79,3 +83,16 @@ def test_compressing_more_images_adds_no_wait(name, more):
         for a, b in zip((one.ours, one.plain), (many.ours, many.plain), strict=True)
     )
     assert ours <= alone, lines(many)
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl"])
+def test_copies_that_are_waited_for_are_noticed(name, monkeypatch):
+    """A broken version, as those of tests/house/test_broken.py: `sent` waits for the device."""
+    check_first_token(measured(name, "first token"))
+    modules = [module for key, module in sys.modules.items() if key.startswith("voco_plugin.")]
+    holders = [module for module in modules if vars(module).get("sent") is layout.sent]
+    assert len(holders) > 3
+    for module in holders:
+        monkeypatch.setattr(module, "sent", lambda value, device: value.to(device))
+    with pytest.raises(AssertionError):
+        check_first_token(syncs().measured((name,), "first token")[name])

@@ -4,15 +4,13 @@ answers depends on what it is asked alone, bit for bit.
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from transformers import TrainerCallback
 
 import voco_plugin as vp
+from contracts import stopped as contracts
+from contracts.stopped import ERRORS, INNER, SOME, check_nested, check_undisturbed, other, stopped
 from harness import attached, plain, vocabulary
 from states import (
     ASKED,
@@ -43,39 +41,6 @@ from states import (
 from tiny import processors, voco_id
 from trainers import picture
 
-
-class Stopped(BaseException):
-    """What no ``except Exception`` sees."""
-
-
-ERRORS = {
-    "ctrl-c": KeyboardInterrupt,
-    "exit": SystemExit,
-    "closed": GeneratorExit,
-    "cancelled": asyncio.CancelledError,
-    "own": Stopped,
-    "ordinary": RuntimeError,
-}
-SOME = ("text", "single-pass", "compress")
-
-
-def other() -> World:
-    """Another model in the same process: other layers, another rule."""
-    return world("llava_mistral", "star")
-
-
-def stopped(w: World, what: str, place: str, error: type[BaseException], at: int) -> None:
-    """Ask, and be stopped at the ``at``-th passage of ``place``."""
-    with disturbed(w.model, place, Once(raises(error), at)), pytest.raises(error, match="stopped here"):
-        ask(w, what)
-
-
-def check_undisturbed(w: World) -> None:
-    """This thread answers as a thread in which nothing was ever stopped."""
-    equal(answers(w, SOME), expected(w, SOME))
-    equal(answers(other(), SOME), expected(other(), SOME))
-
-
 # -- stopped
 # ------------------------------------------------------------------------------------------------------------
 
@@ -105,7 +70,8 @@ def test_a_stopped_forward_leaves_nothing_behind(what, place):
 @pytest.mark.parametrize("error", ERRORS)
 @in_a_thread
 def test_so_whatever_stopped_it(error):
-    for what in ("single-pass", "compress", "stage-two", "generate"):
+    contracts.a_stopped_forward_leaves_nothing_behind(error)
+    for what in ("stage-two", "generate"):
         stopped(world(), what, "layer-after", ERRORS[error], 1)
     check_undisturbed(world())
 
@@ -219,85 +185,18 @@ def test_a_session_goes_on_after_a_question_that_was_stopped():
 
 @pytest.mark.parametrize("what", ["single-pass", "compress", "stage-two", "generate-in-one-pass", "frozen"])
 def test_a_forward_that_is_stopped_in_one_thread_disturbs_neither_itself_nor_another(what):
-    """One thread stands inside its forward while another asks; it is stopped, and both ask again."""
-    asked, what = (IN_TWO_STAGES, "compress") if what == "frozen" else (tuple(ASKED), what)
-    w = frozen_world() if asked is IN_TWO_STAGES else world()
-    before = in_a_thread(answers)(w, asked)
-    inside, go_on, mine = threading.Event(), threading.Event(), threading.get_ident()
+    contracts.a_forward_stopped_in_one_thread_disturbs_no_other(what)
 
-    def wait_and_stop() -> None:
-        if threading.get_ident() != mine:
-            inside.set()
-            assert go_on.wait(60)
-            raise KeyboardInterrupt("stopped here")
 
-    with ThreadPoolExecutor(1) as pool:
-        with disturbed(w.model, "layer-after", wait_and_stop):
-            running = pool.submit(ask, w, what)
-            assert inside.wait(60)
-            equal(answers(w, asked), before)
-            go_on.set()
-            assert isinstance(running.exception(), KeyboardInterrupt)
-        equal(answers(w, asked), before)
-        equal(pool.submit(answers, w, asked).result(), before)
-        pool.submit(check_undisturbed, world()).result()
+@pytest.mark.parametrize("place", ["tower", "layer-before"])
+@pytest.mark.parametrize("second", ["single-pass", "compress", "generate"])
+@pytest.mark.parametrize("first", ["single-pass", "compress"])
+def test_two_forwards_that_overlap_are_as_alone(first, second, place):
+    contracts.two_forwards_that_overlap_are_as_alone(first, second, place)
 
 
 # -- one inside another
 # ------------------------------------------------------------------------------------------------------------
-
-
-def refused(w: World) -> list[torch.Tensor]:
-    """Refused before anything runs; the user goes on."""
-    odd = torch.ones(2, 1, 4, 4, dtype=torch.bool)
-    with torch.no_grad(), pytest.raises(ValueError, match="attention_mask must be the 2-D padding mask"):
-        w.model(**{**w.batch, "attention_mask": odd})
-    return []
-
-
-def refused_by_a_users_hook(w: World) -> list[torch.Tensor]:
-    """A pre-hook of the user's, before all others, that does not let this batch through."""
-    handle = w.model.base_model.register_forward_pre_hook(lambda *_: raises(ValueError)(), prepend=True)
-    try:
-        with torch.no_grad(), pytest.raises(ValueError, match="stopped here"):
-            w.model(**w.batch)
-    finally:
-        handle.remove()
-    return []
-
-
-def interrupted(w: World) -> list[torch.Tensor]:
-    stopped(w, "single-pass", "layer-before", KeyboardInterrupt, 1)
-    return []
-
-
-def failed(w: World) -> list[torch.Tensor]:
-    stopped(w, "stage-two", "head", RuntimeError, 1)
-    return []
-
-
-INNER = {
-    **{what: (lambda w, what=what: ask(w, what)) for what in ASKED},
-    "refused": refused,
-    "refused-by-a-hook": refused_by_a_users_hook,
-    "interrupted": interrupted,
-    "failed": failed,
-}
-
-
-def check_nested(
-    outer: World, inner: World, what: str, place: str, nested: str, run=lambda act: act()
-) -> None:
-    """``what`` of ``outer`` with ``nested`` of ``inner`` inside it: both as alone."""
-    count = passages(outer, what, place)
-    for at in {1, count} & set(range(1, count + 1)):
-        once = Once(lambda: run(lambda: INNER[nested](inner)), at)
-        with disturbed(outer.model, place, once):
-            found = ask(outer, what)
-        assert once.result is not None, "the forward inside did not end"
-        if nested in ASKED:
-            equal(once.result, expected(inner, (nested,))[nested])
-        equal(found, expected(outer, (what,))[what])
 
 
 OUTER = ("single-pass", "compress", "stage-two", "generate", "generate-in-one-pass")
@@ -309,8 +208,7 @@ OUTER = ("single-pass", "compress", "stage-two", "generate", "generate-in-one-pa
 @pytest.mark.parametrize("what", OUTER)
 @in_a_thread
 def test_a_forward_inside_another_is_as_alone_and_so_is_the_other(what, nested):
-    for place in ("tower", "layer-after"):
-        check_nested(world(), world(), what, place, nested)
+    contracts.a_forward_inside_another_changes_neither(what, nested)
 
 
 @pytest.mark.parametrize("nested", ["text", "single-pass", "refused", "interrupted"])

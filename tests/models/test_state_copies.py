@@ -6,36 +6,49 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import io
-import logging
 import pickle
 import subprocess
 import sys
 import threading
-import types
-import warnings
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import TrainerCallback
+from peft import LoraConfig, get_peft_model
 from trl.trainer import utils as trl_utils
 
 import tiny
 import voco_plugin as vp
-from harness import RULES, attached, plain, vocabulary
+from contracts import constructor
+from contracts import copies as contracts
+from contracts.constructor import FAILS, REPLACED, RULE, changed, looks
+from contracts.copies import (
+    KINDS,
+    LINEAR,
+    PACKAGE,
+    PICKLED,
+    QWEN,
+    SOME,
+    attention_world,
+    bits,
+    check_apart,
+    check_attention,
+    close,
+    in_peft,
+    through_pickle,
+    through_torch,
+    traces,
+    with_processor,
+)
+from harness import attached, plain
 from states import (
     ASKED,
     IN_TWO_STAGES,
     MODES,
     Once,
-    World,
     answers,
     ask,
     disturbed,
@@ -51,128 +64,16 @@ from states import (
     trainer,
     world_of,
 )
-from tiny import make_inputs, processors, voco_id
-from trainers import LORA
-
-PACKAGE = Path(vp.__file__).parent
-SOME = ("text", "single-pass", "compress", "generate")
-LINEAR = r".*language_model.*\.(q_proj|v_proj)"
-
-
-# -- what of ours is on a model
-# ------------------------------------------------------------------------------------------------------------
-
-
-def ours(value: Any, depth: int = 6) -> bool:
-    """Whether calling ``value``, or what it holds on to, runs code of this package."""
-    if depth == 0 or value is None:
-        return False
-    if isinstance(value, types.MethodType):
-        return ours(value.__func__, depth) or _of_ours(type(value.__self__))
-    if isinstance(value, functools.partial):
-        return ours(value.func, depth - 1)
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        wrapped = getattr(value, "__wrapped__", None)
-        return (
-            PACKAGE in Path(value.__code__.co_filename).parents
-            or any(ours(cell, depth - 1) for cell in cells if callable(cell))
-            or ours(wrapped, depth - 1)
-        )
-    return _of_ours(type(value))
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
-def _of_ours(kind: type) -> bool:
-    return any((base.__module__ or "").split(".")[0] == "voco_plugin" for base in kind.__mro__)
-
-
-def traces(model: torch.nn.Module) -> list[str]:
-    """Where anything of this package stands on ``model`` and its submodules."""
-    found = []
-    for name, module in model.named_modules():
-        if _of_ours(type(module)):
-            found.append(f"class of {name or 'the model'}")
-        for key, value in vars(module).items():
-            if "hooks" in key and isinstance(value, dict):
-                found += [f"{name}.{key}" for hook in value.values() if ours(hook)]
-            elif key not in ("_modules", "_parameters", "_buffers") and ("voco" in key or ours(value)):
-                found.append(f"{name}.{key}")
-        found += [f"{name}.{key}" for key in module._modules if "voco" in key]
-    return found
-
-
-def hooks(model: torch.nn.Module) -> dict[str, dict[str, int]]:
-    """How many of each kind each submodule has."""
-    return {
-        name: {
-            key: len(value)
-            for key, value in vars(module).items()
-            if "hooks" in key and value and isinstance(value, dict)
-        }
-        for name, module in model.named_modules()
-    }
-
-
-@torch.no_grad()
-def zero(model: torch.nn.Module) -> list[torch.Tensor]:
-    """All weights to 0; what they were."""
-    before = [p.detach().clone() for p in model.parameters()]
-    for parameter in model.parameters():
-        parameter.zero_()
-    return before
-
-
-@torch.no_grad()
-def put_back(model: torch.nn.Module, before: list[torch.Tensor]) -> None:
-    for parameter, value in zip(model.parameters(), before, strict=True):
-        parameter.copy_(value)
-
-
-def bits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def check_apart(
-    model: Any, twin: Any, asked: tuple[str, ...], name: str = "llava_llama", rule="isolated"
-) -> None:
-    """``twin`` answers as ``model``, each with its own weights."""
-    one, two = (world_of(name, inner(m), rule) for m in (model, twin))
-    before = answers(one, asked)
-    equal(answers(two, asked), before)
-    shared = {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
-    assert not shared
-    weights = zero(model)
-    equal(answers(two, asked), before)
-    put_back(model, weights)
-    zero(twin)
-    assert not ask(two, "text")[0].any(), "the copy's logits are not those of its weights, all 0"
-    equal(answers(one, asked), before)
-
+from tiny import make_inputs, processors
 
 # -- copies
 # ------------------------------------------------------------------------------------------------------------
-
-KINDS = {
-    "isolated": {},
-    "pooled": {"token_init": "pooled"},
-    "rival": {"compressor": "avg_pool"},
-    "segmented": {"attention": "segmented"},
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @in_a_thread
 def test_a_deep_copy_computes_with_its_own_weights_and_its_own_compressor(kind):
-    model = attached("llava_llama", **KINDS[kind])
-    check_apart(model, copy.deepcopy(model), SOME)
+    contracts.a_deep_copy_computes_with_its_own_weights(kind)
 
 
 @in_a_thread
@@ -186,25 +87,13 @@ def test_so_does_one_whose_stage_one_is_frozen_and_one_in_peft():
 @pytest.mark.parametrize("mode", MODES)
 @in_a_thread
 def test_a_deep_copy_of_a_trained_model_computes_with_its_own_weights(mode, tmp_path):
-    made, _ = trained(mode, tmp_path)
-    model = made.model.eval()
-    check_apart(model, copy.deepcopy(model), IN_TWO_STAGES if mode == "frozen" else SOME)
+    constructor.a_copy_of_a_trained_model_is_apart(mode, tmp_path)
 
 
 @pytest.mark.parametrize("who", ["the original", "the copy"])
 @in_a_thread
 def test_to_detach_one_leaves_the_other_attached(who):
-    model = attached("llava_llama", token_init="pooled")
-    text, stock = world_of("llava_llama", model).text, plain("llava_llama")
-    before = answers(world_of("llava_llama", model))
-    pair = [model, copy.deepcopy(model)]
-    gone, left = pair if who == "the original" else pair[::-1]
-    vp.detach(gone)
-    assert vp.is_attached(left) and not vp.is_attached(gone)
-    equal(answers(world_of("llava_llama", left)), before)
-    with torch.no_grad():
-        equal(gone(**text).logits, stock(**text).logits)
-    assert not traces(gone)
+    contracts.to_detach_one_leaves_the_other_attached(who)
 
 
 @in_a_thread
@@ -238,50 +127,11 @@ def test_what_a_trainer_notes_on_a_copy_is_not_noted_on_the_original(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def through_pickle(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_torch(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def with_processor(name: str = "llava_llama") -> Any:
-    return vp.attach(plain(name), vp.VoCoConfig(num_tokens=2), processors.processor(name))
-
-
-def in_peft(name: str = "llava_llama") -> Any:
-    return get_peft_model(attached(name), LoraConfig(r=2, target_modules=LINEAR)).eval()
-
-
-QWEN = "qwen2_5_vl"
-"""transformers 5.24 does not pickle a LLaVA that has run (its hooks are local functions), nor run one where
-none was ever built (it keeps a register of the classes that were).
-"""
-PICKLED = {
-    "attached": lambda: attached(QWEN),
-    "pooled": lambda: attached(QWEN, token_init="pooled"),
-    "processor": lambda: with_processor(QWEN),
-    "peft": lambda: in_peft(QWEN),
-}
-
-
 @pytest.mark.parametrize("through", [through_pickle, through_torch])
 @pytest.mark.parametrize("kind", PICKLED)
 @in_a_thread
 def test_a_pickled_model_is_loaded_attached_and_gives_the_same(kind, through):
-    model = PICKLED[kind]()
-    answers(world_of(QWEN, inner(model)), SOME)  # nothing that a pickle does not take stays behind
-    again = through(model)
-    assert vp.is_attached(again) and type(inner(again)).__name__ == type(inner(model)).__name__
-    assert vp.attachment(again).config == vp.attachment(model).config
-    check_apart(model, again, SOME, QWEN)
-    if kind != "peft":
-        vp.detach(again)
-        assert vp.is_attached(model) and not traces(again)
+    contracts.a_pickled_model_is_loaded_attached(kind, through)
 
 
 LOADED = """
@@ -329,19 +179,7 @@ def test_it_loads_in_a_process_that_has_not_imported_this_package(tmp_path):
 )
 @in_a_thread
 def test_nothing_of_this_package_stays_on_a_detached_model(name, rule):
-    model = plain(name)
-    mended = traces(model)  # the tiny Llama 4's own mend
-    with torch.no_grad():
-        model(**make_inputs(name, [["bos", "img", "t3"]]))  # transformers' own marks
-    before, keys = hooks(model), {n: set(vars(m)) for n, m in model.named_modules()}
-    options = vp.VoCoConfig(token_id=voco_id(name), **RULES[rule])
-    vp.attach(model, options, vocabulary=vocabulary(name, model, options))
-    answers(world_of(name, model, rule), ("text", "single-pass", "compress", "generate"))
-    assert traces(model) != mended
-    vp.detach(model)
-    assert traces(model) == mended
-    assert {n: set(vars(m)) for n, m in model.named_modules()} == keys
-    assert hooks(model) == before
+    contracts.nothing_of_this_package_stays_on_a_detached_model(name, rule)
 
 
 @pytest.mark.parametrize("mode", ["joint", "streamed", "distill"])
@@ -419,21 +257,6 @@ def test_a_model_in_peft_is_detached_whole_or_not_at_all(kind, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def attention_world(attn: str = "sdpa", **options: Any) -> World:
-    """One row: what stands at padding differs between implementations."""
-    model = attached("llava_llama", attn=attn, **options)
-    return world_of(
-        "llava_llama", model, rows=[["bos", "t2", "img", "c2", "t1", "img", "c1", "t5"]], text=[["bos", "t6"]]
-    )
-
-
-def close(found: dict, expected: dict) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-
-
-SEEN = ("text", "single-pass", "compress", "stage-two", "generate")
-
-
 @pytest.mark.parametrize(
     ("start", "asked", "then"),
     [
@@ -456,23 +279,6 @@ def test_another_attention_is_taken_with_the_rule_or_refused_when_it_is_asked_fo
 def test_so_where_long_rows_run_in_segments():
     options = {"attention": "segmented"}
     check_attention(attention_world(**options), "sdpa", "eager", attention_world("eager", **options))
-
-
-def check_attention(w: World, start: str, asked: Any, then: World) -> None:
-    """``w``, attached on ``start``, is asked for ``asked`` and answers as ``then``; or refuses."""
-    before, own = answers(w, SEEN), w.model.get_decoder().config._attn_implementation
-    try:
-        w.model.set_attn_implementation(asked)
-    except ValueError:
-        assert asked not in ({"": "eager"}, {"vision_config": "eager"}), "this is not the decoder's"
-        equal(answers(w, SEEN), before)
-        return
-    close(answers(w, SEEN), answers(then, SEEN))
-    w.model.set_attn_implementation(start)
-    close(answers(w, SEEN), before)
-    assert w.model.get_decoder().config._attn_implementation == own
-    vp.detach(w.model)
-    assert w.model.get_decoder().config._attn_implementation == start
 
 
 @pytest.mark.parametrize(
@@ -518,125 +324,13 @@ def test_an_attention_written_into_the_config_is_never_silently_without_the_rule
 # ------------------------------------------------------------------------------------------------------------
 
 
-def looks(model: Any, processor: Any) -> dict[str, Any]:
-    """All that a constructor may change on what it was given, by what it is."""
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
-    state = vp.attachment(model) if vp.is_attached(model) else None
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {
-        "attached": state is not None,
-        "rows": [layer.weight.detach().clone() for layer in embeddings],
-        "ours": traces(model),
-        "class": type(model),
-        "rule": None if state is None else copy.deepcopy(state.config),
-        "modules": {name: type(module) for name, module in modules.items()},
-        "weights": {name: p.detach().clone() for name, p in parameters.items()},
-        "trains": {name: p.requires_grad for name, p in parameters.items()},
-        "mode": {name: module.training for name, module in modules.items()},
-        "forwards": {name for name, module in modules.items() if "forward" in vars(module)},
-        "hooks": hooks(model),
-        "weight hooks": {name for name, p in parameters.items() if p._backward_hooks},
-        "config": copy.deepcopy(model.config.to_dict()),
-        "checkpointing": [n for n, m in modules.items() if getattr(m, "gradient_checkpointing", False)],
-        "tokens": dict(processor.tokenizer.get_vocab()),
-        "peft": hasattr(model, "peft_config"),
-    }
-
-
-def changed(before: dict[str, Any], after: dict[str, Any], parts: Sequence[str] | None = None) -> str:
-    """The names of what differs."""
-    found = []
-    for name in before if parts is None else parts:
-        try:
-            same = name in ("weights", "rows") or before[name] == after[name]
-            equal(after[name], before[name]) if name in ("weights", "rows") else None
-        except AssertionError:
-            same = False
-        found += [] if same else [name]
-    return ", ".join(found)
-
-
-class Refuses(TrainerCallback):
-    """The last thing that Trainer's own constructor runs."""
-
-    def __init__(self, error: type[BaseException]) -> None:
-        self.error = error
-
-    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        raise self.error("not made")
-
-
-class Interrupted(io.StringIO):
-    """Interrupts the last line of the constructor: what trains."""
-
-    def write(self, text: str) -> int:
-        if text.startswith("training "):
-            raise KeyboardInterrupt("not made")
-        return len(text)
-
-
-def other_store(folder: Path) -> str:
-    model = attached("llava_tied")
-    vp.VoCoCacheStore.for_model(folder, model).close()
-    return str(folder)
-
-
-def no_images() -> Any:
-    return images().remove_columns("images")
-
-
-FAILS: dict[str, Any] = {
-    "its data have no images": lambda out: {"data": no_images()},
-    "its data for evaluation are none": lambda out: {"eval_dataset": 5},
-    "nothing trains": lambda out: {"peft": False, "train_language": False, "train_voco": False},
-    "prefix tuning": lambda out: {"peft": PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
-    "another model's store": lambda out: {**MODES["frozen"], "stage1_store": other_store(out / "store")},
-    "frozen and metrics": lambda out: {**MODES["frozen"], "compute_metrics": lambda found: {}},
-    "frozen and no adapter": lambda out: {**MODES["frozen"], "peft": False},
-    "frozen and biases": lambda out: {**MODES["frozen"], "peft": LoraConfig(**{**LORA, "bias": "all"})},
-    "streamed and smoothed": lambda out: {"stage1": "streamed", "label_smoothing_factor": 0.1},
-    "streamed in full and smoothed": lambda out: {
-        "stage1": "streamed",
-        "label_smoothing_factor": 0.1,
-        "peft": False,
-    },  # fmt: skip
-    "no such teacher": lambda out: {"distill": {"teacher": str(out / "nowhere")}},
-    "no base to go back to": lambda out: {"distill": {"teacher": "base"}, "peft": False},
-    "a callback fails": lambda out: {"callbacks": [Refuses(RuntimeError)]},
-    "ctrl-c": lambda out: {"callbacks": [Refuses(KeyboardInterrupt)], "train_projector": True},
-    "ctrl-c in full": lambda out: {"callbacks": [Refuses(KeyboardInterrupt)], "peft": False},
-    "ctrl-c with a held row": lambda out: {
-        "callbacks": [Refuses(KeyboardInterrupt)],
-        "peft": False,
-        "train_voco": False,
-    },  # fmt: skip
-    "ctrl-c while it reports": lambda out: {**MODES["frozen"], "stderr": Interrupted()},
-}
-
-
-RULE = ("attached", "class", "rule", "ours", "forwards", "rows", "tokens")
-"""What attaching and this package's stages change."""
-
-
 @pytest.fixture(scope="module")
 def not_made(tmp_path_factory):
     """What a failing constructor was given, and how it looked before and after; each is run once."""
 
     @cache
     def fail(why: str, given: str) -> tuple[Any, Any, dict, dict]:
-        model, its = tiny.build("llava_llama"), processors.processor("llava_llama")
-        out = tmp_path_factory.mktemp("out")
-        options = FAILS[why](out)
-        if given == "an attached one":
-            vp.attach(model, vp.VoCoConfig(num_tokens=2), its)
-            options = {"voco": None, **options}
-        before = looks(model, its)
-        with pytest.raises(
-            (ValueError, TypeError, RuntimeError, OSError, vp.VoCoCacheError, KeyboardInterrupt)
-        ):
-            trainer(model, out / "out", processor=its, **options)
-        return model, its, before, looks(model, its)
+        return constructor.not_made(why, given, tmp_path_factory.mktemp("out"))
 
     return fail
 
@@ -659,6 +353,11 @@ def test_and_all_else_as_it_was_so_that_another_can_be_made(why, given, not_made
     assert changed(before, after) == ""
     made = trainer(model, tmp_path, processor=its, voco=True if given == "a plain model" else None)
     assert vp.is_attached(made.model)
+
+
+@pytest.mark.parametrize("given", ["a plain model", "an attached one"])
+def test_so_does_one_that_was_stopped_at_its_end(given, tmp_path):
+    constructor.a_trainer_stopped_at_its_end_changes_nothing(given, tmp_path)
 
 
 STOPPED_AT = ["resize_token_embeddings", "register_forward_hook", "register_forward_pre_hook", "add_module"]
@@ -689,19 +388,12 @@ def test_an_attach_that_was_stopped_leaves_the_model_as_it_was_given(place, erro
 # -- TRL's own functions
 # ------------------------------------------------------------------------------------------------------------
 
-REPLACED = ("_use_triton", "maybe_gather_lm_head_ctx")
-
 
 @pytest.mark.parametrize("name", REPLACED)
 @in_a_thread
-def test_a_function_of_trls_that_is_gone_is_missed_aloud(name, tmp_path, monkeypatch, caplog):
+def test_a_function_of_trls_that_is_gone_is_missed_aloud(name, tmp_path):
     """Once, when the trainer is made: what it was replaced for is lost."""
-    monkeypatch.delattr(trl_utils, name)
-    with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.WARNING):
-        warnings.simplefilter("always")
-        trainer(tiny.build("llava_llama"), tmp_path)
-    said = [str(w.message) for w in warned] + [record.getMessage() for record in caplog.records]
-    assert len([text for text in said if name in text]) == 1, said
+    constructor.a_function_of_trls_that_is_gone_is_missed_aloud(name, tmp_path)
 
 
 def globals_of(*modules: Any) -> dict[str, int]:

@@ -33,8 +33,14 @@ _SINCE = {"compressor": "voco", "frozen_stage1": False}
 """What a cache is taken to be made with where it was written before this was named."""
 
 
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, out of its parts where FSDP2 or tensor parallelism has cut it up (every process asks)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def _hash_tensor(sha: Any, name: str, tensor: torch.Tensor) -> None:
-    flat = tensor.detach().reshape(-1)
+    flat = _whole(tensor).reshape(-1)
     if flat.numel() > _WHOLE:
         flat = flat[:: flat.numel() // _SAMPLE]
     sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -106,8 +112,8 @@ def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
             _hash_tensor(adapter, name, named[name])
         else:
             _hash_tensor(base, name.replace(".base_layer", ""), named[name])
-    embedding = model.get_input_embeddings().weight
-    base.update(embedding[voco_id].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    embedding = _whole(model.get_input_embeddings().weight)
+    base.update(embedding[voco_id].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     tuners = sorted(
         f"{name}:{m.active_adapters}:{m.disable_adapters}"
         for name, m in model.named_modules()
