@@ -8,8 +8,12 @@ row. It tells models apart; it is no proof against an attacker who knows which v
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+import itertools
 import json
+import operator
 import weakref
 from typing import Any
 
@@ -53,55 +57,56 @@ def _is_adapter(name: str) -> bool:
     )
 
 
-def _state(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[tuple]]:
-    """Every parameter once, and which adapters are on in each PEFT layer. It runs for every prompt, so no
-    names are built.
-    """
-    parameters: dict[int, torch.nn.Parameter] = {}
-    switched = []
-    stack = [model]
-    seen = set()
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                parameters[id(parameter)] = parameter
-        if is_tuner(type(module)):
-            switched.append((tuple(module.active_adapters), module.disable_adapters))
-        stack.extend(m for m in module._modules.values() if m is not None)
-    return list(parameters.values()), switched
-
-
 class _Seen:
-    """The state a hash was computed for; weak references, so that it keeps no weight in memory."""
+    """The state of a model that a hash was computed for; weak references: it keeps no weight in memory.
 
-    def __init__(self, parameters: list[torch.nn.Parameter], switched: list[tuple], voco_id: int) -> None:
-        self.parameters = [(weakref.ref(p), p._version, p.dtype) for p in parameters]
-        self.switched, self.voco_id = switched, voco_id
+    It is asked for every prompt, in front of the first token: no names are built, and nothing is computed
+    but lists of what is there, compared with what was.
+    """
+
+    def __init__(self, model: torch.nn.Module | None = None, voco_id: int = -1) -> None:
+        modules = [] if model is None else list(model.modules())
+        self.modules = [weakref.ref(module) for module in modules]
+        self.parameters = [None if p is None else weakref.ref(p) for p in _parameters(modules)]
+        self.found = None if model is None else _found(modules, _parameters(modules))
+        self.voco_id = voco_id
 
     def __reduce__(self) -> tuple:
-        return _Seen, ([], [], -1)  # a copied or unpickled model computes its own
+        return _Seen, ()  # a copied or unpickled model computes its own
 
-    def still(self, parameters: list[torch.nn.Parameter], switched: list[tuple], voco_id: int) -> bool:
+    def still(self, model: torch.nn.Module, voco_id: int) -> bool:
+        """Whether ``model`` is as it was: the same modules, and in them the same tensors, not written to."""
+        modules = [ref() for ref in self.modules]
+        if voco_id != self.voco_id or not modules or modules[0] is not model or None in modules:
+            return False
+        parameters = _parameters(modules)
+        known = [None if ref is None else ref() for ref in self.parameters]
         return (
-            voco_id == self.voco_id
-            and switched == self.switched
-            and len(parameters) == len(self.parameters)
-            and all(
-                ref() is p and version == p._version and dtype == p.dtype
-                for p, (ref, version, dtype) in zip(parameters, self.parameters, strict=True)
-            )
+            len(known) == len(parameters)
+            and all(map(operator.is_, known, parameters))
+            and _found(modules, parameters) == self.found
         )
+
+
+def _parameters(modules: list[Any]) -> list[torch.nn.Parameter | None]:
+    return [*itertools.chain.from_iterable([module._parameters.values() for module in modules])]
+
+
+def _found(modules: list[Any], parameters: list[torch.nn.Parameter | None]) -> tuple[list, ...]:
+    """What tells a state from another: the tree, what was written to, and which adapters are on."""
+    children = itertools.chain.from_iterable([module._modules.values() for module in modules])
+    tuners = [module for module in modules if is_tuner(type(module))]
+    return (
+        [*map(id, children)],
+        [None if p is None else (p._version, p.dtype) for p in parameters],
+        [(tuple(module.active_adapters), module.disable_adapters) for module in tuners],
+    )
 
 
 def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
     """``{"model": …, "adapter": …}`` of a transformers model; computed anew only when a weight changed."""
-    parameters, switched = _state(model)
     cached = getattr(model, "_voco_hashes", None)
-    if cached is not None and cached[0].still(parameters, switched, voco_id):
+    if cached is not None and cached[0].still(model, voco_id):
         return cached[1]
     named = dict(model.named_parameters())
     base, adapter = hashlib.sha256(), hashlib.sha256()
@@ -121,7 +126,7 @@ def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
     )
     adapter.update("\n".join(tuners).encode())
     hashes = {"model": base.hexdigest()[:32], "adapter": adapter.hexdigest()[:32] if has_adapter else "none"}
-    object.__setattr__(model, "_voco_hashes", (_Seen(parameters, switched, voco_id), hashes))
+    object.__setattr__(model, "_voco_hashes", (_Seen(model, voco_id), hashes))
     return hashes
 
 
@@ -131,9 +136,26 @@ def processor_hash(processor: Any) -> str:
     for name in ("image_processor", "video_processor"):
         part = getattr(processor, name, None)
         if part is not None:
-            values = {k: v for k, v in part.to_dict().items() if not k.endswith("_processor_type")}
-            parts.append(json.dumps(values, sort_keys=True, default=str))
+            parts.append(_settings(part))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32] if parts else "none"
+
+
+_TOLD: weakref.WeakKeyDictionary[Any, tuple[dict[str, Any], str]] = weakref.WeakKeyDictionary()
+
+
+def _settings(part: Any) -> str:
+    """A processor's settings as text. Writing them out copies them all: done again only when one changed."""
+    told = _TOLD.get(part)
+    try:
+        if told is not None and told[0] == vars(part):
+            return told[1]
+    except (RuntimeError, ValueError):  # a setting that is an array: equal or not is no single answer
+        pass
+    values = {k: v for k, v in part.to_dict().items() if not k.endswith("_processor_type")}
+    text = json.dumps(values, sort_keys=True, default=str)
+    with contextlib.suppress(TypeError):  # what takes no weak reference is written out each time
+        _TOLD[part] = (copy.deepcopy(vars(part)), text)
+    return text
 
 
 def fingerprint(model: torch.nn.Module, config: VoCoConfig, processor: Any, voco_id: int) -> dict[str, Any]:

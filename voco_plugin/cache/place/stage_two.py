@@ -22,7 +22,7 @@ import torch
 from transformers import Cache
 
 from ...core.kv_cache import KVSlots, VoCoKVCache
-from ...core.layout import TokenKind, on_cpu, sent
+from ...core.layout import TokenKind, among, on_cpu, sent
 from ...core.masks import TokenTable
 from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import check_cache, differences
@@ -168,7 +168,7 @@ def place(
 def _kinds(vocab, input_ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
     """:class:`TokenKind` of the stream's tokens ``(B, S)``, on the CPU."""
     ids, real = on_cpu(input_ids, mask)
-    vision = np.isin(ids, sorted(vocab.placeholders)) & real
+    vision = among(ids, vocab.placeholders) & real
     if vision.any():
         row, column = (int(v) for v in np.argwhere(vision)[0])
         raise ValueError(
