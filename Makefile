@@ -1,5 +1,8 @@
 # make quickstart   .venv, the package, and the main job: train, compress, answer from the cache (CPU, minutes)
-# make test         the same .venv with the test extra: ruff, mypy, the suite without its slow tests
+# make test         the same .venv with the test extra: ruff, mypy, the suite without its slow tests and without the
+#                   combinations that the others imply
+# make test PART=store     the tests of one room (or several: PART="store cache"), nothing else
+# make test-all     those combinations: every family under every rule and option
 # make test-slow    the slow tests (wheel build, longer training, two processes), DeepSpeed and flash-attn's Triton
 #                   kernels for them
 # A stamp per extra, older than pyproject.toml or missing, is the only reason to install.
@@ -9,8 +12,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 WORKERS ?= 2
+PART ?=
+ROOMS := $(filter-out helpers,$(patsubst tests/%/,%,$(wildcard tests/*/)))
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-slow flash-attn lint format clean
+.PHONY: quickstart test test-all test-slow flash-attn lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -30,8 +36,19 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.made
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py --out $(OUT)
 
+ifneq ($(PART),)
+ifneq ($(filter-out $(ROOMS),$(PART)),)
+$(error PART: $(filter-out $(ROOMS),$(PART)) is no room of tests/; there are $(ROOMS))
+endif
+test: $(VENV)/.test
+	$(PYTEST) $(PART:%=tests/%)
+else
 test: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(PYTEST)
+endif
+
+test-all: $(VENV)/.test
+	$(PYTEST) -m 'matrix and not slow'
 
 $(VENV)/.deepspeed: pyproject.toml | $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,deepspeed,ray]'
