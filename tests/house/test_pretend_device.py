@@ -48,7 +48,7 @@ def device():
 
 
 def families(names=NAMES, fast=FAST):
-    return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in names]
+    return [pytest.param(n, marks=() if n in fast else pytest.mark.matrix) for n in names]
 
 
 def check_same(expected, found) -> None:
@@ -277,7 +277,7 @@ def pair(name: str):
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        pytest.param(n, c, id=f"{n}-{c.__name__}", marks=() if n in FAST else pytest.mark.slow)
+        pytest.param(n, c, id=f"{n}-{c.__name__}", marks=() if n in FAST else pytest.mark.matrix)
         for n in NAMES
         for c in CASES
     ],
