@@ -31,9 +31,9 @@ def test_each_module_is_in_its_own_mode_again(fails: bool) -> None:
 
 @pytest.mark.parametrize(
     ("mask", "side"),
-    [(None, "right"), ([[1, 1]], "right"), ([[1, 0], [1, 1]], "right"), ([[1, 1], [0, 1]], "left")],
+    [(None, None), ([[1, 1]], None), ([[1, 0], [1, 1]], "right"), ([[1, 1], [0, 1]], "left")],
 )
-def test_a_batch_is_padded_on_the_left_where_a_row_begins_with_padding(mask, side: str) -> None:
+def test_the_side_of_padding_is_read_where_there_is_padding(mask, side: str | None) -> None:
     assert padding_side_of(None if mask is None else torch.tensor(mask)) == side
 
 

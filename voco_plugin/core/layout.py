@@ -386,7 +386,10 @@ def _id(value: Any) -> int:
     return value if isinstance(value, int) and value >= 0 else 0
 
 
-def padding_side_of(attention_mask: torch.Tensor | None) -> str:
-    """``left`` where a row of ``attention_mask`` ``(B, N)`` begins with padding, else ``right``."""
-    left = attention_mask is not None and bool((attention_mask[:, 0] == 0).any())
-    return "left" if left else "right"
+def padding_side_of(attention_mask: torch.Tensor | None) -> str | None:
+    """The side on which rows of ``attention_mask`` ``(B, N)`` are padded: ``left`` where one begins with
+    padding, ``right`` where one ends with it, ``None`` where none is padded.
+    """
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return "left" if bool((attention_mask[:, 0] == 0).any()) else "right"

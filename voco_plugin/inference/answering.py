@@ -55,7 +55,7 @@ def compress_images(
         before += len(whole)
         if not chunk:
             continue
-        inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
+        inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens, padding_side="left")
         cache = model.compress(**on_device(model, inputs), max_memory=max_memory)
         for row in range(len(chunk)):
             yield cache.row(row)
@@ -163,7 +163,9 @@ def prompt(
         return on_device(model, encode(processor, [ask(q, 0) for q in questions], None))
     batch = _asked(questions, images, times)
     inputs = encode(processor, batch, images)
-    return on_device(model, model.insert_voco_tokens(inputs) if is_attached(model) else inputs)
+    return on_device(
+        model, model.insert_voco_tokens(inputs, padding_side="left") if is_attached(model) else inputs
+    )
 
 
 def _asked(questions: Sequence[str], shown: Sequence[Any], times: Any) -> list[Messages]:

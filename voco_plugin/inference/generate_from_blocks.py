@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, StaticCache
+from transformers import Cache, GenerationConfig, StaticCache, SuppressTokensLogitsProcessor
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from ..cache.place.stage_two import Placed
@@ -21,6 +21,7 @@ from ..core.kv_cache import RemembersSlots
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 _DYNAMIC = (None, "dynamic", "dynamic_full")
+_DEFAULTS = GenerationConfig()
 
 
 def setting(model: Any, args: tuple, kwargs: dict, name: str, default: Any = None) -> Any:
@@ -41,6 +42,12 @@ def expansion(model: Any, args: tuple, kwargs: dict) -> int:
     beams = setting(model, args, kwargs, "num_beams", 1)
     returned = setting(model, args, kwargs, "num_return_sequences", 1)
     return max(beams, returned)
+
+
+class NeverGenerated(SuppressTokensLogitsProcessor):
+    """Keeps VoCo and image tokens from being generated. A class of its own beside what ``suppress_tokens``
+    makes: of two processors of one class, ``generate`` takes one.
+    """
 
 
 def is_assisted(model: Any, args: tuple, kwargs: dict) -> bool:
@@ -72,13 +79,13 @@ def check_draft(model: Any, kwargs: dict) -> None:
         )
 
 
-def static_kind(args: tuple, kwargs: dict) -> str | None:
+def static_kind(model: Any, args: tuple, kwargs: dict) -> str | None:
     """The static ``cache_implementation`` asked for, or ``None`` for a dynamic cache.
 
     Raises:
         ValueError: a cache that is neither.
     """
-    kind = setting(None, args, kwargs, "cache_implementation")
+    kind = setting(model, args, kwargs, "cache_implementation")
     if kind in _DYNAMIC:
         return None
     if kind == "static":
@@ -90,9 +97,9 @@ def static_kind(args: tuple, kwargs: dict) -> str | None:
     )
 
 
-def refuse_static_in_one_pass(args: tuple, kwargs: dict) -> None:
+def refuse_static_in_one_pass(model: Any, args: tuple, kwargs: dict) -> None:
     """A single pass masks the vision tokens in every step, which only a dynamic cache lets it do."""
-    kind = setting(None, args, kwargs, "cache_implementation")
+    kind = setting(model, args, kwargs, "cache_implementation")
     if kind not in _DYNAMIC:
         raise ValueError(
             f"cache_implementation={kind!r} builds its masks outside the model, where the isolation rule is "
@@ -100,16 +107,16 @@ def refuse_static_in_one_pass(args: tuple, kwargs: dict) -> None:
         )
 
 
-def shift_lengths(args: tuple, kwargs: dict, by: int) -> None:
+def shift_lengths(model: Any, args: tuple, kwargs: dict, by: int) -> None:
     """``max_length`` and ``min_length`` count the prompt that the caller sees; ``by`` is what the prompt that
     generate sees has more.
     """
     for name in ("max_length", "min_length"):
         value = kwargs.get(name)
         if value is None:
-            given = kwargs.get("generation_config") or (args[0] if args else None)
-            value = getattr(given, name, None)
-            if given is None or not value or (name == "max_length" and given.max_new_tokens is not None):
+            value = setting(model, args, kwargs, name)
+            new = setting(model, args, kwargs, "max_new_tokens")
+            if not value or value == getattr(_DEFAULTS, name) or (name == "max_length" and new is not None):
                 continue
         kwargs[name] = max(value + by, 0)
 

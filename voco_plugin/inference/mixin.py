@@ -28,8 +28,9 @@ from ..core.forward import (
 )
 from ..core.injection import insert_voco_tokens
 from ..core.kv_cache import KVSlots
-from ..core.layout import SequenceLayout, pad_id_of_model, padding_side_of
+from ..core.layout import SequenceLayout, pad_id_of_model, padding_side_of, tokenizer_of
 from .generate_from_blocks import (
+    NeverGenerated,
     check_draft,
     expansion,
     head_start,
@@ -75,22 +76,40 @@ class VoCoGenerationMixin(Extension):
     # -- stage 1
     # -------------------------------------------------------------------------------------------------
 
-    def insert_voco_tokens(self, inputs: dict[str, Any], num_tokens: int | None = None) -> dict[str, Any]:
+    def insert_voco_tokens(
+        self, inputs: dict[str, Any], num_tokens: int | None = None, padding_side: str | None = None
+    ) -> dict[str, Any]:
         """A processor's output with K VoCo tokens after every image (and the block sinks, where the rule has
         them).
 
         Args:
             inputs: ``input_ids`` ``(B, N)``, ``attention_mask`` and the processor's other tensors.
             num_tokens: K; by default the config's.
+            padding_side: where rows that are then shorter than others are padded; ``None`` takes the side
+                that ``attention_mask`` shows, and where it shows none, the processor's.
+
+        Raises:
+            ValueError: rows of one length come out of different lengths, and nothing says on which side to
+                pad (no processor was given to ``attach``).
         """
         state = self._voco_attachment
-        return insert_voco_tokens(
+        mask = inputs.get("attention_mask")
+        side = padding_side or padding_side_of(mask)
+        if side is None and state.processor is not None:
+            side = getattr(tokenizer_of(state.processor), "padding_side", None)
+        made = insert_voco_tokens(
             dict(inputs),
             state.vocab,
             num_tokens or state.config.num_tokens,
             pad_token_id=pad_id_of_model(self),
-            padding_side=padding_side_of(inputs.get("attention_mask")),
+            padding_side=side or "right",
         )
+        if side is None and not made["attention_mask"].bool().all():
+            raise ValueError(
+                "insert_voco_tokens: the rows were of one length and are no more, and nothing says on which "
+                "side to pad them; give padding_side='left' (for generation) or 'right' (for training)."
+            )
+        return made
 
     @torch.no_grad()
     def compress(
@@ -299,8 +318,9 @@ class VoCoGenerationMixin(Extension):
             asks_first = state.embeddings is not None and state.embeddings.compressor.reads_question
             if prefix is None and (not layout.spans or past is not None or not two_stage or asks_first):
                 if layout.spans or KVSlots.of(past) is not None:
-                    refuse_static_in_one_pass(args, kwargs)
-                    self._suppress(kwargs, args)
+                    refuse_static_in_one_pass(self, args, kwargs)
+                    _refuse_right_padding(kwargs.get("attention_mask"))
+                    self._suppress(kwargs, ids.device)
                 return super().generate(*args, **kwargs)
             if layout.spans:
                 vision = {k: v for k, v in kwargs.items() if _is_model_input(k, v)}
@@ -318,11 +338,11 @@ class VoCoGenerationMixin(Extension):
         """Stock ``generate`` on the placed blocks; the output starts with the ids the caller gave."""
         _refuse(kwargs, cache_names())
         state = self._voco_attachment
-        static, assisted = static_kind(args, kwargs), is_assisted(self, args, kwargs)
+        static, assisted = static_kind(self, args, kwargs), is_assisted(self, args, kwargs)
         if assisted:
             check_draft(self, kwargs)
         if len(cache) or prefix is not None:
-            self._suppress(kwargs, args)
+            self._suppress(kwargs, shown.device)
         types = stream.get("token_type_ids", kwargs.pop("token_type_ids", None))
         placed = place(self, state, stream["input_ids"], stream["attention_mask"], cache, types, prefix)
         if not placed.ends_with_text:
@@ -344,11 +364,12 @@ class VoCoGenerationMixin(Extension):
             if types is not None:
                 kwargs["token_type_ids"] = types
         length = start["input_ids"].shape[1]
-        shift_lengths(args, kwargs, length - shown.shape[1])
+        shift_lengths(self, args, kwargs, length - shown.shape[1])
         if times > 1 and given_cache(start).get_seq_length():
             given_cache(start).batch_repeat_interleave(times)
+        # the blocks are in a KV cache, whatever a config saved in training says of caches
+        kwargs["use_cache"], kwargs["cache_implementation"] = True, None
         if static is not None:
-            kwargs["cache_implementation"] = None
             most = setting(self, args, kwargs, "max_new_tokens")
             most = length + most if most is not None else setting(self, args, kwargs, "max_length", 0)
             most = max(most, length + 1, setting(self, args, kwargs, "max_cache_len", 0))
@@ -385,11 +406,22 @@ class VoCoGenerationMixin(Extension):
                 config._attn_implementation_internal = implementation
             raise
 
-    def _suppress(self, kwargs: dict, args: tuple) -> None:
+    def _suppress(self, kwargs: dict, device: torch.device) -> None:
         """VoCo and image tokens are input only: after images they are never generated."""
         vocab = self._voco_attachment.vocab
-        listed = setting(self, args, kwargs, "suppress_tokens", [])
-        kwargs["suppress_tokens"] = sorted({*listed, vocab.voco_id, *vocab.placeholders})
+        never = NeverGenerated(sorted({vocab.voco_id, *vocab.placeholders}), device=device)
+        kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), never]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, and so are ``generate_batch`` and the context manager, which begin with it.
+
+        Raises:
+            ValueError: requests share a row there, where nothing keeps one from reading another's image.
+        """
+        raise ValueError(
+            "transformers' continuous batching packs requests into one row, where the isolation rule is not "
+            "applied; batch the prompts with generate(voco_cache=VoCoCache.stack(…))."
+        )
 
     # -- saving
     # --------------------------------------------------------------------------------------------------
@@ -430,6 +462,14 @@ def _refuse(kwargs: dict, names: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{name} cannot be given together with voco_cache, which decides it; leave it out."
             )
+
+
+def _refuse_right_padding(mask: Any) -> None:
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask[:, -1].all():
+        raise ValueError(
+            "the prompts are padded on the right, so that the next token would follow padding; pad on the left "
+            "(processor(…, padding_side='left'), insert_voco_tokens(…, padding_side='left'))."
+        )
 
 
 def _is_model_input(name: str, value: Any) -> bool:

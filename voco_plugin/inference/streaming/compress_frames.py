@@ -145,7 +145,7 @@ def _compress_videos(
     found: dict[int, VoCoCache] = {}
     for numbers in by_length.values():
         inputs = encode_videos(model, processor, [chunk[n] for n in numbers])
-        inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens)
+        inputs = model.insert_voco_tokens(inputs, num_tokens=num_tokens, padding_side="left")
         cache = model.compress(**on_device(model, inputs), max_memory=max_memory)
         for row, number in enumerate(numbers):
             found[number] = cache.row(row)
