@@ -467,8 +467,8 @@ def _refuse(kwargs: dict, names: tuple[str, ...]) -> None:
 def _refuse_right_padding(mask: Any) -> None:
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask[:, -1].all():
         raise ValueError(
-            "the prompts are padded on the right, so that the next token would follow padding; pad on the left "
-            "(processor(…, padding_side='left'), insert_voco_tokens(…, padding_side='left'))."
+            "the prompts are padded on the right, so that the next token would follow padding; pad on the "
+            "left (processor(…, padding_side='left'), insert_voco_tokens(…, padding_side='left'))."
         )
 
 
