@@ -13,6 +13,7 @@ import transformers as hf
 import voco_plugin as vp
 from contracts.generation import NEW, single
 from harness import attached, inputs
+from sessions import made
 from tiny import processors
 
 NAMES = ("llava_llama", "qwen2_5_vl", "gemma3", "paligemma")
@@ -160,3 +161,34 @@ def test_continuous_batching_is_refused():
     ):
         with pytest.raises(ValueError, match="continuous batching"):
             ask()
+
+
+# -- messages
+
+
+def test_a_prompt_for_another_k_says_so():
+    model = attached("llava_llama")
+    batch = inputs("llava_llama", ROWS[:1], "left")
+    given = cached(model, batch)
+    with pytest.raises(ValueError, match="2 VoCo tokens stand together and the cache holds blocks of K=1"):
+        model.generate(**{**given, "voco_cache": given["voco_cache"].first(1)}, **NEW)
+
+
+def test_a_prompt_past_the_models_length_is_warned_of_once(caplog):
+    model = attached("llava_llama")
+    batch = inputs("llava_llama", ROWS[:1], "left")
+    given = cached(model, batch)
+    model.get_decoder().config.max_position_embeddings = 4
+    hf.utils.logging.enable_propagation()
+    try:
+        for _ in range(2):
+            model(**given)
+    finally:
+        hf.utils.logging.disable_propagation()
+    assert len([r for r in caplog.records if "trained up to 4" in r.getMessage()]) == 1
+
+
+def test_a_session_says_what_is_its_own_to_decide():
+    session = vp.VoCoSession(*made("llava_llama"))
+    with pytest.raises(ValueError, match="return_dict_in_generate is the session's to decide"):
+        session.ask("what?", return_dict_in_generate=True)

@@ -20,6 +20,10 @@ from ..core.layout import tokenizer_of
 from .prompts import adds_special_tokens, render, stream_ids_in_pieces, with_counts
 
 _MARK = "\ue000"  # private use: in no prompt, so that a turn's end can be found in the rendered text
+_DECIDED = {
+    "inputs", "input_ids", "attention_mask", "voco_cache", "prefix_cache", "return_dict_in_generate",
+    "use_cache", "past_key_values", "cache",
+}  # fmt: skip
 _ONE_ANSWER = ("num_beams", "num_return_sequences")
 
 
@@ -130,6 +134,12 @@ class Conversation:
 
     @staticmethod
     def _check_options(generate: dict[str, Any]) -> None:
+        decided = sorted(_DECIDED & generate.keys())
+        if decided:
+            raise ValueError(
+                f"{decided[0]} is the session's to decide (it goes on from what it has read, and gives the "
+                "answer as text); leave it out, or call model.generate yourself."
+            )
         config = generate.get("generation_config")
         for name in _ONE_ANSWER:
             value = generate.get(name, getattr(config, name, None))

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Cache
+from transformers.utils import logging
 
 from ...core.kv_cache import KVSlots, VoCoKVCache
 from ...core.layout import TokenKind, among, on_cpu, sent
@@ -28,6 +29,7 @@ from ..cache import VoCoBlock, VoCoCache
 from ..fingerprint import check_cache, differences
 from .relocation import RelocationError, relocator_for
 
+_log = logging.get_logger(__name__)
 _NONLINEAR = {"dynamic": "dynamic NTK scaling", "longrope": "longrope"}
 
 
@@ -284,6 +286,12 @@ def _check_lengths(text: torch.nn.Module, last: int, tokens: int) -> None:
             4), where slots differ between one pass and two stages.
     """
     config = text.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and last >= limit:
+        _log.warning_once(  # once a message
+            f"this prompt reaches position {last}, and the model was trained up to {limit} "
+            "(max_position_embeddings): what it answers may be worse."
+        )
     parameters = getattr(config, "rope_parameters", None) or {}
     sets = parameters.values() if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
     for values in sets:
@@ -424,8 +432,16 @@ def _block_starts(row: int, is_voco: np.ndarray, blocks: Sequence[VoCoBlock]) ->
     """The column of each block's first VoCo token ``(n,)``."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], is_voco.astype(np.int8), [0]))))
     starts: list[int] = []
-    for start, stop in edges.reshape(-1, 2).tolist():
+    for first, stop in edges.reshape(-1, 2).tolist():
+        start = first
         while start < stop:
+            if len(starts) == len(blocks) and start > first:
+                kept = sorted({b.num_tokens for b in blocks})
+                raise ValueError(
+                    f"sample {row}, position {first}: {stop - first} VoCo tokens stand together and the "
+                    f"cache holds blocks of K={', '.join(map(str, kept))}: this prompt was made for another "
+                    "K; put as many VoCo tokens as each block has."
+                )
             if len(starts) == len(blocks):
                 raise ValueError(
                     f"sample {row}, position {start}: a VoCo token with no block for it; the cache holds "
