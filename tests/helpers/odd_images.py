@@ -133,4 +133,4 @@ def rows_of(paths, with_id: bool = True, embed: bool = False) -> Dataset:
 def collator(name: str = "llava_llama", **options) -> VoCoDataCollator:
     processor = processors.processor(name)
     processor.tokenizer.add_tokens(["<voco>"], special_tokens=True)
-    return VoCoDataCollator(processor=processor, voco=vp.VoCoConfig(num_tokens=2), **options)
+    return VoCoDataCollator(processor=processor, **{"voco": vp.VoCoConfig(num_tokens=2), **options})

@@ -21,6 +21,7 @@ from trainers import losses, trainer
 from voco_plugin.cli import main
 from voco_plugin.data.images import BadImageError
 from voco_plugin.data.lazy_images import name_rows, undecoded
+from voco_plugin.training.bad_rows import NothingToLearn
 
 # -- the collator
 
@@ -271,3 +272,38 @@ def test_eval_names_a_bad_image_or_leaves_its_questions_out(here, capsys, tmp_pa
     left = json.loads(out_of(capsys, *start, "--on-bad-sample", "skip", "--json"))
     assert left["skipped_samples"] == 1 and "half.png" in left["skipped"][0]
     assert 0 < every["questions"] - left["questions"] <= asked
+
+
+# -- rows of which nothing is learnt
+
+
+def spoken(number: int, answer: str, words: int = 1) -> dict:
+    """A row whose question has ``words`` words."""
+    return {
+        "id": f"row-{number}",
+        "prompt": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is " * words}]}
+        ],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+        "images": [PILImage.new("RGB", (32, 32), (40 * number, 0, 0))],
+    }
+
+
+@pytest.mark.parametrize("voco", [vp.VoCoConfig(num_tokens=2), None])
+def test_a_row_whose_answer_is_cut_off_raises_or_another_takes_its_place(voco, caplog) -> None:
+    rows = [spoken(0, "yes"), spoken(1, "no", words=40), spoken(2, "no")]
+    short = {"max_length": 60, "voco": voco, "completion_only_loss": True}
+    with pytest.raises(NothingToLearn, match=r"sample 1 \(id 'row-1'\): no token of it.*max_length=60"):
+        collator(**short)(rows[:2])
+    with caplog.at_level("WARNING"):
+        made = collator(**short, on_bad_sample="skip", pool=rows, count_skipped=True)(rows[:2])
+    assert made["skipped_samples"].sum() >= 1 and (made["labels"] != -100).any(dim=1).all()
+    assert any("row-1" in r.message and "takes its place" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("how", ["raise", "skip"])
+def test_a_run_that_would_learn_nothing_is_an_error(how, tmp_path, bases) -> None:
+    rows = Dataset.from_list([spoken(n, "yes", words=40) for n in range(4)])
+    made = trainer(bases("llava_llama"), tmp_path, rows, max_length=40, on_bad_sample=how)
+    with pytest.raises(NothingToLearn, match="no token of it has a label"):
+        made.train()

@@ -14,8 +14,20 @@ from ..data.images import BadImageError, describe, find_refused
 
 logger = logging.getLogger(__name__)
 
-_DRAWS = 16
+DRAWS = 16
 """Rows drawn in the place of a bad one before the data set is taken to be bad itself."""
+
+
+class NothingToLearn(ValueError):
+    """Rows without a labelled token.
+
+    Attributes:
+        problems: number in the batch → what is said of it.
+    """
+
+    def __init__(self, problems: dict[int, str] | str) -> None:
+        self.problems = problems if isinstance(problems, dict) else {}
+        super().__init__(next(iter(problems.values())) if isinstance(problems, dict) else problems)
 
 
 class ReplacesBadRows:
@@ -49,11 +61,12 @@ class ReplacesBadRows:
         rows: list[Any],
         names: list[str],
         packed: list[int] | None = None,
+        error: type[ValueError] = BadImageError,
     ) -> None:
         """Put another row where each of ``problems`` is, or raise. A packed row goes on without it, if it has
         others."""
         if problems and self.on_bad_sample == "raise":
-            raise BadImageError(next(iter(problems.values())))
+            raise error(next(iter(problems.values())))
         good = [number for number in range(len(rows)) if number not in problems]
         kept = set() if packed is None else {packed[number] for number in good}
         out = []
@@ -67,8 +80,9 @@ class ReplacesBadRows:
             if packed is not None:
                 kept.add(packed[number])
             rows[number], other = self._stand_in(
-                examples[number], problem, [(rows[g], names[g]) for g in good]
+                examples[number], problem, [(rows[g], names[g]) for g in good], error
             )
+            examples[number] = rows[number]  # should it be bad too, another is drawn
             if problem not in self._named:
                 self._named.add(problem)
                 logger.warning("%s Skipped; %s takes its place.", problem, other)
@@ -78,11 +92,13 @@ class ReplacesBadRows:
             for parallel in (examples, rows, names, packed):
                 del parallel[number]
 
-    def _stand_in(self, example: Any, problem: str, good: list[tuple[dict, str]]) -> tuple[dict, str]:
+    def _stand_in(
+        self, example: Any, problem: str, good: list[tuple[dict, str]], error: type[ValueError]
+    ) -> tuple[dict, str]:
         """A good row instead of ``example``, and its name; the draw depends on ``example`` and the seed."""
         identity = hashlib.blake2b(digest_size=16)
         _digest(example, identity)
-        for attempt in range(_DRAWS):
+        for attempt in range(DRAWS):
             key = identity.digest() + f"{self.seed}/{attempt}".encode()
             draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
             if self.pool is None:
@@ -96,8 +112,8 @@ class ReplacesBadRows:
             row = self._row(drawn, name, {}, 0)
             if row is not None and not self._refused([row], [name]):
                 return row, name
-        tried = f"{_DRAWS} rows drawn" if self.pool is not None else "every other row of its batch"
-        raise BadImageError(f"{problem} on_bad_sample=skip found no row in its place: {tried} are bad too.")
+        tried = f"{DRAWS} rows drawn" if self.pool is not None else "every other row of its batch"
+        raise error(f"{problem} on_bad_sample=skip found no row in its place: {tried} are bad too.")
 
 
 def _digest(value: Any, into: Any) -> None:

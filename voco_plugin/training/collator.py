@@ -31,7 +31,7 @@ from ..data.images import BadImageError, check_on_bad_sample, open_image
 from ..models.families import family_of_processor
 from ..registry import compressors
 from ..store.keys import image_key
-from .bad_rows import ReplacesBadRows
+from .bad_rows import DRAWS, NothingToLearn, ReplacesBadRows
 from .two_stage.frozen_blocks import IMAGE_KEYS, as_tensor
 
 logger = logging.getLogger(__name__)
@@ -61,10 +61,11 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
             included. The draw depends on the batch's ids, ``seed`` and the epoch only, so that neither
             workers, processes nor a resumed run change it.
         seed: seed of that draw, and of the rows that stand in for bad ones.
-        on_bad_sample: ``raise``, or ``skip``: a row whose image cannot be read, or that the image processor
-            refuses, is named in a warning and another takes its place, so that batches stay full. Which one
-            depends on the bad row's content and ``seed`` only. Faults of format always raise. Of a packed row
-            it is left out; only where nothing else is in it, another takes its place.
+        on_bad_sample: ``raise``, or ``skip``: a row whose image cannot be read, that the image processor
+            refuses, or of which nothing would be learnt, is named in a warning and another takes its place,
+            so that batches stay full. Which one depends on the bad row's content and ``seed`` only. Faults
+            of format always raise. Of a packed row it is left out; only where nothing else is in it, another
+            takes its place.
         pool: the data set the other row is drawn from; without one, a good row of the same batch comes twice.
         count_skipped: put ``skipped_samples`` ``(B,)`` into the batch: how many bad ones each row had.
         made_by: the fingerprint of a store's blocks: put the images' keys in that store into the batch,
@@ -77,6 +78,8 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
     Raises:
         ValueError: a row's format is unknown or differs from its neighbours', images and placeholders differ
             in number, a cut at ``max_length`` would go through an image, or packed rows are longer than that.
+        NothingToLearn: no token of a row has a label (``max_length`` cut its answer off), and
+            ``on_bad_sample`` is ``raise``.
         BadImageError: an image is unusable and ``on_bad_sample`` is ``raise``, or nothing good was found in
             its place.
     """
@@ -113,6 +116,7 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of ``examples``; see the class."""
         packed: list[int] | None = None
+        examples = list(examples)
         places = list(range(len(examples)))  # the batch's row of each conversation
         if examples and isinstance(examples[0], (list, tuple)):
             # one list under two names: a conversation that is left out leaves it too
@@ -128,17 +132,21 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
         if problems:
             self._replace(problems, examples, rows, names, packed)
         check_same_kind(rows, self.dataset_text_field, names)
-        try:
-            with _plain_offsets(self.processor):
-                batch = self._collate([dict(row) for row in rows], names, packed)
-        except Exception:
-            refused = self._refused(rows, names)
-            if not refused:
-                raise
+        for _ in range(DRAWS):  # what stands in for a row may teach nothing either
+            try:
+                with _plain_offsets(self.processor):
+                    batch = self._collate([dict(row) for row in rows], names, packed)
+                break
+            except NothingToLearn as found:
+                refused, kind, last = found.problems, NothingToLearn, found
+            except Exception as error:
+                refused, kind, last = self._refused(rows, names), BadImageError, error
+                if not refused:
+                    raise
             bad += [places[number] for number in refused]
-            self._replace(refused, examples, rows, names, packed)
-            with _plain_offsets(self.processor):
-                batch = self._collate([dict(row) for row in rows], names, packed)
+            self._replace(refused, examples, rows, names, packed, kind)
+        else:
+            raise last
         if self.count_skipped:
             batch[SKIPPED] = torch.bincount(torch.tensor(bad, dtype=torch.long), minlength=size)
         return batch
@@ -161,7 +169,9 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
                     "packing needs VoCo on: nothing else keeps packed conversations apart in the model; set "
                     "voco (rule: causal isolates nothing else), or leave packing off."
                 )
-            return super().torch_call(rows)
+            batch = super().torch_call(rows)
+            self._check_labels(batch, names)
+            return batch
         assert self.vocab is not None  # `__post_init__` derives it
         images = [len(row["images"]) for row in rows]
         # TRL's limit cuts through images, and its padding is undone by the insertion: both come after it
@@ -177,6 +187,7 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
         count = self.draw_num_tokens(batch["input_ids"])
         batch = insert_voco_tokens(dict(batch), self.vocab, count, images_per_row=images, **shape)
         if packed is not None:
+            self._check_labels(batch, names)
             return pack_batch(
                 batch,
                 [len(list(group)) for _, group in itertools.groupby(packed)],
@@ -192,10 +203,27 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
             )
         if self.max_length is not None and int(batch["attention_mask"].sum(1).max()) > self.max_length:
             batch = truncate(batch, self.vocab, self.max_length, **shape)
+        self._check_labels(batch, names)
         if self.voco.compressor != VOCO and compressors.get(self.voco.compressor).reads_question:
             asked = batch["attention_mask"].bool() & (batch["labels"] == -100)
             batch[QUESTION_MASK] = asked.to(batch["attention_mask"].dtype)
         return batch
+
+    def _check_labels(self, batch: dict[str, Any], names: list[str]) -> None:
+        """Refuse rows of which no token is learnt: their loss is 0, or not a number, whatever is answered.
+
+        Raises:
+            NothingToLearn: it names them.
+        """
+        learnt = (batch["labels"] != -100).any(dim=1).tolist()
+        if all(learnt):
+            return
+        why = "it has no answer to learn"
+        if self.max_length is not None:
+            why += f", or none within max_length={self.max_length}"
+        raise NothingToLearn(
+            {n: f"{names[n]}: no token of it has a label; {why}." for n, has in enumerate(learnt) if not has}
+        )
 
     def draw_num_tokens(self, input_ids: torch.Tensor) -> int:
         """K for the batch of ``input_ids`` ``(B, N)``, before the VoCo tokens are in."""
