@@ -1,4 +1,4 @@
-"""What processes do that write to and read from a store, for test_store_processes.py: ``work(…, WHAT, FOLDER, …)``.
+"""What the processes of test_store_processes.py do to a store: ``work(…, WHAT, FOLDER, …)``.
 
 write FOLDER FIRST COUNT MAX   puts caches FIRST … FIRST + COUNT − 1, one or several at a time, and says a
                                number once its put has returned; MAX bytes may be kept (0: no limit)

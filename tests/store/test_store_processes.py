@@ -22,7 +22,6 @@ from stores import in_a_fork, key, made, opened, same
 from voco_plugin.cache import VoCoCacheError
 from voco_plugin.store import VoCoCacheStore
 
-
 FORKS = multiprocessing.get_context("forkserver")
 """Workers are forked by a process that has imported torch once and has opened no store."""
 
