@@ -163,6 +163,7 @@ def fingerprint(model: torch.nn.Module, config: VoCoConfig, processor: Any, voco
     """The fingerprint of ``model`` as it reads now: of what text's keys and values are made by. For blocks it
     is :func:`block_fingerprint`.
     """
+    model = unwrap(model)
     return {
         **model_hashes(model, voco_id),
         "processor": processor_hash(processor) if processor is not None else "none",
