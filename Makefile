@@ -1,10 +1,13 @@
-# make quickstart   .venv, the package, and the main job: train, compress, answer from the cache (CPU, minutes)
-# make test         the same .venv with the test extra: ruff, mypy, the suite without its slow tests and without the
-#                   combinations that the others imply
-# make test PART=store     the tests of one room (or several: PART="store cache"), nothing else
-# make test-all     those combinations: every family under every rule and option
-# make test-slow    the slow tests (wheel build, longer training, two processes), DeepSpeed and flash-attn's Triton
-#                   kernels for them
+# make quickstart       .venv, the package, and the main job: train, compress, answer from the cache (CPU, minutes)
+# make test             the same .venv with the test extra: ruff, mypy, the fast tests
+# make test PART=store  the fast tests of one room (tests/store) or several (PART="store cache"), and no ruff, no mypy
+# make test-all         the combinations of family, rule and option that `make test` leaves out
+# make test-slow        the slow tests (wheel build, longer training, two processes), DeepSpeed and flash-attn's
+#                       Triton kernels for them
+# make lint             ruff and mypy
+# make format           ruff mends and formats what it can
+# make flash-attn       flash-attn's Python part, for test-slow
+# make clean            away with .venv and what was built
 # A stamp per extra, older than pyproject.toml or missing, is the only reason to install.
 
 PYTHON ?= python3
@@ -13,7 +16,10 @@ BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 WORKERS ?= 2
 PART ?=
-ROOMS := $(filter-out helpers,$(patsubst tests/%/,%,$(wildcard tests/*/)))
+ROOMS := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py))))
+ifneq ($(filter-out $(ROOMS),$(PART)),)
+$(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
+endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: quickstart test test-all test-slow flash-attn lint format clean
@@ -36,19 +42,11 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.made
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py --out $(OUT)
 
-ifneq ($(PART),)
-ifneq ($(filter-out $(ROOMS),$(PART)),)
-$(error PART: $(filter-out $(ROOMS),$(PART)) is no room of tests/; there are $(ROOMS))
-endif
-test: $(VENV)/.test
-	$(PYTEST) $(PART:%=tests/%)
-else
-test: lint
-	$(PYTEST)
-endif
+test: $(if $(strip $(PART)),$(VENV)/.test,lint)
+	$(PYTEST) $(addprefix tests/,$(PART))
 
 test-all: $(VENV)/.test
-	$(PYTEST) -m 'matrix and not slow'
+	$(PYTEST) -m "matrix and not slow"
 
 $(VENV)/.deepspeed: pyproject.toml | $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,deepspeed,ray]'

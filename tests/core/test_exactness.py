@@ -35,6 +35,7 @@ def quick_dtype(name, rule, attn, dtype):
 @pytest.mark.parametrize(
     ("name", "rule", "attn", "dtype"),
     combined([(*case, d) for case in ATTENTION_CASES for d in (torch.float32, torch.float64)], quick_dtype),
+    ids={torch.float32: "fp32", torch.float64: "fp64"}.get,
 )
 def test_two_stage_equals_single_pass(name, rule, attn, dtype):
     exactness.two_stage_equals_single_pass(name, rule, attn, dtype)

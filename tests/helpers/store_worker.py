@@ -1,4 +1,4 @@
-"""Processes that write to and read from a store, run by test_store_processes.py: WHAT FOLDER ….
+"""What the processes of test_store_processes.py do to a store: ``work(…, WHAT, FOLDER, …)``.
 
 write FOLDER FIRST COUNT MAX   puts caches FIRST … FIRST + COUNT − 1, one or several at a time, and says a
                                number once its put has returned; MAX bytes may be kept (0: no limit)
@@ -9,9 +9,7 @@ hold FOLDER                    opens a view, says so, and waits to be killed
 from __future__ import annotations
 
 import os
-import sys
 import time
-from pathlib import Path
 
 from stores import MADE_BY, key, made, same
 from voco_plugin.store import VoCoCacheStore
@@ -64,6 +62,8 @@ def hold(folder: str) -> None:
         time.sleep(600)
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    {"write": write, "read": read, "hold": hold}[sys.argv[1]](*sys.argv[2:])
+def work(saying, what: str, *arguments: str) -> None:
+    """One of the above, whose lines (and errors) go to the connection ``saying``."""
+    for stream in (1, 2):
+        os.dup2(saying.fileno(), stream)
+    {"write": write, "read": read, "hold": hold}[what](*arguments)

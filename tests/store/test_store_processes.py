@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,27 +22,37 @@ from stores import in_a_fork, key, made, opened, same
 from voco_plugin.cache import VoCoCacheError
 from voco_plugin.store import VoCoCacheStore
 
+FORKS = multiprocessing.get_context("forkserver")
+"""Workers are forked by a process that has imported torch once and has opened no store."""
+
 
 @contextlib.contextmanager
 def worker(*arguments: object):
-    """A process of store_worker.py that has said it is ready."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{HELPERS}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(HELPERS / "store_worker.py"), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    try:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    """A process of store_worker.py that has said it is ready, and what it says from then on."""
+    said, saying = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=store_worker.work, args=(saying, *map(str, arguments)), daemon=True)
+    with pytest.MonkeyPatch.context() as patch:  # for the process that forks, which the first worker starts
+        patch.setenv("PYTHONPATH", f"{ROOT}:{HELPERS}")
+        FORKS.set_forkserver_preload(["store_worker"])
+        process.start()
+    saying.close()
+    with os.fdopen(os.dup(said.fileno())) as stream:
+        said.close()
+        try:
+            first = stream.readline()
+            assert first == "ready\n", first + stream.read()
+            yield process, stream
+        finally:
+            process.kill()
+            process.join()
 
 
-def finished(process: subprocess.Popen) -> list[int]:
+def finished(process, stream) -> list[int]:
     """The numbers it prints until it ends, which must be well."""
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    process.join(120)
+    assert not process.is_alive(), "still at work"
+    out = stream.read()
+    assert process.exitcode == 0, out
     return [int(word) for word in out.split()]
 
 
@@ -134,10 +144,10 @@ def test_a_killed_reader_does_not_stay(tmp_path):
     big = made(0, tokens=4, layers=4, dim=128)
     with opened(tmp_path / "s") as store:
         store.put(key(0), big)
-        with worker("hold", tmp_path / "s") as process:
+        with worker("hold", tmp_path / "s") as (process, _):
             assert store.stat()["readers"] == 1
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
             assert store.stat()["readers"] == 1
         store.put(key(1), big)
         assert store.stat()["readers"] == 0
@@ -153,7 +163,7 @@ def test_two_writers_with_overlapping_keys(tmp_path):
         worker("write", tmp_path / "s", 0, 120, 0) as a,
         worker("write", tmp_path / "s", 60, 120, 0) as b,
     ):
-        assert set(finished(a)) | set(finished(b)) == set(range(180))
+        assert set(finished(*a)) | set(finished(*b)) == set(range(180))
     assert check_after_kill(tmp_path / "s", set(range(180)), range(180)) == 0
 
 
@@ -168,13 +178,13 @@ def test_readers_during_eviction(tmp_path):
             worker("write", tmp_path / "s", 8, 250, limit) as writer,
         ):
             count, names = 0, {key(n): n for n in range(300)}
-            while writer.poll() is None:
+            while writer[0].is_alive():
                 for name in store:
                     with contextlib.suppress(KeyError):
                         assert same(store.get(name), numbered(names[name]))
                         count += 1
-            assert len(finished(writer)) == 250
-            assert finished(reader)[0] > 10 and count > 10
+            assert len(finished(*writer)) == 250
+            assert finished(*reader)[0] > 10 and count > 10
         assert store.stat()["bytes"] <= limit and key(0) not in store
         found = store.verify()
         assert found["bad"] == found["index"] == []
@@ -205,7 +215,7 @@ def test_a_map_that_another_process_has_grown(tmp_path):
     with opened(tmp_path / "s", map_size=1 << 17) as store:
         store.put(key(0), numbered(0))
         with worker("write", tmp_path / "s", 1, 60, 0) as writer:  # its map is larger from the start
-            finished(writer)
+            finished(*writer)
         assert len(store) == 61 and same(store.get(key(60)), numbered(60))
         assert store.put(key(61), numbered(61))
 

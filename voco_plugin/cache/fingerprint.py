@@ -21,7 +21,7 @@ import torch
 
 from ..config import VoCoConfig
 from ..core.adapter_switch import is_tuner
-from ..core.attachment import Attachment
+from ..core.attachment import Attachment, unwrap
 
 _WHOLE, _SAMPLE = 1 << 16, 1 << 14
 _RULE_FIELDS = (
@@ -105,7 +105,8 @@ def _found(modules: list[Any], parameters: list[torch.nn.Parameter | None]) -> t
 
 def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
     """``{"model": …, "adapter": …}`` of a transformers model; computed anew only when a weight changed."""
-    cached = getattr(model, "_voco_hashes", None)
+    model = unwrap(model)  # under a wrapper parameters have longer names
+    cached = vars(model).get("_voco_hashes")
     if cached is not None and cached[0].still(model, voco_id):
         return cached[1]
     named = dict(model.named_parameters())
@@ -162,6 +163,7 @@ def fingerprint(model: torch.nn.Module, config: VoCoConfig, processor: Any, voco
     """The fingerprint of ``model`` as it reads now: of what text's keys and values are made by. For blocks it
     is :func:`block_fingerprint`.
     """
+    model = unwrap(model)
     return {
         **model_hashes(model, voco_id),
         "processor": processor_hash(processor) if processor is not None else "none",
