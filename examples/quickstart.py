@@ -89,7 +89,7 @@ def main() -> None:
     run(
         "train", "gridworld_voco", "--model_name_or_path", base, "--output_dir", tuned,
         "--dataset_name", data / "train.json", "--image_folder", data / "images",
-        "--voco.num_tokens", args.num_tokens, "--seed", args.seed,
+        "--voco.num_tokens", args.num_tokens, "--seed", args.seed, "--overwrite", "true",
         *([] if args.max_steps is None else ["--max_steps", args.max_steps, "--logging_steps", 1]),
     )  # fmt: skip
     train_seconds = time.perf_counter() - train_started

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from commands import error_of
 from voco_plugin.cli import recipe as recipes
 from voco_plugin.cli.recipe import RecipeArguments, RecipeError, load
 
@@ -276,3 +277,15 @@ def test_no_key_means_two_things() -> None:
     names = [{f.name for f in dataclasses.fields(c)} for c in (VoCoSFTConfig, ModelConfig, RecipeArguments)]
     assert not names[2] & (names[0] | names[1])
     assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize("how", [["--resume_from_checkpoint", "false"], []])
+def test_a_finished_run_is_not_trained_over(how, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "train_results.json").write_text("{}")
+    asked = ["train", "gridworld_voco", "--output_dir", "done", "--dataset_name", "nowhere.json", *how]
+    assert "done holds a finished run" in error_of(capsys, *asked)
+    for more in (["--overwrite", "true"], ["--resume_from_checkpoint", "true"], ["--output_dir", "other"]):
+        said = error_of(capsys, *asked, *more)  # it goes on to the next fault
+        assert "finished run" not in said and said

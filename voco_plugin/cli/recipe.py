@@ -50,6 +50,7 @@ class RecipeArguments:
         dataset_test_split: the split of the evaluation set.
         eval_image_folder: ``image_folder`` of ``eval_dataset_name``; ``None``: the same.
         max_train_samples: the first so many rows only.
+        overwrite: train over a finished run in ``output_dir``.
         accelerate_config: launch through ``accelerate``: one of TRL's profiles (``single_gpu``,
             ``multi_gpu``, ``zero1``…``zero3``, ``fsdp1``, ``fsdp2``) or a file.
         num_processes: overrides the profile's number of processes.
@@ -69,6 +70,7 @@ class RecipeArguments:
     dataset_test_split: str | None = None
     eval_image_folder: str | None = None
     max_train_samples: int | None = None
+    overwrite: bool = False
     accelerate_config: str | None = None
     num_processes: int | None = None
     env: dict[str, Any] | None = None

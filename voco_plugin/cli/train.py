@@ -115,6 +115,7 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     model_config = recipe.arguments(ModelConfig)
     config = recipe.arguments(VoCoSFTConfig)
     _check_num_processes(arguments.num_processes, config.world_size)
+    _check_unfinished(config, arguments.overwrite)
     source, revision = model_config.model_name_or_path, model_config.model_revision
     if source is not None:
         check_model_path(source)
@@ -187,6 +188,23 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         "metrics": outcome.metrics,
         "main_process": trainer.is_world_process_zero(),
     }
+
+
+def _check_unfinished(config: Any, overwrite: bool) -> None:
+    """Refuse to train from step 0 over what an earlier run has made.
+
+    Raises:
+        RecipeError: ``output_dir`` holds a finished run, and neither ``overwrite`` nor a checkpoint to go on
+            from was named.
+    """
+    done = Path(config.output_dir) / RESULTS_NAME
+    goes_on = str(config.resume_from_checkpoint).lower() not in ("none", "false")
+    if done.is_file() and not overwrite and not goes_on:
+        raise RecipeError(
+            f"{config.output_dir} holds a finished run ({RESULTS_NAME}), which would be trained over from "
+            "step 0; give another --output_dir, go on with --resume_from_checkpoint true, or --overwrite "
+            "true."
+        )
 
 
 def _videos(arguments: RecipeArguments, name: str | None, config: Any) -> Any:
