@@ -73,13 +73,18 @@ def _heads_on_answers(stock: Callable[..., bool]) -> Callable[..., bool]:
 def _gathers_split_heads(stock: Callable[..., Any]) -> Callable[..., Any]:
     """With tied embeddings and trainable token rows, the head's weight is the embedding with the rows written
     in: a plain tensor, whole already, of which TRL 1.16 reads ``ds_status`` under ZeRO-3 ("'Tensor' object
-    has no attribute 'ds_status'"). Remove when it skips tensors that are not split.
+    has no attribute 'ds_status'"), here and again in the backward pass. Such a tensor is told to be whole.
+    Remove when TRL skips tensors that are not split.
     """
 
     def gather(*parameters: torch.Tensor | None) -> Any:
-        if not is_deepspeed_zero3_enabled():
-            return stock(*parameters)
-        return stock(*(p for p in parameters if p is not None and is_partitioned(p)))
+        if is_deepspeed_zero3_enabled():
+            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+            for parameter in parameters:
+                if parameter is not None and not is_partitioned(parameter):
+                    parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+        return stock(*parameters)
 
     return gather
 
