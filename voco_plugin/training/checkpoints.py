@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from ..config import CONFIG_NAME
+from ..config import CONFIG_NAME, VoCoConfig
+from ..core.attachment import attachment
+from .load_weights import check_resumable
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _Base
@@ -63,11 +65,16 @@ class AtomicCheckpoints(_Base):
 
     _staging: Path | None = None
     _push_is_due = False
+    voco: VoCoConfig | None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         run = self.args.output_dir
         assert run is not None  # TrainingArguments names one where none is given
         self._once_per_node(lambda: recover(run))
+        resume = args[0] if args else kwargs.get("resume_from_checkpoint")
+        resume = get_last_checkpoint(run) if resume is True else resume
+        if resume:
+            check_resumable(resume, None if self.voco is None else attachment(self.model).config)
         return super().train(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:

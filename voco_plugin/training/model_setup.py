@@ -30,7 +30,8 @@ def as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
         return VoCoSFTConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-VoCo-SFT")
     if not isinstance(args, TrainingArguments):
         raise ValueError(f"args is a {type(args).__name__}; give a VoCoSFTConfig.")
-    return VoCoSFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
+    values = args.to_dict()  # which hides whatever is named a token, TRL's eos_token among them
+    return VoCoSFTConfig(**{k: getattr(args, k) if k.endswith("_token") else v for k, v in values.items()})
 
 
 def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tuple[Any, Any]:

@@ -348,6 +348,10 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        test_dataset = prepare_dataset(test_dataset, need_images=False, name="test_dataset")
+        return super().predict(test_dataset, *args, **kwargs)
+
     # -- loss and metrics
 
     def compute_loss(
