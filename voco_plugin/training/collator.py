@@ -132,6 +132,8 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
         if problems:
             self._replace(problems, examples, rows, names, packed)
         check_same_kind(rows, self.dataset_text_field, names)
+        kind: type[ValueError]
+        last: Exception
         for _ in range(DRAWS):  # what stands in for a row may teach nothing either
             try:
                 with _plain_offsets(self.processor):
