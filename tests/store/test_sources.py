@@ -274,3 +274,71 @@ def test_columns_are_chosen_or_asked_for(place) -> None:
         image_source(data, image_column="rigt")
     with pytest.raises(ValueError, match="no split 'tset'"):
         image_source(place / "splits", split="tset")
+
+
+# -- what was left out without a word
+
+
+def _png(shade: int) -> bytes:
+    stream = io.BytesIO()
+    PILImage.new("RGB", (8, 8), (shade, 0, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def linked_tar(path: Path) -> Path:
+    """Files, hidden ones, and links: hard, symbolic (beside it, from another folder, of a link), and to
+    nowhere.
+    """
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, data in (("blobs/ab12", _png(10)), ("a/one.png", _png(20)), ("a/._one.png", b"mac")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for name, kind, target in (
+            ("a/hard.png", tarfile.LNKTYPE, "a/one.png"),
+            ("a/soft.png", tarfile.SYMTYPE, "../blobs/ab12"),
+            ("b/chain.png", tarfile.SYMTYPE, "../a/soft.png"),
+            ("b/lost.png", tarfile.SYMTYPE, "gone.png"),
+            ("b/ring.png", tarfile.SYMTYPE, "ring.png"),
+            ("b/.hidden.png", tarfile.SYMTYPE, "../a/one.png"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    return path
+
+
+def test_links_of_a_tar_are_the_images_they_lead_to(tmp_path):
+    source = image_source(linked_tar(tmp_path / "x.tar"))
+    names = [item.name.split("x.tar/")[1] for item in source]
+    assert names == ["a/one.png", "a/hard.png", "a/soft.png", "b/chain.png", "b/lost.png", "b/ring.png"]
+    shades = [item.open().getpixel((0, 0))[0] for item in list(source)[:4]]
+    assert shades == [20, 20, 10, 10]
+    for item, target in zip(list(source)[4:], ("b/gone.png", "b/ring.png"), strict=True):
+        with pytest.raises(BadImageError, match=f"a link to {target}, which the archive does not hold"):
+            item.open()
+
+
+def test_where_a_tar_is_read_in_order_its_links_are_named(tmp_path):
+    source = image_source(linked_tar(tmp_path / "x.tar.gz"))
+    items = list(source)
+    assert len(items) == 6 and items[0].open().getpixel((0, 0))[0] == 20
+    for item in items[1:]:
+        with pytest.raises(BadImageError, match="is read in order"):
+            item.open()
+
+
+def test_a_folder_shows_linked_folders_once_and_every_suffix(tmp_path):
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    (whole / "sub").mkdir(parents=True)
+    other.mkdir()
+    for name in ("a.jfif", "b.jpe"):
+        PILImage.new("RGB", (8, 8)).save(whole / name, "JPEG")
+    PILImage.new("RGB", (8, 8)).save(other / "c.png")
+    PILImage.new("RGB", (8, 8)).save(whole / "d.jp2")
+    (whole / "linked").symlink_to(other)
+    (whole / "sub" / "up").symlink_to(whole)  # a ring
+    (whole / "twice").symlink_to(other)
+    names = [Path(item.name).relative_to(whole).as_posix() for item in image_source(whole)]
+    assert names == ["a.jfif", "b.jpe", "d.jp2", "linked/c.png"]
+    assert all(item.open().size == (8, 8) for item in image_source(whole))

@@ -27,7 +27,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 logger = logging.getLogger(__name__)
 
 ON_BAD_SAMPLE = ("raise", "skip")
-IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".j2k", ".bmp", ".gif",
+    ".tif", ".tiff",
+)  # fmt: skip
 _ORIENTATION = 0x0112
 _SIDES_SWAPPED = (5, 6, 7, 8)
 """EXIF orientations whose width and height are swapped."""

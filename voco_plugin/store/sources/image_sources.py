@@ -188,13 +188,21 @@ def _folder(path: Path, options: Mapping[str, Any]) -> ImageSource:
 
 
 def _files_in(folder: Path) -> Iterator[str]:
-    """Files of a folder and its subfolders, sorted; hidden ones left out."""
+    """Files of a folder and its subfolders, links to folders too, sorted; hidden ones left out. A folder that
+    is reached twice is read once.
+    """
+    seen = {os.path.realpath(folder)}
 
     def refuse(problem: OSError) -> None:
         raise problem  # a folder that cannot be listed would be left out without a word
 
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    def new(place: str) -> bool:
+        real = os.path.realpath(place)
+        return not (real in seen or seen.add(real))  # type: ignore[func-returns-value]
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        shown = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in shown if new(os.path.join(place, name))]
         yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
 
 
