@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image as PILImage
 
 from odd_images import BAD, ODD, RED, SIZE, collator, talk, two_halves
 from tiny import processors
-from voco_plugin.data.images import BadImageError, find_refused, open_image
+from voco_plugin.data.images import BadImageError, find_refused, image_size, open_image
 from voco_plugin.training.collator import VoCoDataCollator
 
 # -- the opener
@@ -102,3 +103,12 @@ def test_a_fault_of_the_code_is_no_bad_sample(monkeypatch) -> None:
     monkeypatch.setattr(VoCoDataCollator, "_collate", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         made([{"messages": talk(), "images": [two_halves()]}])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_the_size_in_the_head_is_that_of_the_opened_image(kind: str, orientation: int) -> None:
+    exif, stream = PILImage.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    PILImage.new("RGB", (6, 4)).save(stream, kind, exif=exif)
+    assert image_size(stream.getvalue()) == open_image(stream.getvalue()).size

@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".j2k", ".bmp", ".gif",
     ".tif", ".tiff",
 )  # fmt: skip
-_ORIENTATION = 0x0112
+_ORIENTATION, _WIDTH, _LENGTH = 0x0112, 0x0100, 0x0101
 _SIDES_SWAPPED = (5, 6, 7, 8)
 """EXIF orientations whose width and height are swapped."""
 _URL_SECONDS = 30.0
@@ -90,6 +90,9 @@ def image_size(source: Any, where: str | None = None) -> tuple[int, int]:
                     swapped = image.getexif().get(_ORIENTATION, 1) in _SIDES_SWAPPED
                 except Exception:  # broken EXIF is ignored, as in to_rgb
                     swapped = False
+                if swapped and image.format == "TIFF":  # of which Pillow may give the turned size already
+                    tags = image.tag_v2  # type: ignore[attr-defined]
+                    swapped = image.size == (tags[_WIDTH], tags[_LENGTH])
                 return (image.height, image.width) if swapped else (image.width, image.height)
     except MemoryError:
         raise
