@@ -45,6 +45,9 @@ class Registry:
         ValueError: a name is registered twice, or asked for and unknown (the nearest known one is named).
     """
 
+    def __repr__(self) -> str:
+        return f"Registry({self.name!r}: {', '.join(self.list())})"
+
     def __init__(self, name: str) -> None:
         self.name = name
         self._entries: dict[str, Any] = {}

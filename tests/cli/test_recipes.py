@@ -289,3 +289,16 @@ def test_a_finished_run_is_not_trained_over(how, tmp_path, monkeypatch, capsys):
     for more in (["--overwrite", "true"], ["--resume_from_checkpoint", "true"], ["--output_dir", "other"]):
         said = error_of(capsys, *asked, *more)  # it goes on to the next fault
         assert "finished run" not in said and said
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    from voco_plugin.cli.inputs import read_questions
+    from voco_plugin.data.loaders import read_records
+
+    asked, rows = tmp_path / "asked.txt", tmp_path / "rows.json"
+    asked.write_text("what is it?\nwhere?\n", encoding="utf-8-sig")
+    rows.write_text('[{"id": 1}]', encoding="utf-8-sig")
+    assert read_questions(None, str(asked)) == ["what is it?", "where?"]
+    assert read_records(rows) == [{"id": 1}]
+    (tmp_path / "r.yaml").write_text("model_name_or_path: a\ndataset_name: b\n", encoding="utf-8-sig")
+    assert load(str(tmp_path / "r.yaml")).values["model_name_or_path"] == "a"

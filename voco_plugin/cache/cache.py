@@ -7,6 +7,8 @@ Shapes: ``L`` layers, ``H`` key-value heads, ``K`` VoCo tokens of a block, ``D``
 from __future__ import annotations
 
 import dataclasses
+import html
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +19,10 @@ import torch
 from .file_format import Parts, read_buffer, read_file, to_chunks, write_file
 from .fingerprint import check_nested, differences
 
+_SHOWN = 10
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class VoCoBlock:
     """The cache of one block (paper, Sec. 3.3).
 
@@ -41,6 +45,13 @@ class VoCoBlock:
     num_vision: int
     relocatable: bool = True
     order: int = 0
+
+    def __repr__(self) -> str:
+        at = f"at position {self.position}" + ("" if self.relocatable else ", nowhere else")
+        return (
+            f"VoCoBlock(K={self.num_tokens} for {self.num_vision} vision tokens, {self.num_layers} layers, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {at})"
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -133,12 +144,17 @@ class VoCoCache:
     def __getitem__(self, index: int | slice | Iterable[int]) -> VoCoCache:
         """The named blocks (an index, a slice or a list of indices) as a cache of one row; order as asked."""
         if isinstance(index, int):
-            chosen = [self.blocks[index]]
+            chosen = [self._block(index)]
         elif isinstance(index, slice):
             chosen = list(self.blocks[index])
         else:
-            chosen = [self.blocks[i] for i in index]
+            chosen = [self._block(i) for i in index]
         return VoCoCache(chosen, fingerprint=self.fingerprint)
+
+    def _block(self, index: int) -> VoCoBlock:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"block {index} is outside this cache's {len(self)} blocks.")
+        return self.blocks[index]
 
     def row(self, row: int) -> VoCoCache:
         """The blocks of one batch row, as a cache of one row."""
@@ -257,6 +273,22 @@ class VoCoCache:
     def __repr__(self) -> str:
         tokens = sorted(set(self.num_tokens))
         return f"VoCoCache({len(self)} blocks, K={tokens}, {self.num_rows} rows, {self.nbytes / 1e6:.3f} MB)"
+
+    def _repr_html_(self) -> str:
+        """A table for a notebook: the first blocks, and what made them."""
+        head = ("row", "K", "vision tokens", "position", "MB")
+        lines = [
+            (r, b.num_tokens, b.num_vision, b.position, f"{VoCoCache([b]).nbytes / 1e6:.3f}")
+            for r, b in itertools.islice(zip(self.rows, self.blocks, strict=True), _SHOWN)
+        ]
+        cells = ["".join(f"<td>{html.escape(str(v))}</td>" for v in line) for line in lines]
+        more = f"<p>and {len(self) - _SHOWN} more</p>" if len(self) > _SHOWN else ""
+        made = {n: self.fingerprint[n] for n in ("name", "rule", "dtype") if n in self.fingerprint}
+        return (
+            f"<p>{html.escape(repr(self))} {html.escape(', '.join(f'{n}={v}' for n, v in made.items()))}</p>"
+            f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>"
+            f"{''.join(f'<tr>{c}</tr>' for c in cells)}</table>{more}"
+        )
 
 
 def cache_to_bytes(cache: VoCoCache, values: str = "keep") -> bytes:

@@ -98,7 +98,8 @@ def read_questions(given: Sequence[str] | None, file: str | None) -> list[str]:
         path = Path(file).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"--questions {file} does not exist.")
-        questions += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        questions += [line.strip() for line in lines if line.strip()]
     if not questions:
         raise ValueError(
             "nothing to ask: give --question TEXT (more than once if you like) or --questions FILE."

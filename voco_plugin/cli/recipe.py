@@ -127,7 +127,7 @@ def find(name: str) -> Path:
 
 def summary(path: Path) -> str:
     """The first comment line of a recipe."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
         if line.startswith("#"):
             return line.lstrip("# ").strip()
     return ""

@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
 def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """A recipe file's keys and values, and the line of each key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:

@@ -77,6 +77,13 @@ class Attachment:
         self.detached = False
         self.relocator: Any = None
 
+    def __repr__(self) -> str:
+        config, family = self.config, type(self.family).__name__
+        return (
+            f"Attachment({family}, rule={config.rule!r}, K={config.num_tokens}, positions={config.positions!r}, "
+            f"VoCo token {config.token!r} = {self.vocab.voco_id})"
+        )
+
     def __deepcopy__(self, memo: dict) -> Attachment:
         made = Attachment(copy.copy(self.config), self.vocab, self.family, self.processor)
         memo[id(self)] = made

@@ -69,7 +69,7 @@ def load_vision_dataset(
 
 def read_records(path: Path) -> list[Any]:
     """The records of a JSON list or of JSON lines."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json":
         try:
             value = json.loads(text)

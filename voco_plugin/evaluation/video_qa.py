@@ -148,7 +148,7 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give the annotation file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, list) or not value or not all(isinstance(record, dict) for record in value):
@@ -176,7 +176,7 @@ def _mapping(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give youtube_mapping.txt")
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         words = line.split()
         if words and (len(words) != 2 or not re.fullmatch(r"vid\d+", words[1])):
             raise ValueError(f"{path}, line {number}: {line!r} is not a name and vidN")

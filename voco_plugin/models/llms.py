@@ -151,7 +151,7 @@ def template_text(name: str) -> str:
             f"chat_template {name!r} is neither a shipped template{nearest(name, known)} nor a file; "
             f"shipped: {', '.join(known)}."
         )
-    return file.read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8-sig")
 
 
 def fitting_template(tokenizer: Any) -> str:

@@ -201,7 +201,7 @@ def is_video_set(path: str | Path) -> bool:
     if not path.is_file():
         return False
     if path.suffix.lower() == ".csv":
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             return set(_WEBVID) <= set(next(csv.reader(file), []))
     if path.suffix.lower() not in (".json", ".jsonl"):
         return False
@@ -211,7 +211,7 @@ def is_video_set(path: str | Path) -> bool:
 
 def _webvid(path: Path, folder: Path, instruction: str) -> list[VideoRow]:
     rows = []
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         missing = [name for name in _WEBVID if name not in (reader.fieldnames or ())]
         if missing:
