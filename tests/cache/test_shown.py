@@ -40,4 +40,4 @@ def test_registries_and_attachments_name_what_they_hold():
         "Registry('llms': "
     )
     said = repr(vp.attachment(attached("llava_llama")))
-    assert "rule='isolated'" in said and "K=2" in said and " at 0x" not in said
+    assert "rule='isolated'" in said and "K=1" in said and " at 0x" not in said

@@ -80,8 +80,8 @@ class Attachment:
     def __repr__(self) -> str:
         config, family = self.config, type(self.family).__name__
         return (
-            f"Attachment({family}, rule={config.rule!r}, K={config.num_tokens}, positions={config.positions!r}, "
-            f"VoCo token {config.token!r} = {self.vocab.voco_id})"
+            f"Attachment({family}, rule={config.rule!r}, K={config.num_tokens}, "
+            f"positions={config.positions!r}, VoCo token {config.token!r} = {self.vocab.voco_id})"
         )
 
     def __deepcopy__(self, memo: dict) -> Attachment:
