@@ -251,7 +251,10 @@ def test_other_processor_settings_are_refused_by_name():
 @torch.no_grad()
 def test_a_wrong_k_or_count_is_named(model, cache):
     stream = _stream(model)
-    with pytest.raises(ValueError, match=r"sample 0, position \d+: a VoCo token with no block|for block 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"sample 0, position \d+: a VoCo token with no block|for block 0|VoCo tokens stand together",
+    ):
         model(**stream, voco_cache=cache.first(1))
     with pytest.raises(ValueError, match="the cache holds 3 rows and input_ids 4"):
         model(**stream, voco_cache=vp.VoCoCache.stack([cache.row(r) for r in range(3)]))

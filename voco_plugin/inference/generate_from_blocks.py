@@ -8,10 +8,11 @@ the prompt is read first, under the rule, and generation goes on from its last t
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, StaticCache, SuppressTokensLogitsProcessor
+from transformers import Cache, GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from ..cache.place.stage_two import Placed
@@ -24,16 +25,38 @@ _DYNAMIC = (None, "dynamic", "dynamic_full")
 _DEFAULTS = GenerationConfig()
 
 
+def own_config(args: tuple, kwargs: dict) -> tuple:
+    """``args``, with a copy of the generation config given in the place of it (also where ``kwargs`` has it),
+    so that :func:`change` may write to it.
+    """
+    if kwargs.get("generation_config") is not None:
+        kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+    elif args and args[0] is not None:
+        return copy.deepcopy(args[0]), *args[1:]
+    return args
+
+
+def change(args: tuple, kwargs: dict, **values: Any) -> None:
+    """Set generation settings where the caller set theirs: in the generation config given
+    (:func:`own_config`), or as arguments. Beside a config, ``generate`` wants no arguments.
+    """
+    config = kwargs.get("generation_config") or (args[0] if args else None)
+    for name, value in values.items():
+        if config is None or name in kwargs:
+            kwargs[name] = value
+        else:
+            setattr(config, name, value)
+
+
 def setting(model: Any, args: tuple, kwargs: dict, name: str, default: Any = None) -> Any:
-    """A generation setting: of the call, of the generation config given, or of the model's."""
-    config = (
-        kwargs.get("generation_config")
-        or (args[0] if args else None)
-        or getattr(model, "generation_config", None)
-    )
+    """A generation setting: of the call, of the generation config given, or, where those leave it open, of
+    the model's.
+    """
+    given = kwargs.get("generation_config") or (args[0] if args else None)
+    found = (getattr(config, name, None) for config in (given, getattr(model, "generation_config", None)))
     value = kwargs.get(name)
-    if value is None:
-        value = getattr(config, name, None)
+    for one in found:
+        value = one if value is None else value
     return default if value is None else value
 
 
@@ -42,12 +65,6 @@ def expansion(model: Any, args: tuple, kwargs: dict) -> int:
     beams = setting(model, args, kwargs, "num_beams", 1)
     returned = setting(model, args, kwargs, "num_return_sequences", 1)
     return max(beams, returned)
-
-
-class NeverGenerated(SuppressTokensLogitsProcessor):
-    """Keeps VoCo and image tokens from being generated. A class of its own beside what ``suppress_tokens``
-    makes: of two processors of one class, ``generate`` takes one.
-    """
 
 
 def is_assisted(model: Any, args: tuple, kwargs: dict) -> bool:
@@ -118,7 +135,7 @@ def shift_lengths(model: Any, args: tuple, kwargs: dict, by: int) -> None:
             new = setting(model, args, kwargs, "max_new_tokens")
             if not value or value == getattr(_DEFAULTS, name) or (name == "max_length" and new is not None):
                 continue
-        kwargs[name] = max(value + by, 0)
+        change(args, kwargs, **{name: max(value + by, 0)})
 
 
 def head_start(

@@ -30,12 +30,13 @@ from ..core.injection import insert_voco_tokens
 from ..core.kv_cache import KVSlots
 from ..core.layout import SequenceLayout, pad_id_of_model, padding_side_of, tokenizer_of
 from .generate_from_blocks import (
-    NeverGenerated,
+    change,
     check_draft,
     expansion,
     head_start,
     is_assisted,
     only_new,
+    own_config,
     refuse_static_in_one_pass,
     setting,
     shift_lengths,
@@ -320,7 +321,8 @@ class VoCoGenerationMixin(Extension):
                 if layout.spans or KVSlots.of(past) is not None:
                     refuse_static_in_one_pass(self, args, kwargs)
                     _refuse_right_padding(kwargs.get("attention_mask"))
-                    self._suppress(kwargs, ids.device)
+                    args = own_config(args, kwargs)
+                    self._suppress(args, kwargs)
                 return super().generate(*args, **kwargs)
             if layout.spans:
                 vision = {k: v for k, v in kwargs.items() if _is_model_input(k, v)}
@@ -337,12 +339,13 @@ class VoCoGenerationMixin(Extension):
     ) -> Any:
         """Stock ``generate`` on the placed blocks; the output starts with the ids the caller gave."""
         _refuse(kwargs, cache_names())
+        args = own_config(args, kwargs)
         state = self._voco_attachment
         static, assisted = static_kind(self, args, kwargs), is_assisted(self, args, kwargs)
         if assisted:
             check_draft(self, kwargs)
         if len(cache) or prefix is not None:
-            self._suppress(kwargs, shown.device)
+            self._suppress(args, kwargs)
         types = stream.get("token_type_ids", kwargs.pop("token_type_ids", None))
         placed = place(self, state, stream["input_ids"], stream["attention_mask"], cache, types, prefix)
         if not placed.ends_with_text:
@@ -368,7 +371,9 @@ class VoCoGenerationMixin(Extension):
         if times > 1 and given_cache(start).get_seq_length():
             given_cache(start).batch_repeat_interleave(times)
         # the blocks are in a KV cache, whatever a config saved in training says of caches
-        kwargs["use_cache"], kwargs["cache_implementation"] = True, None
+        change(args, kwargs, use_cache=True, cache_implementation=None)
+        if self.generation_config.cache_implementation is not None:  # it would be filled in
+            kwargs["cache_implementation"] = None
         if static is not None:
             most = setting(self, args, kwargs, "max_new_tokens")
             most = length + most if most is not None else setting(self, args, kwargs, "max_length", 0)
@@ -406,11 +411,11 @@ class VoCoGenerationMixin(Extension):
                 config._attn_implementation_internal = implementation
             raise
 
-    def _suppress(self, kwargs: dict, device: torch.device) -> None:
+    def _suppress(self, args: tuple, kwargs: dict) -> None:
         """VoCo and image tokens are input only: after images they are never generated."""
         vocab = self._voco_attachment.vocab
-        never = NeverGenerated(sorted({vocab.voco_id, *vocab.placeholders}), device=device)
-        kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), never]
+        listed = setting(self, args, kwargs, "suppress_tokens", [])
+        change(args, kwargs, suppress_tokens=sorted({*listed, vocab.voco_id, *vocab.placeholders}))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, and so are ``generate_batch`` and the context manager, which begin with it.

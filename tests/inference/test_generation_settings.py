@@ -4,8 +4,6 @@ meant for another kind of model. The answer is that of one pass, or a refusal.
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import transformers as hf
@@ -98,15 +96,21 @@ def test_prompts_padded_on_the_right_are_not_answered_in_one_pass(name):
 # -- what stands in a config
 
 
-def test_voco_and_image_tokens_are_kept_out_without_a_setting_of_the_users():
+def test_voco_and_image_tokens_are_kept_out_and_the_users_settings_hold(caplog):
     model = attached("llava_llama")
     batch = inputs("llava_llama", ROWS, "left")
     expected, given = single(model, batch), cached(model, batch)
     first = int(expected[0, 0])
-    config = hf.GenerationConfig(max_new_tokens=NEW["max_new_tokens"], do_sample=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.generate(**given, generation_config=config)
+    config = hf.GenerationConfig(max_new_tokens=NEW["max_new_tokens"], do_sample=False, top_k=1)
+    hf.utils.logging.enable_propagation()
+    try:
+        made = model.generate(**given, generation_config=config)
+    finally:
+        hf.utils.logging.disable_propagation()
+    assert not [r for r in caplog.records if "deprecated" in r.getMessage()]
+    assert config.suppress_tokens is None, "the caller's is as it was"
+    assert made[:, given["input_ids"].shape[1] :].shape[1] == NEW["max_new_tokens"]
+    model.generate(**given, **{**NEW, "do_sample": True}, top_k=1)  # what is kept out is so before the cut
     banned = model.generate(**given, **NEW, suppress_tokens=[first])[0, given["input_ids"].shape[1] :]
     assert first not in banned.tolist()
     vocab = vp.attachment(model).vocab
