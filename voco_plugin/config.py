@@ -209,7 +209,7 @@ class VoCoConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {folder} was not saved by voco_plugin.")
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             version, voco = record["format_version"], record["voco"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a VoCo config file ({error}); save the model again.") from None

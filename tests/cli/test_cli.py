@@ -468,3 +468,17 @@ def test_eval_scores_every_mode_per_question_type(here: Path, capsys) -> None:
     assert "trained with VoCo tokens" in error_of(
         capsys, "eval", "runs/gridworld_voco", *data, "--mode", "lower"
     )
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_no_command_fails_because_of_what_a_terminal_cannot_show(encoding, tmp_path):
+    """`→` in a line, and any character in JSON that a program reads."""
+    code = (
+        "import sys; from voco_plugin.cli import main, output; "
+        "main(['registry', 'projectors']); output.emit('a → b'); output.emit_json({'é→😀': 1})"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-500:]
+    text = done.stdout.decode(encoding)
+    assert "a \\u2192 b" in text and json.loads(text[text.index("{") :]) == {"é→😀": 1}

@@ -360,3 +360,16 @@ def test_expected_numbers_of_frames(folder: Path) -> None:
         found = len(list(read_video(folder / "h264.mp4", **sampling)))
         assert Sampling(**sampling).expected(3.0, 75) == found
     assert Sampling(scene=0.1).expected(3.0) is None
+
+
+LIKE_PROTOCOLS = ["2024-01-01T12:30:00.mp4", "pipe:1.mp4", "a|b.mp4", "concat:x.mp4", "%03d.mp4"]
+
+
+@pytest.mark.parametrize("name", LIKE_PROTOCOLS)
+@pytest.mark.parametrize("how", ["absolute", "relative", "dotted", "path"])
+def test_a_file_may_be_named_like_a_protocol(name, how, tmp_path, monkeypatch):
+    write_video(tmp_path / "plain.mp4", count=5).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    ways = {"absolute": str(tmp_path / name), "relative": name, "dotted": f"./{name}", "path": Path(name)}
+    assert len(list(read_video(ways[how], count=3))) == 3
+    assert probe(ways[how]).size == SIZE

@@ -18,7 +18,17 @@ def emit(text: str = "") -> None:
 
 def emit_json(value: Any) -> None:
     """The result for a program: one JSON value on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str), flush=True)
+    plain = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    print(json.dumps(value, indent=2, ensure_ascii=plain, default=str), flush=True)
+
+
+def print_anything() -> None:
+    """Let a terminal or a pipe that lacks a character ("→" under cp1252) get its number instead: no command
+    fails, its work done, because of what it prints.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def note(text: str) -> None:

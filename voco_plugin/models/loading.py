@@ -106,7 +106,7 @@ def load(
         common["dtype"] = dtype
     base = source
     if adapter_file is not None:
-        base = json.loads(Path(adapter_file).read_text()).get("base_model_name_or_path")
+        base = json.loads(Path(adapter_file).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base:
             raise ValueError(
                 f"{adapter_file} names no base model; merge the adapter, or add base_model_name_or_path."

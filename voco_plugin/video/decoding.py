@@ -7,6 +7,7 @@ display matrix (how a phone was held) is applied. One decoded frame is held at a
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,13 @@ def pyav() -> Any:
     return av
 
 
+def _unparsed(file: Any) -> Any:
+    """A file's path as FFmpeg takes it unparsed: it reads ``2024-01-01T12:30:00.mp4`` as a protocol."""
+    if isinstance(file, (str, os.PathLike)) and os.path.isfile(file):
+        return f"file:{os.path.abspath(file)}"
+    return file
+
+
 class VideoFile:
     """An open video; a context manager.
 
@@ -76,7 +84,7 @@ class VideoFile:
         self.name, self.live = name, live
         self.reached: float | None = None
         try:
-            self.container = av.open(file, **dict(options or {}))
+            self.container = av.open(_unparsed(file), **dict(options or {}))
         except (av.FFmpegError, OSError, ValueError) as error:
             raise BadVideoError(name, _reason(error), _OTHER) from None
         try:

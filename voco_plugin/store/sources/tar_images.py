@@ -100,7 +100,8 @@ class TarStream(ImageSource):
         found = False
         try:
             with (
-                fsspec.open(self.path, "rb") as raw,
+                # fsspec would take "::" in the name of a file for a chain of protocols
+                (fsspec.open if URL.match(self.path) else open)(self.path, "rb") as raw,
                 tarfile.open(fileobj=raw, mode="r|*", tarinfo=_StrictHeader) as tar,
             ):
                 for member in tar:
