@@ -70,10 +70,11 @@ def test_queries_scaled_by_their_slot_are_refused_where_slots_differ():
 
     model = attached("llama4")
     batch = inputs("llama4", [["bos", "t3", "img", "c2", "t4"]])
-    cache, stream = model.compress(**batch), model.stream_inputs(batch)
     text = vp.attachment(model).family.text_model(model)
     text.config.floor_scale = 17  # the prompt has 16 tokens
+    cache, stream = model.compress(**batch), model.stream_inputs(batch)
     model(**stream, voco_cache=cache)
     text.config.floor_scale = 16
+    cache = model.compress(**batch)
     with pytest.raises(RelocationError, match="scales queries by their slot from token 16 on"):
         model(**stream, voco_cache=cache)

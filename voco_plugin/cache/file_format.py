@@ -35,7 +35,7 @@ _INT8_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _POSITIONS = 1 << 31
 _MAX_ROWS = 1 << 20
 _MAX_TEXT = 1000
-_MAX_NAMES = 64
+_MAX_NAMES = 256
 _EXACT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -347,10 +347,15 @@ def _fault_of_block(block: Any) -> str | None:
     return None if isinstance(block["relocatable"], bool) else "relocatable is neither true nor false"
 
 
-def _fault_of_fingerprint(fingerprint: Any) -> str | None:
+def _fault_of_fingerprint(fingerprint: Any, within: int = 1) -> str | None:
+    """``within``: levels of records that its entries may be (``settings``)."""
     if not isinstance(fingerprint, dict) or len(fingerprint) > _MAX_NAMES:
         return f"the fingerprint is no record of at most {_MAX_NAMES} entries"
     for name, value in fingerprint.items():
+        if within and isinstance(value, dict):
+            if fault := _fault_of_fingerprint(value, within - 1):
+                return fault
+            value = None
         texts = [text for text in (name, value) if isinstance(text, str)]
         plain = value is None or isinstance(value, (str, bool, int, float))
         if not plain or any(len(text) > _MAX_TEXT for text in texts):

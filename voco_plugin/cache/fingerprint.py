@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import itertools
 import json
-import operator
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ..config import VoCoConfig
-from ..core.adapter_switch import is_tuner
 from ..core.attachment import Attachment, unwrap
+from .adapters import Names, tuners_of
+from .seen import Seen
+from .settings import ConfigSettings, adapter_settings
 
 _WHOLE, _SAMPLE = 1 << 16, 1 << 14
 _RULE_FIELDS = (
@@ -33,6 +34,9 @@ _RULE_FIELDS = (
     "token_init",
     "compressor",
 )
+_NOT_READ = ("num_batches_tracked", "trainable_tokens_original")
+"""Buffers that are saved and change nothing: counters, and what an adapter's rows were before."""
+_HASHES, _PARTS = ("model", "adapter", "processor"), ("settings", "adapter_settings")
 _SINCE = {"compressor": "voco", "frozen_stage1": False}
 """What a cache is taken to be made with where it was written before this was named."""
 
@@ -51,84 +55,63 @@ def _hash_tensor(sha: Any, name: str, tensor: torch.Tensor) -> None:
     sha.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
 
 
-def _is_adapter(name: str) -> bool:
-    return any(
-        part.startswith(("lora_", "trainable_tokens_", "ia3_", "oft_", "vera_")) for part in name.split(".")
-    )
-
-
-class _Seen:
-    """The state of a model that a hash was computed for; weak references: it keeps no weight in memory.
-
-    It is asked for every prompt, in front of the first token: no names are built, and nothing is computed
-    but lists of what is there, compared with what was.
+def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, Any]:
+    """What a transformers model computes with: ``model`` and ``adapter``, hashes of the weights that take
+    part, ``settings`` (:mod:`.settings`) and, where an adapter is active, ``adapter_settings``. Weights are
+    read anew only when something changed.
     """
-
-    def __init__(self, model: torch.nn.Module | None = None, voco_id: int = -1) -> None:
-        modules = [] if model is None else list(model.modules())
-        self.modules = [weakref.ref(module) for module in modules]
-        self.parameters = [None if p is None else weakref.ref(p) for p in _parameters(modules)]
-        self.found = None if model is None else _found(modules, _parameters(modules))
-        self.voco_id = voco_id
-
-    def __reduce__(self) -> tuple:
-        return _Seen, ()  # a copied or unpickled model computes its own
-
-    def still(self, model: torch.nn.Module, voco_id: int) -> bool:
-        """Whether ``model`` is as it was: the same modules, and in them the same tensors, not written to."""
-        modules = [ref() for ref in self.modules]
-        if voco_id != self.voco_id or not modules or modules[0] is not model or None in modules:
-            return False
-        parameters = _parameters(modules)
-        known = [None if ref is None else ref() for ref in self.parameters]
-        return (
-            len(known) == len(parameters)
-            and all(map(operator.is_, known, parameters))
-            and _found(modules, parameters) == self.found
-        )
-
-
-def _parameters(modules: list[Any]) -> list[torch.nn.Parameter | None]:
-    return [*itertools.chain.from_iterable([module._parameters.values() for module in modules])]
-
-
-def _found(modules: list[Any], parameters: list[torch.nn.Parameter | None]) -> tuple[list, ...]:
-    """What tells a state from another: the tree, what was written to, and which adapters are on."""
-    children = itertools.chain.from_iterable([module._modules.values() for module in modules])
-    tuners = [module for module in modules if is_tuner(type(module))]
-    return (
-        [*map(id, children)],
-        [None if p is None else (p._version, p.dtype) for p in parameters],
-        [(tuple(module.active_adapters), module.disable_adapters) for module in tuners],
-    )
-
-
-def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, str]:
-    """``{"model": …, "adapter": …}`` of a transformers model; computed anew only when a weight changed."""
     model = unwrap(model)  # under a wrapper parameters have longer names
-    cached = vars(model).get("_voco_hashes")
-    if cached is not None and cached[0].still(model, voco_id):
-        return cached[1]
-    named = dict(model.named_parameters())
-    base, adapter = hashlib.sha256(), hashlib.sha256()
-    has_adapter = False
-    for name in sorted(named):
-        if _is_adapter(name):
-            has_adapter = True
-            _hash_tensor(adapter, name, named[name])
-        else:
-            _hash_tensor(base, name.replace(".base_layer", ""), named[name])
+    seen, weights, settings = vars(model).get("_voco_hashes", (Seen(), None, None))
+    if weights is None or not seen.still(model, voco_id):
+        seen, weights = Seen(model, voco_id), _hashes(model, voco_id)
+    if settings is None or not settings.still(model.config):
+        settings = ConfigSettings(model.config)
+    object.__setattr__(model, "_voco_hashes", (seen, weights, settings))
+    hashes, buffers = weights
+    return {**hashes, "settings": {**settings.values, **buffers}}
+
+
+def _hashes(model: torch.nn.Module, voco_id: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Hashes of the weights that take part, and of the buffers that the model is saved with."""
+    tuners = tuners_of(model)
+    names, base, adapter = Names(tuners), hashlib.sha256(), hashlib.sha256()
+    called = [(*names(name), weight) for name, weight in model.named_parameters()]
+    for name, of_adapter, weight in sorted(called, key=lambda part: part[0] or ""):
+        if name is not None:
+            _hash_tensor(adapter if of_adapter else base, name, weight)
     embedding = _whole(model.get_input_embeddings().weight)
     base.update(embedding[voco_id].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    tuners = sorted(
-        f"{name}:{m.active_adapters}:{m.disable_adapters}"
-        for name, m in model.named_modules()
-        if is_tuner(type(m))
+    active = [tuner for tuner in tuners if tuner.active]
+    lines = sorted(f"{tuner.name}:{tuner.called}:False" for tuner in active)
+    adapter.update("\n".join(lines).encode())
+    hashes: dict[str, Any] = {
+        "model": base.hexdigest()[:32],
+        "adapter": adapter.hexdigest()[:32] if active else "none",
+    }
+    own, of_adapters = _buffers(model, names)
+    if active:
+        hashes["adapter_settings"] = adapter_settings(active) | of_adapters
+    return hashes, own
+
+
+def _buffers(model: torch.nn.Module, names: Names) -> tuple[dict[str, str], dict[str, str]]:
+    """Hashes of the buffers that are saved, the model's own and its active adapters'. What a config makes,
+    such as the angles of rope, is not saved and told by the config.
+    """
+    hashes = {False: hashlib.sha256(), True: hashlib.sha256()}
+    found = {False: False, True: False}
+    for prefix, module in model.named_modules():
+        for name, buffer in sorted(module._buffers.items()):
+            called, of_adapter = names(f"{prefix}.{name}")
+            saved = buffer is not None and name not in module._non_persistent_buffers_set
+            if not saved or called is None or any(part in _NOT_READ for part in (name, *prefix.split("."))):
+                continue
+            _hash_tensor(hashes[of_adapter], called, buffer)
+            found[of_adapter] = True
+    own, adapters = (
+        {"buffers": hashes[kind].hexdigest()[:16]} if found[kind] else {} for kind in (False, True)
     )
-    adapter.update("\n".join(tuners).encode())
-    hashes = {"model": base.hexdigest()[:32], "adapter": adapter.hexdigest()[:32] if has_adapter else "none"}
-    object.__setattr__(model, "_voco_hashes", (_Seen(model, voco_id), hashes))
-    return hashes
+    return own, adapters
 
 
 def processor_hash(processor: Any) -> str:
@@ -187,22 +170,51 @@ def block_fingerprint(
 def of_blocks(reader: dict[str, Any]) -> dict[str, Any]:
     """The fingerprint of the blocks that the model of fingerprint ``reader`` compresses."""
     made_by = dict(reader)
-    if made_by.pop("frozen_stage1", False):
-        made_by["adapter"] = "none"
-    return made_by
+    return without_adapter(made_by) if made_by.pop("frozen_stage1", False) else made_by
+
+
+def as_told(made_by: dict[str, Any], others: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """``made_by`` with what all of ``others`` were told: where one was written before there were settings,
+    the keys beside it are made without them.
+    """
+    if all("settings" in other for other in others):
+        return made_by
+    return {name: value for name, value in made_by.items() if name not in _PARTS}
+
+
+def without_adapter(made_by: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint of the model of fingerprint ``made_by`` with its adapters switched off."""
+    base = {name: value for name, value in made_by.items() if name != "adapter_settings"}
+    return {**base, "adapter": "none"}
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """In words, what two fingerprints disagree on. ``num_tokens`` is the blocks' own business
-    (``first(k)``).
+    """In words, what two fingerprints disagree on: what has a name first, then hashes. ``num_tokens`` is the
+    blocks' own business (``first(k)``); what was written before ``settings`` were told is taken to have
+    them.
     """
-    wrong = []
+    tell = "settings" in expected and "settings" in found
+    told, hashed = [], []
     for name in sorted(set(expected) | set(found)):
+        if name in _PARTS:
+            for part in _settings_apart(expected.get(name) or {}, found.get(name) or {}) if tell else ():
+                told.append(("adapter's " if name == "adapter_settings" else "") + part)
+            continue
         here, there = (made.get(name, _SINCE.get(name)) for made in (expected, found))
         if name == "num_tokens" or here == there or (name == "processor" and "none" in (here, there)):
             continue
-        wrong.append(f"{name} is {there!r}, not {here!r}")
-    return wrong
+        if name in _HASHES:
+            hashed.append(f"{name} is {str(there)[:8]!r}, not {str(here)[:8]!r}")
+        else:
+            told.append(f"{name} is {there!r}, not {here!r}")
+    return told + hashed
+
+
+def _settings_apart(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    names = [name for name in sorted(set(here) | set(there)) if here.get(name) != there.get(name)]
+    usual = "as its class has it"
+    values = [[repr(part[name]) if name in part else usual for part in (there, here)] for name in names]
+    return [f"{name} is {theirs}, not {ours}" for name, (theirs, ours) in zip(names, values, strict=True)]
 
 
 def check_nested(made_by: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from ...cache import VoCoCache
+from ...cache.fingerprint import as_told
 from ...core.attachment import evaluating
 from ...data.images import BadImageError, check_on_bad_sample
 from ...inference.answering import compress_images
@@ -133,7 +134,9 @@ def compress_dataset(
                 compress_images, model, processor, num_tokens=tokens, batch_size=batch_size,
                 max_memory=max_memory,
             ),
-            key=partial(image_key, made_by=made_by, num_tokens=tokens),
+            key=partial(
+                image_key, made_by=as_told(made_by, [sink.made_by for sink in sinks]), num_tokens=tokens
+            ),
             tokens=tokens, sinks=sinks, store_sink=store_sink, batch_size=batch_size,
             skip=on_bad_sample == "skip", progress=progress, refused=refused,
         )  # fmt: skip

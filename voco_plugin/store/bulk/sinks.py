@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...cache import VoCoCache
+from ...cache.fingerprint import as_told
 from ..names import NameEntry, StoreNames
 from ..shards import ShardFolder, ShardWriter, check_same_maker, shard_names
 from ..video_series import Series, write_series
@@ -26,6 +27,9 @@ class Finished:
 
 class Sink(Protocol):
     """What the job asks of a place for caches."""
+
+    made_by: dict[str, Any]
+    """What the keys there are made with."""
 
     def entry(self, name: str, num_tokens: int) -> NameEntry | None:
         """The entry of a name, where its cache is there, too."""
@@ -50,7 +54,7 @@ class StoreSink:
     """A ``VoCoCacheStore`` and the names beside it. A batch is one transaction; names follow it."""
 
     def __init__(self, store: Any) -> None:
-        self.store = store
+        self.store, self.made_by = store, store.fingerprint
         self.names = StoreNames(store.path)
 
     def entry(self, name: str, num_tokens: int) -> NameEntry | None:
@@ -94,11 +98,14 @@ class ShardSink:
 
     def __init__(self, url: str, fingerprint: dict[str, Any], shard_bytes: int) -> None:
         self.folder = ShardFolder(url)
+        self.made_by = fingerprint
+        """As the shards that were there have it."""
         self.writer = ShardWriter(self.folder, fingerprint, shard_bytes)
         self.keys: set[str] = set()
         self.entries: dict[tuple[str, int], NameEntry] = {}
         for entry, made_by in shard_names(self.folder):
             check_same_maker(fingerprint, made_by, url)
+            self.made_by = as_told(self.made_by, [made_by])
             self._know(entry)
 
     def entry(self, name: str, num_tokens: int) -> NameEntry | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...cache.fingerprint import differences
+from ...cache.fingerprint import as_told, differences, without_adapter
 from ...config import VoCoConfig
 from ...core.attachment import attachment, evaluating, unwrap
 from ...core.forward import ForwardMode
@@ -120,7 +120,7 @@ class Staged(_Base):
         stage1 = getattr(args, "stage1", "joint")
         check_frozen(model, self.voco, stage1, peft_config)
         if stage1 == "frozen" and self.voco is not None:
-            self._start = {**fingerprint_of(model), "adapter": "none"}
+            self._start = without_adapter(fingerprint_of(model))
 
     def _prepare_stages(self) -> None:
         """Once the model is wrapped in PEFT.
@@ -150,7 +150,7 @@ class Staged(_Base):
             raise ValueError(
                 "stage1='frozen' cannot go with this: compute_metrics needs the logits of one pass."
             )
-        made_by = {**fingerprint_of(student), "adapter": "none"}
+        made_by = without_adapter(fingerprint_of(student))
         changed = differences(self._start or made_by, made_by)
         if changed:
             raise ValueError(
@@ -168,7 +168,9 @@ class Staged(_Base):
     def _image_keys_of(self) -> dict[str, Any] | None:
         """The fingerprint that the collator makes keys with; ``None`` where no store asks for them."""
         frozen = self._stages.blocks if isinstance(self._stages, Frozen) else None
-        return frozen.made_by if frozen is not None and frozen.store is not None else None
+        if frozen is None or frozen.store is None:
+            return None
+        return as_told(frozen.made_by, [frozen.store.fingerprint])
 
 
 def open_store(folder: str, made_by: dict[str, Any]) -> VoCoCacheStore:
