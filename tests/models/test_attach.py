@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 
@@ -311,3 +312,23 @@ def test_an_adapter_whose_base_is_gone_says_where_it_looked(tmp_path):
         FileNotFoundError, match=r"trained on runs/gone/base, which does not exist seen from /"
     ):
         vp.load(tmp_path)
+
+
+def test_a_new_row_is_the_exact_mean_rounded_once():
+    """So that every kind of CPU and GPU makes the same: a cache of one machine is read on another."""
+    model = plain("llava_llama")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.randn_like(model.get_input_embeddings().weight) * 100)
+    rows = model.get_input_embeddings().weight.detach().clone()
+    new = voco_id("llava_llama")
+    known = rows.double().T.tolist()
+    mean = torch.tensor([math.fsum(column) / len(column) for column in known], dtype=torch.float64)
+    spread = [
+        math.fsum((x - m) ** 2 for x in column) / len(column) for column, m in zip(known, mean, strict=True)
+    ]
+    draw = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(3)).double()
+    wanted = (mean + draw * torch.tensor(spread, dtype=torch.float64).sqrt() * 0.01).float()
+    config = vp.VoCoConfig(token_id=new, token_seed=3)
+    vp.attach(model, config, vocabulary=vocabulary("llava_llama", model, config), initialize_token=True)
+    assert torch.equal(model.get_input_embeddings().weight[new], wanted)

@@ -13,6 +13,9 @@ from .._compat import full_shape, gathered
 from ..config import VoCoConfig
 from ..core.layout import tokenizer_of
 
+_AT_ONCE = 4096
+"""Rows whose copies in fp64 are in memory at a time."""
+
 
 def add_token(processor: Any, config: VoCoConfig) -> tuple[int, bool]:
     """Add ``config.token`` to the processor's tokenizer as a special token: its id, and whether it was new.
@@ -63,10 +66,9 @@ def make_rows(model: Any, config: VoCoConfig, token_id: int, known: int) -> dict
             record["old"] = [weight[token_id].detach().clone() for weight in weights]
         try:
             for weight in weights:
-                rows = weight[:known].detach().float()
-                std = rows.std(dim=0, unbiased=False).cpu()
-                noise = torch.randn(weight.shape[1], generator=generator) * std * 0.01
-                row = (rows.mean(dim=0).cpu() + noise).to(weight.device, weight.dtype)
+                mean, std = _mean_and_std(weight[:known])
+                noise = torch.randn(weight.shape[1], generator=generator).double() * std * 0.01
+                row = (mean + noise).to(weight.dtype).to(weight.device)
                 weight[token_id] = row
                 if record["resized"]:
                     weight[before:token_id] = row  # ids between the old end and the token, if any
@@ -76,6 +78,20 @@ def make_rows(model: Any, config: VoCoConfig, token_id: int, known: int) -> dict
                 weight[token_id] = old
             raise
     return record
+
+
+def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each column of ``(n, d)``, ``(d,)`` each, summed in fp64 on the CPU: in fp32 one kind of CPU or GPU
+    rounds otherwise than the next, and a cache of one machine would be another model's on the next.
+    """
+    total = torch.zeros(2, rows.shape[1], dtype=torch.float64)
+    for part in rows.detach().split(_AT_ONCE):
+        values = part.cpu().double()
+        total[0] += values.sum(dim=0)
+    mean = total[0] / rows.shape[0]
+    for part in rows.detach().split(_AT_ONCE):
+        total[1] += (part.cpu().double() - mean).square().sum(dim=0)
+    return mean, (total[1] / rows.shape[0]).sqrt()
 
 
 def _resize(model: Any, rows: int, **options: Any) -> None:
