@@ -21,6 +21,7 @@ import torch
 from ..config import VoCoConfig
 from ..core.attachment import Attachment, unwrap
 from .adapters import Names, tuners_of
+from .offload import Offloaded
 from .seen import Seen
 from .settings import ConfigSettings, adapter_settings
 
@@ -75,12 +76,15 @@ def _hashes(model: torch.nn.Module, voco_id: int) -> tuple[dict[str, Any], dict[
     """Hashes of the weights that take part, and of the buffers that the model is saved with."""
     tuners = tuners_of(model)
     names, base, adapter = Names(tuners), hashlib.sha256(), hashlib.sha256()
-    called = [(*names(name), weight) for name, weight in model.named_parameters()]
-    for name, of_adapter, weight in sorted(called, key=lambda part: part[0] or ""):
-        if name is not None:
-            _hash_tensor(adapter if of_adapter else base, name, weight)
-    embedding = _whole(model.get_input_embeddings().weight)
-    base.update(embedding[voco_id].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    kept, own = Offloaded(model), dict(model.named_parameters())
+    called = [(*names(name), name) for name in own]
+    for called_so, of_adapter, name in sorted(called, key=lambda part: part[0] or ""):
+        if called_so is not None:
+            _hash_tensor(adapter if of_adapter else base, called_so, kept.value(name, own[name]))
+    embedding = model.get_input_embeddings().weight
+    if embedding.is_meta:
+        embedding = kept.value(next(name for name, weight in own.items() if weight is embedding), embedding)
+    base.update(_whole(embedding)[voco_id].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     active = [tuner for tuner in tuners if tuner.active]
     lines = sorted(f"{tuner.name}:{tuner.called}:False" for tuner in active)
     adapter.update("\n".join(lines).encode())
@@ -88,13 +92,13 @@ def _hashes(model: torch.nn.Module, voco_id: int) -> tuple[dict[str, Any], dict[
         "model": base.hexdigest()[:32],
         "adapter": adapter.hexdigest()[:32] if active else "none",
     }
-    own, of_adapters = _buffers(model, names)
+    saved, of_adapters = _buffers(model, names, kept)
     if active:
         hashes["adapter_settings"] = adapter_settings(active) | of_adapters
-    return hashes, own
+    return hashes, saved
 
 
-def _buffers(model: torch.nn.Module, names: Names) -> tuple[dict[str, str], dict[str, str]]:
+def _buffers(model: torch.nn.Module, names: Names, kept: Offloaded) -> tuple[dict[str, str], dict[str, str]]:
     """Hashes of the buffers that are saved, the model's own and its active adapters'. What a config makes,
     such as the angles of rope, is not saved and told by the config.
     """
@@ -106,7 +110,7 @@ def _buffers(model: torch.nn.Module, names: Names) -> tuple[dict[str, str], dict
             saved = buffer is not None and name not in module._non_persistent_buffers_set
             if not saved or called is None or any(part in _NOT_READ for part in (name, *prefix.split("."))):
                 continue
-            _hash_tensor(hashes[of_adapter], called, buffer)
+            _hash_tensor(hashes[of_adapter], called, kept.value(f"{prefix}.{name}", buffer))
             found[of_adapter] = True
     own, adapters = (
         {"buffers": hashes[kind].hexdigest()[:16]} if found[kind] else {} for kind in (False, True)

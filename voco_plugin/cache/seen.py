@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..core.adapter_switch import is_tuner
+from .offload import in_memory
 from .witness import Witness
 
 
@@ -55,8 +56,16 @@ def _tensors(modules: list[Any]) -> list[torch.Tensor | None]:
     """The parameters and buffers of ``modules``. Those that a forward computes are among them: they change
     rarely, and then a hash is computed once too often.
     """
-    held = [(module._parameters, module._buffers) for module in modules]
-    return [*itertools.chain.from_iterable([part.values() for pair in held for part in pair if part])]
+    held = [part.values() for module in modules for part in (module._parameters, module._buffers) if part]
+    if any("_hf_hook" in vars(module) for module in modules):
+        held = [part for module in modules for part in _offloaded(module)]
+    return [*itertools.chain.from_iterable(held)]
+
+
+def _offloaded(module: Any) -> tuple[Any, Any]:
+    """A module's weights and buffers, wherever accelerate keeps them; it holds others after each forward."""
+    kept = in_memory(module)
+    return module._parameters.values() if kept is None else kept, module._buffers.values()
 
 
 def _found(modules: list[Any], tensors: list[torch.Tensor | None]) -> tuple[list, ...]:

@@ -142,6 +142,18 @@ def unwrap(model: Any) -> torch.nn.Module:
     return seen
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs: the device of its embeddings, or, where accelerate keeps these
+    elsewhere between forwards, the one that they run on.
+    """
+    embedding = model.get_input_embeddings()
+    hook = vars(embedding).get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) and getattr(one, "execution_device", None) is not None:
+            return torch.device(one.execution_device)
+    return embedding.weight.device
+
+
 def is_attached(model: Any) -> bool:
     """Whether ``model`` (or the model inside its wrappers) has the rule on."""
     found = getattr(unwrap(model), ATTRIBUTE, None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..cache import VoCoCache
-from ..core.attachment import evaluating, is_attached
+from ..core.attachment import evaluating, input_device, is_attached
 from ..data.images import BadImageError, find_refused
 from .prompts import Messages, ask, check_times, encode, stream_of
 
@@ -191,7 +191,7 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def on_device(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """``inputs`` on the model's device, pixels in its dtype."""
-    device, dtype = model.device, model.dtype
+    device, dtype = input_device(model), model.dtype
     return {
         key: value.to(device, dtype) if torch.is_tensor(value) and value.is_floating_point()
         else value.to(device) if torch.is_tensor(value) else value

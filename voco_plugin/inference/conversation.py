@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ..cache import VoCoCache
-from ..core.attachment import attachment, is_attached
+from ..core.attachment import attachment, input_device, is_attached
 from ..core.forward import cache_of
 from ..core.layout import tokenizer_of
 from .prompts import adds_special_tokens, render, stream_ids_in_pieces, with_counts
@@ -87,7 +87,7 @@ class Conversation:
         text, special = self._text_of(turns, self.messages if base is None else base)
         voco = attachment(self.model).vocab.voco_id
         stream = stream_ids_in_pieces(self.model, self.processor, text, len(blocks), special, known)
-        device = self.model.device
+        device = input_device(self.model)
         ids = torch.tensor([[*self._unread, *with_counts(stream, blocks.num_tokens, voco)]], device=device)
         before = 0 if self._past is None else self._past.get_seq_length()
         generate.setdefault("do_sample", False)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..cache import VoCoCache
 from ..cache.fingerprint import blocks_made_by, made_by
-from ..core.attachment import attachment
+from ..core.attachment import attachment, input_device
 from .answering import compress_images
 from .conversation import Conversation, said
 from .prompts import ask as user_turn
@@ -174,7 +174,7 @@ class VoCoSession(Conversation):
             FileNotFoundError: there is no such file.
         """
         session = cls(model, processor, store=store)
-        saved = read_session(path, made_by(model, attachment(model)), model.device)
+        saved = read_session(path, made_by(model, attachment(model)), input_device(model))
         session.messages, session.num_tokens = saved.messages, saved.num_tokens
         session._past, session._unread = saved.past, saved.unread
         if saved.waiting:

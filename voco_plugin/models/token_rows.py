@@ -55,12 +55,19 @@ def make_rows(model: Any, config: VoCoConfig, token_id: int, known: int) -> dict
     """
     before = embedding_rows(model)
     record: dict[str, Any] = {"rows": before, "token_id": token_id, "resized": token_id >= before}
+    weights = _weights(model)
+    if any(weight.is_meta for weight in weights):
+        raise ValueError(
+            f"the row of {config.token!r} cannot be written: the model's embeddings or head are offloaded "
+            "(on the meta device); keep both on a device in device_map, or attach once to the model without "
+            "offloading, save it, and load that."
+        )
     if record["resized"]:
         multiple = 64 if before % 64 == 0 else None
         _resize(model, token_id + 1, pad_to_multiple_of=multiple)
+        weights = _weights(model)
     known = min(known, before, token_id) or before
     generator = torch.Generator().manual_seed(config.token_seed)
-    weights = _weights(model)
     with torch.no_grad(), gathered(weights, write=True):
         if not record["resized"]:
             record["old"] = [weight[token_id].detach().clone() for weight in weights]

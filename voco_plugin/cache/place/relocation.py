@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ...core.attachment import input_device
 from ...core.forward import as_cache
 from .rope_layout import Turn, turns
 
@@ -102,17 +103,17 @@ class Relocator:
         Raises:
             RelocationError: a layer's cache depends on positions in a way that no rotation reproduces.
         """
-        weight = next(self.text.parameters())
+        device = input_device(self.text)
         generator = torch.Generator().manual_seed(0)
         rows = self.text.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(rows, (1, _PROBE_TOKENS), generator=generator).to(weight.device)
+        ids = torch.randint(rows, (1, _PROBE_TOKENS), generator=generator).to(device)
         found = []
         training = self.text.training
         self.text.eval()
         try:
             for start in (0, _PROBE_SHIFT):
                 cache = DynamicCache()
-                position = torch.arange(start, start + _PROBE_TOKENS, device=weight.device)[None]
+                position = torch.arange(start, start + _PROBE_TOKENS, device=device)[None]
                 if self.multi_axis:
                     position = position.expand(3, 1, _PROBE_TOKENS)
                 self.text(

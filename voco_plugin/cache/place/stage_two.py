@@ -22,6 +22,7 @@ import torch
 from transformers import Cache
 from transformers.utils import logging
 
+from ...core.attachment import input_device
 from ...core.kv_cache import KVSlots, VoCoKVCache
 from ...core.layout import TokenKind, among, on_cpu, sent
 from ...core.masks import TokenTable
@@ -322,7 +323,7 @@ def _key_values(model, state, per_row, plans: list[RowPlan], slots: int, before:
     given stays as it is.
     """
     past = VoCoKVCache()
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     if before is not None:
         for index, layer in enumerate(before.layers):
             rows = len(per_row) // layer.keys.shape[0]
