@@ -273,3 +273,27 @@ def test_the_last_metrics_of_a_log() -> None:
     log = [{"loss": 2.0}, {"eval_loss": 1.5, "eval_runtime": 3.0}, {"loss": 1.0}, {"train_runtime": 9.0}]
     assert last_metrics(log) == {"training loss (last logged)": 1.0, "eval_loss": 1.5}
     assert last_metrics([]) == {}
+
+
+def test_a_saved_and_a_merged_model_say_that_the_rule_is_not_in_the_weights(tmp_path, monkeypatch) -> None:
+    """transformers alone reads the folder and compresses nothing, without a word."""
+    from peft import LoraConfig, get_peft_model
+    from transformers.utils import logging
+
+    from harness import attached
+    from voco_plugin.inference import saved_note
+
+    said: list[str] = []
+    monkeypatch.setattr(saved_note.logger, "warning_once", said.append)
+    peft = get_peft_model(attached("llava_llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    merged = peft.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "vp.load(" in card and "without the\nrule" in card and "one VoCo token" in card
+    assert len(said) == 1 and "voco_plugin.load" in said[0] and "without the rule" in said[0]
+    assert saved_note.logger is logging.get_logger(saved_note.__name__)
+
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("mine", encoding="utf-8")
+    merged.save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "README.md").read_text(encoding="utf-8") == "mine"

@@ -40,7 +40,7 @@ def tuners_of(model: nn.Module) -> list[Tuner]:
     """The PEFT layers of ``model``; ``active`` is empty in those that only hold adapters."""
     found = []
     for name, layer in model.named_modules():
-        if is_tuner(type(layer)):
+        if is_tuner(layer.__class__):
             on = () if layer.disable_adapters else tuple(layer.active_adapters)
             inner = getattr(layer, "token_adapter", layer)  # of a wrapper of rows, which holds the adapters
             here: set[str] = set().union(*Tuner(name, inner, on).holders.values())

@@ -13,7 +13,7 @@ from torch import nn
 
 def weights_map(module: nn.Module) -> Any:
     """The map of ``module``'s hook, by names below the module; ``None`` where it keeps nothing elsewhere."""
-    hook = vars(module).get("_hf_hook")
+    hook: Any = vars(module).get("_hf_hook")
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
             return one.weights_map

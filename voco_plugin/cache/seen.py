@@ -71,7 +71,7 @@ def _offloaded(module: Any) -> tuple[Any, Any]:
 def _found(modules: list[Any], tensors: list[torch.Tensor | None]) -> tuple[list, ...]:
     """What tells a state from another: the tree, what was written to, and which adapters are on."""
     children = itertools.chain.from_iterable([module._modules.values() for module in modules])
-    tuners = [module for module in modules if is_tuner(type(module))]
+    tuners = [module for module in modules if is_tuner(module.__class__)]
     return (
         [*map(id, children)],
         [None if t is None else (0 if t.is_inference() else t._version, t.dtype) for t in tensors],

@@ -57,7 +57,8 @@ class ConfigSettings:
 
 
 def _of_config(config: PreTrainedConfig) -> dict[str, Any]:
-    usual = _usual(type(config))
+    kind: Any = type(config)
+    usual = _usual(kind)
     found: dict[str, Any] = {}
     for name, value in vars(config).items():
         if _IDLE.fullmatch(name) or name == "kwargs":

@@ -44,6 +44,7 @@ from .generate_from_blocks import (
     to_static,
     with_prompt,
 )
+from .saved_note import note_rule
 
 
 class VoCoGenerationMixin(Extension):
@@ -433,7 +434,7 @@ class VoCoGenerationMixin(Extension):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """An ordinary transformers checkpoint, ``voco_config.json`` and, where one was given, the
-        processor.
+        processor; with a card, where the folder has none, that says how it is loaded.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -441,6 +442,7 @@ class VoCoGenerationMixin(Extension):
             state.save(save_directory)
             if state.processor is not None:
                 state.processor.save_pretrained(save_directory)
+            note_rule(save_directory, state.config)
 
 
 _GENERATION_ONLY = {
