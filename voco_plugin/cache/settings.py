@@ -32,7 +32,7 @@ _IDLE = re.compile(
 _GROWS = ("dynamic", "longrope", "yarn")
 """Kinds of rope that read how long a model's prompts may be."""
 _LONG = 200  # characters; a list that is longer is told as a hash
-_NO_WEIGHTS = ("r", "lora_alpha", "lora_dropout")
+_NO_WEIGHTS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 """Numbers of a PEFT layer that its weights' shapes and ``scaling`` already say."""
 
 
