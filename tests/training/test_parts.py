@@ -344,3 +344,29 @@ def test_only_the_language_models_linear_layers_are_quantized(bases, name) -> No
     given = FourBit()
     given.llm_int8_skip_modules = ["lm_head"]
     assert language_model_only(given, bases(name)) is given
+
+
+# -- a checkpoint is put onto the weights that it was trained on
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
+def test_an_initialization_that_cannot_be_made_again_is_refused(bases, data, tmp_path, init):
+    config = LoraConfig(r=2, target_modules="all-linear")
+    config.init_lora_weights = init
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' .* use 'pissa'"):
+        trainer(bases("llava_llama"), tmp_path, data, peft=config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_one_that_can_loads_as_it_was_saved(bases, data, tmp_path, init):
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=init)
+    made = trainer(bases("llava_llama"), tmp_path, data, peft=config)
+    made.train()
+    made.save_model()
+    batch = made.data_collator([data[0]])
+    batch.pop("labels")
+    model, _ = vp.load(str(tmp_path))
+    with torch.no_grad():
+        expected = made.model.eval()(**batch).logits
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)

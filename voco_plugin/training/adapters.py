@@ -59,6 +59,7 @@ def prepare_peft_config(
             f"PEFT method {method} puts its own tokens before the sequence, which shifts the blocks; use "
             "LoRA."
         )
+    _check_loads_again(config)
     parts = ModelParts(model)
     if method == "TRAINABLE_TOKENS":
         if train_projector or train_vision_tower:
@@ -88,6 +89,25 @@ def prepare_peft_config(
             raise ValueError(f"PEFT method {method} cannot train the VoCo token's row alone; use LoRA.")
         config.trainable_token_indices = _with_token(model, config.trainable_token_indices, token_id)
     return config
+
+
+def _check_loads_again(config: Any) -> None:
+    """Refuse an initialization whose checkpoint would be put onto other weights than it was trained on.
+
+    PEFT saves such an adapter without the weights that it changed, and changes them anew where it is loaded
+    (or a run resumed): PiSSA by a whole decomposition and OLoRA do the same again, the others do not.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    for start, why in (
+        ("pissa_niter", "decomposes the weights by random projections"),
+        ("corda", "needs the covariance of activations"),
+        ("lora_ga", "needs the gradients that it was made with"),
+    ):
+        if isinstance(init, str) and init.lower().startswith(start):
+            raise ValueError(
+                f"init_lora_weights={init!r} {why}, and a checkpoint holds none of that: loaded or resumed, "
+                "the adapter would stand on other weights; use 'pissa', 'eva', 'orthogonal' or True."
+            )
 
 
 def _refuse_language(model: PreTrainedModel, parts: ModelParts, pattern: str) -> None:

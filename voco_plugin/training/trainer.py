@@ -39,7 +39,7 @@ from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .collator import SKIPPED, VoCoDataCollator
 from .config import VoCoSFTConfig
 from .datasets import has_images, prepare_dataset
-from .distillation.trainer_part import Distilling, copy_of_student
+from .distillation.trainer_part import Distilling, copy_of_student, witness_of
 from .fused_step import take_off_fused_forward
 from .launch import check_launch, check_sharded_head
 from .load_weights import load_whole_weights
@@ -189,6 +189,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         self._note_start(model, args, peft_config)
         frozen = copy_of_student(args.distill, model)
         wrapped = hasattr(model, "peft_config")
+        before = None if wrapped else witness_of(args.distill, model)
         hold = None
         if peft_config is not None and not wrapped:
             peft_config = prepare_peft_config(
@@ -239,7 +240,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         if self.is_fsdp_enabled:
             check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
             name_present_layers(unwrap(self.model))
-        self._prepare_teacher(args.distill, frozen, packs)
+        self._prepare_teacher(args.distill, frozen, packs, before)
         self._prepare_stages()
         self._skips = SkipCounter()
         self.add_callback(self._skips)
