@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..core.block_embeddings import NAME
-from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_token_row
+from .adapter_checks import check_loads_again, check_row_is_free
+from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,7 +60,7 @@ def prepare_peft_config(
             f"PEFT method {method} puts its own tokens before the sequence, which shifts the blocks; use "
             "LoRA."
         )
-    _check_loads_again(config)
+    check_loads_again(config)
     parts = ModelParts(model)
     if method == "TRAINABLE_TOKENS":
         if train_projector or train_vision_tower:
@@ -87,27 +88,9 @@ def prepare_peft_config(
     if token_id is not None:
         if not hasattr(config, "trainable_token_indices"):
             raise ValueError(f"PEFT method {method} cannot train the VoCo token's row alone; use LoRA.")
+        check_row_is_free(model, config)
         config.trainable_token_indices = _with_token(model, config.trainable_token_indices, token_id)
     return config
-
-
-def _check_loads_again(config: Any) -> None:
-    """Refuse an initialization whose checkpoint would be put onto other weights than it was trained on.
-
-    PEFT saves such an adapter without the weights that it changed, and changes them anew where it is loaded
-    (or a run resumed): PiSSA by a whole decomposition and OLoRA do the same again, the others do not.
-    """
-    init = getattr(config, "init_lora_weights", True)
-    for start, why in (
-        ("pissa_niter", "decomposes the weights by random projections"),
-        ("corda", "needs the covariance of activations"),
-        ("lora_ga", "needs the gradients that it was made with"),
-    ):
-        if isinstance(init, str) and init.lower().startswith(start):
-            raise ValueError(
-                f"init_lora_weights={init!r} {why}, and a checkpoint holds none of that: loaded or resumed, "
-                "the adapter would stand on other weights; use 'pissa', 'eva', 'orthogonal' or True."
-            )
 
 
 def _refuse_language(model: PreTrainedModel, parts: ModelParts, pattern: str) -> None:
@@ -256,40 +239,6 @@ def save_loose_parameters(
     partial = path.with_name(path.name + ".partial")
     save_file(weights, partial, metadata=metadata or {"format": "pt"})
     os.replace(partial, path)
-
-
-def check_adapter(
-    model: PeftModel, *, language: bool, voco: bool, projector: bool, vision_tower: bool
-) -> None:
-    """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train.
-
-    Projector and vision tower train as its adapter has it: their flags are false by default, and say nothing.
-
-    Raises:
-        ValueError: a part is asked for that the adapter does not hold.
-    """
-    base = base_of(model)
-    parts = ModelParts(base)
-    held = set()
-    for name, parameter in base.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = parts.of(name)
-        if (is_token_row(name) and not voco) or (
-            part == LANGUAGE and not is_token_row(name) and not language
-        ):
-            parameter.requires_grad_(False)
-        else:
-            held.add(part)
-    for asked, part, key in (
-        (projector, PROJECTOR, "train_projector"),
-        (vision_tower, VISION, "train_vision_tower"),
-    ):
-        if asked and part not in held:
-            raise ValueError(
-                f"{key} is true, and the adapter to train on holds nothing of the {part}; merge it into its "
-                "base and start a new one, or leave the key out."
-            )
 
 
 @contextlib.contextmanager

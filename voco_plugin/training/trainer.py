@@ -27,8 +27,8 @@ from ..core.attachment import attachment, unwrap
 from ..core.layout import SequenceLayout, TokenKind
 from ..core.packed_rows import DOCUMENT_IDS, Documents
 from ..models import save_voco_config
+from .adapter_checks import check_adapter
 from .adapters import (
-    check_adapter,
     prepare_peft_config,
     save_loose_parameters,
     small_checkpoints,

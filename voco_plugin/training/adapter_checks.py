@@ -1,0 +1,117 @@
+"""What of an adapter cannot train, load again, or stand beside the VoCo token's row: refused before
+training."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_token_row
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def check_loads_again(config: Any) -> None:
+    """Refuse an initialization whose checkpoint would be put onto other weights than it was trained on.
+
+    PEFT saves such an adapter without the weights that it changed, and changes them anew where it is loaded
+    (or a run resumed): PiSSA by a whole decomposition and OLoRA do the same again, the others do not.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    for start, why in (
+        ("pissa_niter", "decomposes the weights by random projections"),
+        ("corda", "needs the covariance of activations"),
+        ("lora_ga", "needs the gradients that it was made with"),
+    ):
+        if isinstance(init, str) and init.lower().startswith(start):
+            raise ValueError(
+                f"init_lora_weights={init!r} {why}, and a checkpoint holds none of that: loaded or resumed, "
+                "the adapter would stand on other weights; use 'pissa', 'eva', 'orthogonal' or True."
+            )
+
+
+def check_row_is_free(model: PreTrainedModel, config: Any) -> None:
+    """Refuse what would hold the embedding in which the VoCo token's row is to train alone, or a head that is
+    tied to it: PEFT makes such a model, and every forward of it raises.
+
+    An untied head may be in ``modules_to_save``.
+
+    Args:
+        model: before PEFT.
+        config: a PEFT config, its ``target_modules`` as they will be used.
+
+    Raises:
+        ValueError: it names the module.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    taken = {names[id(embeddings)]: "holds the VoCo token's row"}
+    if head is not None and head.weight is embeddings.weight:
+        taken[names[id(head)]] = "is tied to the embedding that holds the VoCo token's row"
+    for name, why in taken.items():
+        for copied in getattr(config, "modules_to_save", None) or []:
+            if name.endswith(copied):  # as PEFT reads it
+                raise ValueError(
+                    f"modules_to_save={config.modules_to_save!r} copies {name}, which {why}, and that row "
+                    f"trains alone; leave {copied!r} out."
+                )
+        targets = getattr(config, "target_modules", None)
+        found = isinstance(targets, str) and re.fullmatch(targets, name)
+        if found and "embed" in name.rpartition(".")[2]:
+            raise ValueError(
+                f"target_modules adapts {name}, which {why}, and that row trains alone; leave it out."
+            )
+
+
+def check_rows_alone(model: PeftModel) -> None:
+    """The same of a model that is wrapped already.
+
+    Raises:
+        ValueError: it names the module.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in base_of(model).named_modules():
+        under = getattr(getattr(module, "token_adapter", None), "base_layer", None)
+        if isinstance(under, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"the adapter holds {name} twice, by modules_to_save and by trainable_token_indices, and "
+                "PEFT runs no such layer; make it anew without one of them."
+            )
+
+
+def check_adapter(
+    model: PeftModel, *, language: bool, voco: bool, projector: bool, vision_tower: bool
+) -> None:
+    """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train.
+
+    Projector and vision tower train as its adapter has it: their flags are false by default, and say nothing.
+
+    Raises:
+        ValueError: a part is asked for that the adapter does not hold.
+    """
+    check_rows_alone(model)
+    base = base_of(model)
+    parts = ModelParts(base)
+    held = set()
+    for name, parameter in base.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parts.of(name)
+        if (is_token_row(name) and not voco) or (
+            part == LANGUAGE and not is_token_row(name) and not language
+        ):
+            parameter.requires_grad_(False)
+        else:
+            held.add(part)
+    for asked, part, key in (
+        (projector, PROJECTOR, "train_projector"),
+        (vision_tower, VISION, "train_vision_tower"),
+    ):
+        if asked and part not in held:
+            raise ValueError(
+                f"{key} is true, and the adapter to train on holds nothing of the {part}; merge it into its "
+                "base and start a new one, or leave the key out."
+            )
