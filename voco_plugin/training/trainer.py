@@ -41,6 +41,7 @@ from .config import VoCoSFTConfig
 from .datasets import has_images, prepare_dataset
 from .distillation.trainer_part import Distilling, copy_of_student, witness_of
 from .fused_step import take_off_fused_forward
+from .given_optimizer import GivenOptimizer
 from .launch import check_launch, check_sharded_head
 from .load_weights import load_whole_weights
 from .model_setup import (
@@ -177,6 +178,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     ) -> None:
         """The rest of the constructor, once the model is in memory."""
         check_backbone(model)
+        optimizer = GivenOptimizer(kwargs.get("optimizers"), model)
         if processing_class is None:
             processing_class = processor_of(model, args)
         self.voco = attach_as_asked(model, args.voco, processing_class)
@@ -228,6 +230,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         if self.voco is not None:
             self._fused = take_off_fused_forward(unwrap(inner), own_forward, IN_TRLS_LOSS)
         patch_tied_head(inner)
+        optimizer.check(inner)
         self._loose = train_loose_parameters(inner, args.train_projector) if is_peft(inner) else []
         self._row_only = hold is not None and hold.only
         if hold is not None:
