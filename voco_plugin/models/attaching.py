@@ -73,6 +73,7 @@ def attach(
             known = len(tokenizer_of(processor))
             config.token_id, added = add_token(processor, config)
             undo["token"] = config.token if added else None
+            undo["known"] = set(tokenizer_of(processor).get_added_vocab())
         vocab = vocabulary or family.vocabulary(config=inner.config, processor=processor, voco=config)
         config.token_id = vocab.voco_id
         rows = embedding_rows(inner)

@@ -33,6 +33,27 @@ def find_file(source: str, name: str, **hub: Any) -> str | None:
     return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
 
 
+def _adapter_folder(source: str) -> str:
+    """Where the adapter of a checkpoint is: in ``source``, or, where PEFT saved one that is not called
+    ``default``, in the folder of its name below.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if not os.path.isdir(source) or any(
+        find_file(source, name) for name in ("adapter_config.json", "config.json")
+    ):
+        return source
+    below = sorted(str(p.parent) for p in Path(source).glob("*/adapter_config.json"))
+    below = [folder for folder in below if not Path(folder).name.startswith(("_", "checkpoint-"))]
+    if len(below) > 1:
+        raise ValueError(
+            f"{source} holds the adapters {', '.join(Path(folder).name for folder in below)}; load one of "
+            "them, with the processor and voco_config.json beside it."
+        )
+    return below[0] if below else source
+
+
 def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
     sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
     fields: dict[str, Any] = {k: frozenset(v) if k in sets else v for k, v in values.items()}
@@ -100,7 +121,8 @@ def load(
     if config_file is not None:
         saved, extra = VoCoConfig.load(Path(config_file).parent)
         vocabulary = _vocabulary(extra["vocabulary"]) if "vocabulary" in extra else None
-    adapter_file = find_file(source, "adapter_config.json", **hub)
+    adapter = _adapter_folder(source)
+    adapter_file = find_file(adapter, "adapter_config.json", **hub)
     common = {"trust_remote_code": trust_remote_code, **hub}
     if dtype is not None:
         common["dtype"] = dtype
@@ -157,7 +179,7 @@ def load(
     if adapter_file is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, source, **hub)
+        model = PeftModel.from_pretrained(model, adapter, **hub)
     if device is not None:
         model = model.to(device)
     return model.eval(), processor

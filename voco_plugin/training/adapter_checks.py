@@ -85,13 +85,18 @@ def check_rows_alone(model: PeftModel) -> None:
 def check_adapter(
     model: PeftModel, *, language: bool, voco: bool, projector: bool, vision_tower: bool
 ) -> None:
-    """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train.
+    """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train or save.
 
     Projector and vision tower train as its adapter has it: their flags are false by default, and say nothing.
 
     Raises:
-        ValueError: a part is asked for that the adapter does not hold.
+        ValueError: a part is asked for that the adapter does not hold, or there are several adapters.
     """
+    if len(model.peft_config) > 1:
+        raise ValueError(
+            f"the PeftModel holds the adapters {', '.join(model.peft_config)}, and a checkpoint loads as "
+            "one; take the others out (delete_adapter), or merge them into the base first."
+        )
     check_rows_alone(model)
     base = base_of(model)
     parts = ModelParts(base)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.block_embeddings import NAME
 from .adapter_checks import check_loads_again, check_row_is_free
-from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of
+from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -243,20 +243,31 @@ def save_loose_parameters(
 
 @contextlib.contextmanager
 def small_checkpoints(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Inside the block, ``model.save_pretrained`` writes token rows, not embeddings.
+    """Inside the block, ``model.save_pretrained`` writes token rows, not embeddings, and an adapter into the
+    folder itself, whatever its name.
 
     PEFT's own rule saves both whole embeddings of a vocabulary that differs from the base model's on disk.
     The rows that :func:`~voco_plugin.attach` adds are made again from the base model when the checkpoint is
-    loaded, and the trained one is in the adapter.
+    loaded, and the trained one is in the adapter. And it writes an adapter that is not called ``default``
+    into a folder of that name, below the one that is to load by its path.
     """
-    config = getattr(model, "peft_config", {}).get("default")
-    if getattr(config, "trainable_token_indices", None) is None:
+    if not is_peft(model):
         yield
         return
+    (name,) = model.peft_config  # `check_adapter` refuses several
+    rows = getattr(model.peft_config[name], "trainable_token_indices", None) is not None
+    save = functools.partial(model.save_pretrained, **({"save_embedding_layers": False} if rows else {}))
+
+    def save_here(folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        save(folder, *args, **kwargs)
+        below = Path(folder) / name
+        if name != "default" and below.is_dir():
+            for file in sorted(below.iterdir()):
+                os.replace(file, Path(folder) / file.name)
+            below.rmdir()
+
     # on the instance, for this one save; `del` brings the class's method back
-    model.save_pretrained = functools.partial(  # type: ignore[method-assign]
-        model.save_pretrained, save_embedding_layers=False
-    )
+    model.save_pretrained = save_here  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -34,8 +34,8 @@ class GivenOptimizer:
         if owner is not None and owner is not self.optimizer:
             which = "none is" if self.optimizer is None else "another is"
             raise ValueError(
-                f"optimizers: the scheduler is that of a {type(owner).__name__}, and {which} given beside it, "
-                "so it would change nothing here; give the optimizer that it was made for."
+                f"optimizers: the scheduler is that of a {type(owner).__name__}, and {which} given beside "
+                "it, so it would change nothing here; give the optimizer that it was made for."
             )
         # the parameters themselves, so that an id stays theirs
         self.before = [(name, p, tuple(p.shape)) for name, p in model.named_parameters()]

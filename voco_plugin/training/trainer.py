@@ -34,6 +34,7 @@ from .adapters import (
     small_checkpoints,
     train_loose_parameters,
 )
+from .added_tokens import check_added_tokens
 from .card import write_card
 from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .collator import SKIPPED, VoCoDataCollator
@@ -182,6 +183,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         if processing_class is None:
             processing_class = processor_of(model, args)
         self.voco = attach_as_asked(model, args.voco, processing_class)
+        if self.voco is not None:
+            check_added_tokens(model, processing_class, peft_config is not None or is_peft(model))
         train_dataset = prepare_dataset(train_dataset, need_images=self.voco is not None)
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         self._vocab = attachment(model).vocab if self.voco else None
