@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..data.conversations import llava_to_messages
-from ..data.lazy_images import name_rows, undecoded
+from ..data.lazy_images import has_transform, name_rows, undecoded
 
 _IMAGES = {"image", "images"}
 
@@ -16,7 +16,8 @@ def has_images(dataset: Any) -> bool:
 
 
 def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_dataset") -> Any:
-    """``dataset`` with LLaVA's ``conversations`` turned into ``messages``.
+    """``dataset`` with LLaVA's ``conversations`` turned into ``messages``, unless a transform of its own
+    makes its rows (``set_transform``): those are turned one by one, as the collator gets them.
 
     Images stay as they are stored (bytes or a path) until the collator opens them, which knows the sample by
     name; a ``datasets.Dataset`` without ids gets its row numbers in a column ``row``, for the same reason.
@@ -54,7 +55,8 @@ def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_datas
                 f"{name} has the columns {columns}: there is nothing to compress without 'image' or "
                 "'images'; add the column ([] in rows without an image), or train with voco=None."
             )
-    if "conversations" in sample and "messages" not in sample:
+    own = has_transform(dataset) or not hasattr(dataset, "map")  # the collator turns such rows as they come
+    if "conversations" in sample and "messages" not in sample and not own:
 
         def convert(conversations: Any, index: int = 0) -> dict[str, Any]:
             return {"messages": llava_to_messages({"conversations": conversations}, f"{name}, row {index}")}

@@ -26,6 +26,7 @@ from .._compat import (
 from ..core.attachment import attachment, unwrap
 from ..core.layout import SequenceLayout, TokenKind
 from ..core.packed_rows import DOCUMENT_IDS, Documents
+from ..data.lazy_images import has_transform
 from ..models import save_voco_config
 from .adapter_checks import check_adapter
 from .adapters import (
@@ -325,11 +326,16 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # TRL drops the text column, and errors name a row by its id
-            for column in (self.args.dataset_text_field, "id", "row"):
+            for column in (self.args.dataset_text_field, "conversations", "id", "row"):
                 if column not in self._signature_columns:
                     self._signature_columns.append(column)
 
     # -- data
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if has_transform(dataset):  # the transform reads them, whatever it calls what it gives
+            return dataset
+        return super()._remove_unused_columns(dataset, description)
 
     @contextlib.contextmanager
     def _collating_for_evaluation(self, dataset: Any) -> Iterator[None]:
