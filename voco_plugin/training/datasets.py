@@ -65,3 +65,18 @@ def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_datas
             convert, with_indices=True, input_columns=["conversations"], remove_columns=["conversations"]
         )
     return dataset
+
+
+def check_dispatch(args: Any, *datasets: Any) -> None:
+    """Refuse accelerate's dispatch of images: process 0 makes a batch and cuts every tensor by rows, and one
+    row's pixels are many rows of a tensor, or few.
+
+    Raises:
+        ValueError: ``accelerator_config.dispatch_batches`` is true, and a dataset has images.
+    """
+    parts = [part for given in datasets for part in (given.values() if isinstance(given, dict) else [given])]
+    if args.accelerator_config.dispatch_batches and any(map(has_images, parts)):
+        raise ValueError(
+            "accelerator_config.dispatch_batches=True cuts a batch by its rows, and images are not laid out "
+            "so; leave it out, or set it to false."
+        )

@@ -40,7 +40,7 @@ from .card import write_card
 from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .collator import SKIPPED, VoCoDataCollator
 from .config import VoCoSFTConfig
-from .datasets import has_images, prepare_dataset
+from .datasets import check_dispatch, has_images, prepare_dataset
 from .distillation.trainer_part import Distilling, copy_of_student, witness_of
 from .fused_step import take_off_fused_forward
 from .given_optimizer import GivenOptimizer
@@ -189,6 +189,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         train_dataset = prepare_dataset(train_dataset, need_images=self.voco is not None)
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         self._vocab = attachment(model).vocab if self.voco else None
+        check_dispatch(args, train_dataset, eval_dataset)
         packs = args.packing and has_images(train_dataset)
         if packs:
             check_packing(args, model, self.voco, train_dataset, data_collator)
@@ -344,10 +345,14 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
             if dataset is None or isinstance(dataset, str):
                 dataset = self.eval_dataset[dataset] if dataset else self.eval_dataset
             self.data_collator = dataclasses.replace(self.data_collator, pool=_pool(dataset))
+        # accelerate dispatches a streamed set's batches by default: it cuts them by row, pixels too
+        loading = self.accelerator.dataloader_config
+        dispatch = loading.dispatch_batches
+        loading.dispatch_batches = False if dispatch is None and self._is_vision_dataset else dispatch
         try:
             yield
         finally:
-            self.data_collator = before
+            self.data_collator, loading.dispatch_batches = before, dispatch
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         with self._collating_for_evaluation(eval_dataset):
