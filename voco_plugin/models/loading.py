@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ..config import CONFIG_NAME, VoCoConfig
-from ..core.attachment import attachment
+from ..core.attachment import attachment, unwrap
 from ..core.block_embeddings import NAME
 from ..core.layout import TokenVocabulary
+from .answer_ends import answer_end, stop_at
 from .attaching import attach
 from .compressor_weights import expected_by, load_compressor, read_compressor
 
@@ -180,6 +181,10 @@ def load(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter, **hub)
+        end = answer_end(
+            processor, getattr(processor, "chat_template", None)
+        )  # which it was tuned with; the base says its own
+        stop_at(unwrap(model).generation_config, None if end is None else end.token_id)
     if device is not None:
         model = model.to(device)
     return model.eval(), processor

@@ -36,6 +36,7 @@ from .adapters import (
     train_loose_parameters,
 )
 from .added_tokens import check_added_tokens
+from .answer_end import check_answer_end
 from .card import write_card
 from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .collator import SKIPPED, VoCoDataCollator
@@ -235,6 +236,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         if self.voco is not None:
             self._fused = take_off_fused_forward(unwrap(inner), own_forward, IN_TRLS_LOSS)
         patch_tied_head(inner)
+        check_answer_end(inner, self.processing_class, self.chat_template, args.train_language)
         optimizer.check(inner)
         self._loose = train_loose_parameters(inner, args.train_projector) if is_peft(inner) else []
         self._row_only = hold is not None and hold.only
