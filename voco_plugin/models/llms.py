@@ -177,8 +177,8 @@ def fitting_template(tokenizer: Any) -> str:
     for mark, name in _TURN_TOKENS:
         if mark in vocab:
             logger.warning(
-                "the tokenizer has no conversation that is known here, and %s in its vocabulary: taking %s, the "
-                "shipped template that is written with it (give chat_template=… for another).",
+                "the tokenizer has no conversation that is known here, and %s in its vocabulary: taking %s, "
+                "the shipped template that is written with it (give chat_template=… for another).",
                 mark,
                 name,
             )

@@ -181,9 +181,8 @@ def load(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter, **hub)
-        end = answer_end(
-            processor, getattr(processor, "chat_template", None)
-        )  # which it was tuned with; the base says its own
+        # the template it was tuned with may end answers with another token than the base's own
+        end = answer_end(processor, getattr(processor, "chat_template", None))
         stop_at(unwrap(model).generation_config, None if end is None else end.token_id)
     if device is not None:
         model = model.to(device)

@@ -256,7 +256,9 @@ def small_checkpoints(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         return
     (name,) = model.peft_config  # `check_adapter` refuses several
     rows = getattr(model.peft_config[name], "trainable_token_indices", None) is not None
-    save = functools.partial(model.save_pretrained, **({"save_embedding_layers": False} if rows else {}))
+    save: Any = model.save_pretrained
+    if rows:
+        save = functools.partial(save, save_embedding_layers=False)
 
     def save_here(folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         save(folder, *args, **kwargs)
@@ -267,7 +269,7 @@ def small_checkpoints(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             below.rmdir()
 
     # on the instance, for this one save; `del` brings the class's method back
-    model.save_pretrained = save_here  # type: ignore[method-assign]
+    model.save_pretrained = save_here  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ def check_added_tokens(model: nn.Module, processor: Any, adapted: bool) -> None:
     """
     state, inner = attachment(model), unwrap(model)
     rows = embedding_rows(inner)
-    added = getattr(tokenizer_of(processor), "get_added_vocab", dict)()
+    added: dict[str, int] = getattr(tokenizer_of(processor), "get_added_vocab", dict)()
     found = sorted((number, token) for token, number in added.items() if token != state.config.token)
     known = state.restore.get("known", set(added))
     beyond = [(number, token) for number, token in found if number >= rows and token not in known]

@@ -29,7 +29,8 @@ class GivenOptimizer:
     """
 
     def __init__(self, given: Any, model: nn.Module) -> None:
-        self.optimizer, scheduler = given or (None, None)
+        pair: tuple[Any, Any] = given or (None, None)
+        self.optimizer, scheduler = pair
         owner = getattr(scheduler, "optimizer", None)
         if owner is not None and owner is not self.optimizer:
             which = "none is" if self.optimizer is None else "another is"
