@@ -18,6 +18,7 @@ import torch
 from .answer_ends import answer_end, stop_at
 from .composition import check_names
 from .encoders.base import Encoder, load_encoder
+from .image_first import image_comes_first, warn_of_image_first
 from .llms import IMAGE_TOKEN, VIDEO_TOKEN, fitting_template, load_llm, template_text
 from .projectors import Projector, get_projector
 
@@ -94,6 +95,8 @@ def compose(
     template = template_text(template)
     processor = _processor(tower, tokenizer, template)
     _set_generation(model, language, tokenizer, spec.end_token, template)
+    if image_comes_first(processor, [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)]):
+        warn_of_image_first(processor)
     return model.eval(), processor
 
 

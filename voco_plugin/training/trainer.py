@@ -28,6 +28,7 @@ from ..core.layout import SequenceLayout, TokenKind
 from ..core.packed_rows import DOCUMENT_IDS, Documents
 from ..data.lazy_images import has_transform
 from ..models import save_voco_config
+from ..models.image_first import warn_of_image_first
 from .adapter_checks import check_adapter
 from .adapters import (
     prepare_peft_config,
@@ -400,6 +401,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         local = [(layout.kind == TokenKind.VISION).sum(), (layout.kind == TokenKind.VOCO).sum(), len(ids)]
         counts = self.accelerator.gather(torch.tensor([[int(n) for n in local]], device=ids.device))
         vision, voco, rows = counts.sum(dim=0).tolist()
+        if self.voco.isolates and not self.voco.hide_prefix and layout.begins_with_image:
+            warn_of_image_first(self.processing_class, "a row of the data has an image")
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["voco_tokens_per_sample"].append(voco / rows)
         if voco:
