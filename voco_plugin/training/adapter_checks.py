@@ -32,6 +32,30 @@ def check_loads_again(config: Any) -> None:
             )
 
 
+def check_prompt_learning(config: Any, compresses: bool, more: bool = False) -> None:
+    """Refuse a PEFT method that puts tokens of its own before the sequence where they would be in the way; a
+    plain VLM (``voco: null``) takes them.
+
+    Args:
+        compresses: whether there are VoCo tokens.
+        more: whether the projector or the vision tower is to train beside them.
+
+    Raises:
+        ValueError: the message says which.
+    """
+    method = getattr(config.peft_type, "value", config.peft_type)
+    if compresses:
+        raise ValueError(
+            f"PEFT method {method} puts its own tokens before the sequence, which shifts the blocks; use "
+            "LoRA."
+        )
+    if more:
+        raise ValueError(
+            f"PEFT method {method} trains its own tokens alone, and train_projector or train_vision_tower is "
+            "true; use LoRA, or leave these out."
+        )
+
+
 def check_row_is_free(model: PreTrainedModel, config: Any) -> None:
     """Refuse what would hold the embedding in which the VoCo token's row is to train alone, or a head that is
     tied to it: PEFT makes such a model, and every forward of it raises.
@@ -83,7 +107,13 @@ def check_rows_alone(model: PeftModel) -> None:
 
 
 def check_adapter(
-    model: PeftModel, *, language: bool, voco: bool, projector: bool, vision_tower: bool
+    model: PeftModel,
+    *,
+    language: bool,
+    voco: bool,
+    projector: bool,
+    vision_tower: bool,
+    compresses: bool = True,
 ) -> None:
     """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train or save.
 
@@ -97,6 +127,9 @@ def check_adapter(
             f"the PeftModel holds the adapters {', '.join(model.peft_config)}, and a checkpoint loads as "
             "one; take the others out (delete_adapter), or merge them into the base first."
         )
+    (config,) = model.peft_config.values()
+    if config.is_prompt_learning:
+        check_prompt_learning(config, compresses, projector or vision_tower)
     check_rows_alone(model)
     base = base_of(model)
     parts = ModelParts(base)

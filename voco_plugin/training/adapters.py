@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..core.block_embeddings import NAME
-from .adapter_checks import check_loads_again, check_row_is_free
+from .adapter_checks import check_loads_again, check_prompt_learning, check_row_is_free
 from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_peft
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def prepare_peft_config(
     train_vision_tower: bool = False,
     train_language: bool = True,
     train_compressor: bool = True,
+    compresses: bool = True,
 ) -> Any:
     """A copy of ``peft_config`` that adapts the language model and trains the VoCo token's row.
 
@@ -47,6 +48,7 @@ def prepare_peft_config(
             :func:`train_loose_parameters`).
         train_vision_tower: adapt the vision tower's layers of the same names too.
         train_language: adapt the language model's layers.
+        compresses: whether there are VoCo tokens; tokens that a PEFT method puts first would shift them.
         train_compressor: train the compressor, where the VoCo tokens' embeddings are made by one.
 
     Raises:
@@ -56,10 +58,8 @@ def prepare_peft_config(
     config = copy.deepcopy(peft_config)
     method = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
-        raise ValueError(
-            f"PEFT method {method} puts its own tokens before the sequence, which shifts the blocks; use "
-            "LoRA."
-        )
+        check_prompt_learning(config, compresses, train_projector or train_vision_tower)
+        return config
     check_loads_again(config)
     parts = ModelParts(model)
     if method == "TRAINABLE_TOKENS":

@@ -80,3 +80,29 @@ def check_dispatch(args: Any, *datasets: Any) -> None:
             "accelerator_config.dispatch_batches=True cuts a batch by its rows, and images are not laid out "
             "so; leave it out, or set it to false."
         )
+
+
+def groups_by_length(args: Any) -> bool:
+    """Whether batches are to be of rows of like length."""
+    return getattr(args, "train_sampling_strategy", None) == "group_by_length"
+
+
+def check_lengths(args: Any, dataset: Any) -> None:
+    """Refuse to group rows by a length that nothing tells: how many tokens an image takes is known where it
+    is processed.
+
+    Raises:
+        ValueError: the column of lengths is missing, or the dataset is a stream, which is read in order.
+    """
+    if not groups_by_length(args) or not has_images(dataset):
+        return
+    name = "train_sampling_strategy='group_by_length'"
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{name}: a streamed data set is read in its order; leave it out.")
+    columns = getattr(dataset, "column_names", None) or []
+    if args.length_column_name not in columns or has_transform(dataset):
+        raise ValueError(
+            f"{name} needs a column {args.length_column_name!r} (length_column_name) with the tokens of each "
+            f"row, its images' included, and the set has {', '.join(columns)}; add it, or set "
+            "packing: true, which counts them itself."
+        )

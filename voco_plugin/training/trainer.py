@@ -42,7 +42,7 @@ from .card import write_card
 from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .collator import SKIPPED, VoCoDataCollator
 from .config import VoCoSFTConfig
-from .datasets import check_dispatch, has_images, prepare_dataset
+from .datasets import check_dispatch, check_lengths, groups_by_length, has_images, prepare_dataset
 from .distillation.trainer_part import Distilling, copy_of_student, witness_of
 from .fused_step import take_off_fused_forward
 from .given_optimizer import GivenOptimizer
@@ -192,6 +192,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         self._vocab = attachment(model).vocab if self.voco else None
         check_dispatch(args, train_dataset, eval_dataset)
+        check_lengths(args, train_dataset)
         packs = args.packing and has_images(train_dataset)
         if packs:
             check_packing(args, model, self.voco, train_dataset, data_collator)
@@ -209,6 +210,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 train_vision_tower=args.train_vision_tower,
                 train_language=args.train_language,
                 train_compressor=args.train_voco,
+                compresses=self.voco is not None,
             )
         elif not wrapped:
             hold = freeze_as_asked(model, args, self._vocab)
@@ -219,6 +221,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 voco=args.train_voco,
                 projector=args.train_projector,
                 vision_tower=args.train_vision_tower,
+                compresses=self.voco is not None,
             )
         own_forward = vars(unwrap(model)).get("forward")
         with token_rows_on_any_device(), without_trls(args, packs):
@@ -330,7 +333,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # TRL drops the text column, and errors name a row by its id
-            for column in (self.args.dataset_text_field, "conversations", "id", "row"):
+            more = [self.args.length_column_name] if groups_by_length(self.args) else []
+            for column in (self.args.dataset_text_field, "conversations", "id", "row", *more):
                 if column not in self._signature_columns:
                     self._signature_columns.append(column)
 
