@@ -28,7 +28,8 @@ def trainer(model, out, data, peft=True, voco=True, **options):
         "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "report_to": [],
         "max_steps": 3, "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
     }  # fmt: skip
-    more = {k: options.pop(k) for k in ("eval_dataset", "data_collator", "processing_class") if k in options}
+    more = options.pop("more", {})
+    more |= {k: options.pop(k) for k in ("eval_dataset", "data_collator", "processing_class") if k in options}
     voco = vp.VoCoConfig(num_tokens=2) if voco is True else voco or None
     config = vp.VoCoSFTConfig(str(out), voco=voco, **{**args, **options})
     peft = LoraConfig(**LORA) if peft is True else peft or None

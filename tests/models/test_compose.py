@@ -390,3 +390,29 @@ def test_an_llm_preset_has_its_template(name):
     text = (TEMPLATES / f"{spec.chat_template}.jinja").read_text()
     ends = spec.end_token in text or (spec.end_token == "</s>" and "eos_token" in text)
     assert ends and "{%- generation -%}" in text
+
+
+# -- where an answer ends
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>"), ("vicuna_v1", "</s>"), ("mistral", "</s>")],
+)
+def test_generation_stops_where_the_template_that_is_used_ends_an_answer(parts, tmp_path, template, end):
+    model, processor = vp.compose(parts["clip"], parts["llama"], chat_template=template)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    stops = saved if isinstance(saved, list) else [saved]
+    known = processor.tokenizer.get_vocab()
+    assert known[end] in stops and known[processor.tokenizer.eos_token] in stops and len(stops) <= 2
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("llama3", "'<|eot_id|>', which is no token of this LLM"), ("llava_plain", "no token")],
+)
+def test_an_answer_that_cannot_end_is_said(parts, caplog, template, said):
+    vp.compose(parts["clip"], parts["llama"], chat_template=template)
+    assert f"ends an answer with {said}, at which generation cannot stop" in caplog.text

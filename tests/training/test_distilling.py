@@ -9,7 +9,9 @@ import json
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import layer
+from peft.tuners.lora.config import KasaConfig
 from transformers import HfArgumentParser
 
 import conversations as packing
@@ -19,7 +21,7 @@ from compressor_kinds import voco as compressor
 from textbook import plain
 from tiny import processors
 from trainers import snapshot, trainer
-from voco_plugin.cli import main
+from voco_plugin.cli import eval_modes, main
 from voco_plugin.core.attachment import unwrap
 from voco_plugin.core.forward import ONE_PASS
 from voco_plugin.training.distillation import step as lesson
@@ -368,6 +370,45 @@ def test_the_base_teachers_logits_are_those_of_the_untouched_model(bases, data, 
     columns = [i for i in range(expected.shape[1]) if i != voco]
     assert torch.equal(logits[:, columns], expected[:, columns])
     assert made._distiller.comparison.rows in (None, expected.shape[1])
+
+
+REWRITES = [
+    {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"kasa_config": KasaConfig()},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("init", REWRITES, ids=lambda init: next(iter(init)))
+def test_an_adapter_that_rewrites_its_base_has_no_base_to_teach(bases, data, tmp_path, init):
+    """Made here or given: PEFT's switch leaves the changed weights; a copy from before teaches."""
+    peft = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **init)
+    with pytest.raises(ValueError, match=f"'base' switches the adapter off, and {next(iter(init))}"):
+        trainer(bases("llava_llama"), tmp_path, data, peft=peft, distill={}, **ANSWERS)
+    if init != REWRITES[0]:
+        return
+    model = get_peft_model(vp.load(bases("llava_llama"))[0], peft)
+    with pytest.raises(ValueError, match="and init_lora_weights='pissa' has changed the weights"):
+        trainer(model, tmp_path, data, peft=False, voco=False, distill={}, train_voco=False)
+    with pytest.raises(ValueError, match="so what is left is not the base model"):
+        eval_modes._plain(model, vp.detach)
+    trainer(bases("llava_llama"), tmp_path, data, peft=peft, distill={"teacher": "frozen"}, **ANSWERS)
+
+
+def test_a_method_unknown_here_is_caught_by_what_it_wrote(bases, data, tmp_path, monkeypatch):
+    stock = layer.LoraLayer.reset_lora_parameters
+
+    def rewrite(self, adapter_name, *args):
+        stock(self, adapter_name, *args)
+        self.get_base_layer().weight.data = self.get_base_layer().weight.data * 1.01
+
+    monkeypatch.setattr(layer.LoraLayer, "reset_lora_parameters", rewrite)
+    with pytest.raises(ValueError, match=r"making it has changed the weights under it \(model\..*proj"):
+        trainer(bases("llava_llama"), tmp_path, data, distill={}, **ANSWERS)
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "mica"])
+def test_initializations_that_leave_the_base_alone_have_one(bases, data, tmp_path, init):
+    peft = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=init)
+    trainer(bases("llava_llama"), tmp_path, data, peft=peft, distill={}, **ANSWERS)
 
 
 def test_a_row_that_trains_alone_needs_no_adapter(bases, data, tmp_path):

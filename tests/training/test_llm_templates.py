@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llm_talks import EXPECTED, TALK
+from voco_plugin.models.answer_ends import AnswerEnd, answer_end
 from voco_plugin.models.llms import TEMPLATES, fitting_template, template_text
 
 ANSWERS = {
@@ -65,3 +68,35 @@ def test_a_conversation_nobody_knows_is_said(tokenizer, caplog) -> None:
     assert fitting_template(tokenizer) == "vicuna_v1" and "none that is known" in caplog.text
     with pytest.raises(ValueError, match="'chatm' is neither a shipped template .did you mean 'chatml'"):
         template_text("chatm")
+
+
+@pytest.mark.parametrize(
+    ("token", "name"),
+    [
+        ("<|im_start|>", "chatml"), ("<|start_header_id|>", "llama3"), ("<start_of_turn>", "gemma"),
+        ("<|im_sep|>", "phi4"), ("<|end|>", "phi3"), ("[INST]", "mistral"),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_says_the_conversation_where_no_template_does(tokenizer, caplog, token, name) -> None:
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = None
+    made.add_special_tokens({"additional_special_tokens": [token]})
+    assert fitting_template(made) == name
+    assert f"{token} in its vocabulary: taking {name}" in caplog.text
+
+
+@pytest.mark.parametrize("template", sorted(ANSWERS))
+def test_what_a_template_ends_an_answer_with(tokenizer, template) -> None:
+    made = copy.deepcopy(tokenizer)
+    mark = "<" + ANSWERS[template].rpartition("<")[2]
+    assert answer_end(made, template_text(template)).text == mark
+    made.add_special_tokens({"additional_special_tokens": [mark, mark[:3]]})
+    found = answer_end(made, template_text(template))
+    assert found.token_id == made.convert_tokens_to_ids(mark) and found.text == mark
+
+
+def test_a_template_that_ends_with_nothing_or_cannot_be_rendered(tokenizer) -> None:
+    assert answer_end(tokenizer, template_text("llava_plain")) == AnswerEnd("", None)
+    assert (
+        answer_end(tokenizer, "{{ raise_exception('no') }}") is None and answer_end(tokenizer, None) is None
+    )

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset, Image, List
-from peft import LoraConfig, PeftModel, TrainableTokensConfig
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors import safe_open
 
 import tiny
@@ -344,3 +344,73 @@ def test_only_the_language_models_linear_layers_are_quantized(bases, name) -> No
     given = FourBit()
     given.llm_int8_skip_modules = ["lm_head"]
     assert language_model_only(given, bases(name)) is given
+
+
+# -- a checkpoint is put onto the weights that it was trained on
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
+def test_an_initialization_that_cannot_be_made_again_is_refused(bases, data, tmp_path, init):
+    config = LoraConfig(r=2, target_modules="all-linear")
+    config.init_lora_weights = init
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' .* use 'pissa'"):
+        trainer(bases("llava_llama"), tmp_path, data, peft=config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_one_that_can_loads_as_it_was_saved(bases, data, tmp_path, init):
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=init)
+    made = trainer(bases("llava_llama"), tmp_path, data, peft=config)
+    made.train()
+    made.save_model()
+    batch = made.data_collator([data[0]])
+    batch.pop("labels")
+    model, _ = vp.load(str(tmp_path))
+    with torch.no_grad():
+        expected = made.model.eval()(**batch).logits
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
+
+
+# -- the VoCo token's row and what holds its matrix
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llava_llama", {"modules_to_save": ["embed_tokens"]}, r"copies model\.language_model\.embed_tokens"),
+        ("llava_llama", {"modules_to_save": ["norm", "tokens"]}, "leave 'tokens' out"),
+        ("llava_tied", {"modules_to_save": ["lm_head"]}, "copies lm_head, which is tied to the embedding"),
+        ("llava_tied", {"modules_to_save": ["embed_tokens", "lm_head"]}, "leave 'embed_tokens' out"),
+        ("llava_llama", {"target_modules": ["q_proj", "embed_tokens"]}, "target_modules adapts model"),
+    ],
+)
+def test_what_would_hold_the_tokens_row_is_refused(bases, data, tmp_path, name, options, message):
+    peft = LoraConfig(**{**LORA, **options})
+    with pytest.raises(ValueError, match=message):
+        trainer(bases(name), tmp_path, data, peft=peft)
+    if name == "llava_tied" and options == {"modules_to_save": ["lm_head"]}:
+        model, _ = vp.load(bases(name))
+        voco = vp.attachment(model).config.token_id
+        made = get_peft_model(model, LoraConfig(**{**LORA, **options}, trainable_token_indices=[voco]))
+        with pytest.raises(ValueError, match="the adapter holds lm_head twice"):
+            trainer(made, tmp_path, data, voco=False)
+        assert made.peft_config["default"].modules_to_save == ["lm_head"]
+
+
+def test_a_head_of_its_own_trains_beside_the_tokens_row(bases, data, tmp_path):
+    made = trainer(bases("llava_llama"), tmp_path, data, peft=LoraConfig(**LORA, modules_to_save=["lm_head"]))
+    before = weights(made.model)
+    made.train()
+    made.save_model()
+    moved = {name for name, value in weights(made.model).items() if not torch.equal(value, before[name])}
+    assert {n for n in moved if "lora" not in n} == {
+        "base_model.model.lm_head.modules_to_save.default.weight",
+        "base_model.model.model.language_model.embed_tokens.token_adapter.trainable_tokens_delta.default",
+    }
+    batch = made.data_collator([data[0]])
+    batch.pop("labels")
+    model, _ = vp.load(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, made.model.eval()(**batch).logits)

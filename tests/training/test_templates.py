@@ -174,4 +174,27 @@ def test_the_first_word_of_an_answer_is_marked_where_a_token_begins_with_its_spa
 def test_a_bare_name_is_a_shipped_template(tmp_path):
     made = VoCoSFTConfig(str(tmp_path), chat_template_path="vicuna_v1")
     assert made.chat_template_path == str(TEMPLATES / "vicuna_v1.jinja")
-    assert VoCoSFTConfig(str(tmp_path), chat_template_path="org/name").chat_template_path == "org/name"
+
+
+def test_a_file_is_taken_and_a_folder_that_has_one(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    file = str(tmp_path / "chat_template.jinja")
+    for given in (file, str(tmp_path)):
+        assert VoCoSFTConfig(str(tmp_path), chat_template_path=given).chat_template_path == file
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("{here}", "is a folder without a chat_template.jinja; give a file"),
+        ("{here}/t.txt", "must end in .jinja"),
+        ("vicuna_v2", r"neither a shipped template \(did you mean 'vicuna_v1'\?\) nor a file or folder here"),
+        ("org/name", "nor a file or folder here; shipped: chatml, gemma"),
+        ("{{ bos_token }}\n{{ messages }}", "is a template's text; write it to a file"),
+    ],
+)
+def test_what_is_no_template_is_refused_before_anything_loads(tmp_path, given, why):
+    (tmp_path / "t.txt").write_text("{{ messages }}")
+    with pytest.raises(ValueError, match=why) as caught:
+        VoCoSFTConfig(str(tmp_path), chat_template_path=given.replace("{here}", str(tmp_path)))
+    assert "\n" not in str(caught.value)

@@ -240,7 +240,19 @@ def set_num_tokens(model: Any, num_tokens: int) -> None:
 
 
 def _plain(model: Any, detach: Any) -> Any:
-    """The model without VoCo: an adapter comes off too, so that what is left is what it was trained from."""
+    """The model without VoCo: an adapter comes off too, so that what is left is what it was trained from.
+
+    Raises:
+        ValueError: the adapter has changed the weights under it.
+    """
+    from ..core.adapter_switch import what_changed_the_base
+
     if hasattr(model, "unload"):
+        changed = what_changed_the_base(model.peft_config)
+        if changed is not None:
+            raise ValueError(
+                f"modes base and blind take the adapter off, and {changed} has changed the weights under it, "
+                "so what is left is not the base model; evaluate the base model itself by its path."
+            )
         model = model.unload()
     return detach(model)

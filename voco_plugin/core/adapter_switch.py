@@ -56,8 +56,37 @@ def can_leave_out_adapters(model: nn.Module) -> None:
     odd = next((layer for layer in layers if not hasattr(layer, "base_layer")), None)
     if odd is not None:
         raise ValueError(f"{what} a {type(odd).__name__} holds whole modules or rows; train LoRA alone.")
+    changed = what_changed_the_base(getattr(model, "peft_config", None) or {})
+    if changed is not None:
+        raise ValueError(
+            f"{what} {changed} has changed the weights under it; merge the adapter and train a new one."
+        )
     for layer in layers:
         extend(layer, AsksForAdapter)
 
 
-__all__ = ["can_leave_out_adapters", "is_tuner"]
+def what_changed_the_base(configs: Any) -> str | None:
+    """The setting of an adapter that writes to the weights it stands on, so that switching it off does not
+    give the model it was made on; ``None`` where there is none.
+
+    PEFT's initializations that take a part of the weights out and put it into the adapter (PiSSA, OLoRA,
+    CorDA, LoRA-GA, LoftQ), KaSA, which cuts small singular values off, and ``bias``, which trains in place.
+
+    Args:
+        configs: PEFT configs (a model's ``peft_config`` is a dict of them).
+    """
+    for config in configs.values() if isinstance(configs, dict) else configs:
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(_REWRITING):
+            return f"init_lora_weights={init!r}"
+        if getattr(config, "kasa_config", None) is not None:
+            return "kasa_config"
+        if getattr(config, "bias", "none") in ("all", "lora_only"):
+            return f"bias={config.bias!r}"
+    return None
+
+
+_REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+__all__ = ["can_leave_out_adapters", "is_tuner", "what_changed_the_base"]

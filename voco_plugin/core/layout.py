@@ -247,6 +247,13 @@ class SequenceLayout:
         return bool((self.kind == TokenKind.VISION).any())
 
     @property
+    def begins_with_image(self) -> bool:
+        """Whether the first real token of some row is a vision token."""
+        real = self.kind != TokenKind.PAD
+        first = self.kind.gather(1, real.int().argmax(dim=1, keepdim=True)) if real.numel() else self.kind
+        return bool((first == TokenKind.VISION).any())
+
+    @property
     def has_voco(self) -> bool:
         return bool((self.kind == TokenKind.VOCO).any())
 

@@ -17,12 +17,21 @@ def undecoded(dataset: Any, columns: tuple[str, ...] = COLUMNS) -> Any:
     object as it is.
 
     A column whose feature asks for a mode (``Image(mode="L")``) is left to ``datasets``. No data is copied.
+    A dataset with a transform of its own (``set_transform``) is left as it is: the transform asks for decoded
+    images, and says what a row is. Any other format (numpy, torch, pandas, …) is taken off, since rows of
+    conversations and stored images are what is read here.
     """
     from datasets import Dataset, IterableDataset
     from datasets.fingerprint import Hasher
 
     if not isinstance(dataset, (Dataset, IterableDataset)) or dataset.features is None:
         return dataset
+    if has_transform(dataset):
+        return dataset
+    if isinstance(dataset, Dataset) and dataset.format["type"] is not None:
+        if any(_is_array(dataset.features[c]) for c in columns if c in dataset.features):
+            return dataset  # pixels as numbers: the format is what makes arrays of them
+        dataset = dataset.with_format(None, columns=dataset.format["columns"])
     found = {c: _plain(dataset.features[c]) for c in columns if c in dataset.features}
     found = {column: feature for column, feature in found.items() if feature is not None}
     if not found:
@@ -38,6 +47,26 @@ def undecoded(dataset: Any, columns: tuple[str, ...] = COLUMNS) -> Any:
     made._info.features.update(found)
     made._fingerprint = Hasher.hash([dataset._fingerprint, "undecoded", sorted(found)])
     return made
+
+
+def has_transform(dataset: Any) -> bool:
+    """Whether a function of the user's makes the rows of a map-style dataset when they are read: its columns
+    are what the function gets, not what it gives.
+    """
+    from datasets import Dataset
+
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def _is_array(feature: Any) -> bool:
+    """Whether a feature holds numbers, or lists of them."""
+    from datasets import LargeList, List, Value
+    from datasets.features.features import _ArrayXD
+
+    if isinstance(feature, (List, LargeList)):
+        return _is_array(feature.feature)
+    numbers = isinstance(feature, Value) and feature.dtype not in ("string", "large_string", "binary", "null")
+    return numbers or isinstance(feature, _ArrayXD)
 
 
 def name_rows(dataset: Any) -> Any:

@@ -21,6 +21,7 @@ from ..core.layout import TokenVocabulary, tokenizer_of
 from ..inference.mixin import VoCoGenerationMixin
 from .compressors import build_compressor
 from .families import family_of
+from .image_first import begins_image, image_comes_first, warn_of_image_first
 from .snapshot import as_given_on_failure
 from .token_rows import add_token, embedding_rows, make_rows, remove_token, restore_rows
 
@@ -73,6 +74,7 @@ def attach(
             known = len(tokenizer_of(processor))
             config.token_id, added = add_token(processor, config)
             undo["token"] = config.token if added else None
+            undo["known"] = set(tokenizer_of(processor).get_added_vocab())
         vocab = vocabulary or family.vocabulary(config=inner.config, processor=processor, voco=config)
         config.token_id = vocab.voco_id
         rows = embedding_rows(inner)
@@ -91,6 +93,8 @@ def attach(
             state.embeddings = _block_embeddings(inner, config)
         text.config._attn_implementation_internal = name
         _extend(inner, state)
+    if config.isolates and not config.hide_prefix and image_comes_first(processor, begins_image(vocab)):
+        warn_of_image_first(processor)
     return model
 
 

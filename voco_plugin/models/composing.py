@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from .answer_ends import answer_end, stop_at
 from .composition import check_names
 from .encoders.base import Encoder, load_encoder
+from .image_first import image_comes_first, warn_of_image_first
 from .llms import IMAGE_TOKEN, VIDEO_TOKEN, fitting_template, load_llm, template_text
 from .projectors import Projector, get_projector
 
@@ -90,8 +92,11 @@ def compose(
     own = tokenizer.chat_template
     knows_images = isinstance(own, str) and IMAGE_TOKEN in own
     template = chat_template or spec.chat_template or (own if knows_images else fitting_template(tokenizer))
-    processor = _processor(tower, tokenizer, template_text(template))
-    _set_generation(model, language, tokenizer, spec.end_token)
+    template = template_text(template)
+    processor = _processor(tower, tokenizer, template)
+    _set_generation(model, language, tokenizer, spec.end_token, template)
+    if image_comes_first(processor, [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)]):
+        warn_of_image_first(processor)
     return model.eval(), processor
 
 
@@ -241,14 +246,21 @@ def _processor(tower: Encoder, tokenizer: Any, template: str) -> Any:
     )
 
 
-def _set_generation(model: Any, language: Any, tokenizer: Any, end: str | None) -> None:
-    """The LLM's own generation settings; an answer's end and the padding among them."""
+def _set_generation(model: Any, language: Any, tokenizer: Any, end: str | None, template: str) -> None:
+    """The LLM's own generation settings; an answer's end as ``template`` writes it, and the padding, among
+    them.
+    """
     model.generation_config = language.generation_config
-    settings = model.generation_config
-    ends = settings.eos_token_id
-    found = list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
-    known = tokenizer.get_vocab()
-    found += [known[t] for t in (end, tokenizer.eos_token) if t in known]
-    found = list(dict.fromkeys(found))
-    settings.eos_token_id = found[0] if len(found) == 1 else found or None
+    settings, known = model.generation_config, tokenizer.get_vocab()
+    written = answer_end(tokenizer, template)
+    stop_at(settings, *(known.get(token) for token in (end, tokenizer.eos_token) if token))
+    if written is not None:
+        stop_at(settings, written.token_id)
+        if written.token_id is None:
+            logger.warning(
+                "the chat template ends an answer with %s, at which generation cannot stop: give a template "
+                "of this LLM's own conversation, or one that ends with its end of text (%r).",
+                f"{written.text!r}, which is no token of this LLM" if written.text else "no token",
+                tokenizer.eos_token,
+            )
     settings.pad_token_id = tokenizer.pad_token_id

@@ -34,6 +34,16 @@ _MARKS = (
 )
 """What a tokenizer's own template holds → the template here that writes the same conversation."""
 
+_TURN_TOKENS = (
+    ("<|im_sep|>", "phi4"),
+    ("<|im_start|>", "chatml"),
+    ("<|start_header_id|>", "llama3"),
+    ("<start_of_turn>", "gemma"),
+    ("<|end|>", "phi3"),
+    ("[INST]", "mistral"),
+)
+"""Tokens of a vocabulary that begin a turn → the template that is written with them."""
+
 
 @dataclass(frozen=True)
 class LLMSpec:
@@ -155,11 +165,23 @@ def template_text(name: str) -> str:
 
 
 def fitting_template(tokenizer: Any) -> str:
-    """The name of the shipped template that writes the conversation of the tokenizer's own."""
+    """The name of the shipped template that writes the conversation of the tokenizer's own; without one that
+    is known, the conversation that its vocabulary has the turn marks of.
+    """
     own = tokenizer.chat_template or ""
     own = " ".join(own.values()) if isinstance(own, dict) else own
     for mark, name in _MARKS:
         if mark in own:
+            return name
+    vocab = tokenizer.get_vocab()
+    for mark, name in _TURN_TOKENS:
+        if mark in vocab:
+            logger.warning(
+                "the tokenizer has no conversation that is known here, and %s in its vocabulary: taking %s, "
+                "the shipped template that is written with it (give chat_template=… for another).",
+                mark,
+                name,
+            )
             return name
     logger.warning(
         "the tokenizer's own conversation is none that is known here: taking vicuna_v1 (give chat_template=… "

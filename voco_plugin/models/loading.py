@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ..config import CONFIG_NAME, VoCoConfig
-from ..core.attachment import attachment
+from ..core.attachment import attachment, unwrap
 from ..core.block_embeddings import NAME
 from ..core.layout import TokenVocabulary
+from .answer_ends import answer_end, stop_at
 from .attaching import attach
 from .compressor_weights import expected_by, load_compressor, read_compressor
 
@@ -31,6 +32,27 @@ def find_file(source: str, name: str, **hub: Any) -> str | None:
     from transformers.utils import cached_file
 
     return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def _adapter_folder(source: str) -> str:
+    """Where the adapter of a checkpoint is: in ``source``, or, where PEFT saved one that is not called
+    ``default``, in the folder of its name below.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if not os.path.isdir(source) or any(
+        find_file(source, name) for name in ("adapter_config.json", "config.json")
+    ):
+        return source
+    below = sorted(str(p.parent) for p in Path(source).glob("*/adapter_config.json"))
+    below = [folder for folder in below if not Path(folder).name.startswith(("_", "checkpoint-"))]
+    if len(below) > 1:
+        raise ValueError(
+            f"{source} holds the adapters {', '.join(Path(folder).name for folder in below)}; load one of "
+            "them, with the processor and voco_config.json beside it."
+        )
+    return below[0] if below else source
 
 
 def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
@@ -100,7 +122,8 @@ def load(
     if config_file is not None:
         saved, extra = VoCoConfig.load(Path(config_file).parent)
         vocabulary = _vocabulary(extra["vocabulary"]) if "vocabulary" in extra else None
-    adapter_file = find_file(source, "adapter_config.json", **hub)
+    adapter = _adapter_folder(source)
+    adapter_file = find_file(adapter, "adapter_config.json", **hub)
     common = {"trust_remote_code": trust_remote_code, **hub}
     if dtype is not None:
         common["dtype"] = dtype
@@ -157,7 +180,10 @@ def load(
     if adapter_file is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, source, **hub)
+        model = PeftModel.from_pretrained(model, adapter, **hub)
+        # the template it was tuned with may end answers with another token than the base's own
+        end = answer_end(processor, getattr(processor, "chat_template", None))
+        stop_at(unwrap(model).generation_config, None if end is None else end.token_id)
     if device is not None:
         model = model.to(device)
     return model.eval(), processor

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._compat import full_shape, gathered
+from .._compat import full_shape, gathered, is_partitioned
 from ..config import VoCoConfig
 from ..core.layout import tokenizer_of
 
@@ -102,13 +102,31 @@ def _mean_and_std(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _resize(model: Any, rows: int, **options: Any) -> None:
-    """transformers' own, which makes new modules, in training mode whatever mode the model is in."""
+    """transformers' own, in the same modules and parameters, so that whatever was built on them holds still:
+    an optimizer, an average of the weights, hooks. transformers makes a new head, in training mode.
+    """
     ends = (model.get_input_embeddings, model.get_output_embeddings)
-    modes = [None if end() is None else end().training for end in ends]
+    before = [end() for end in ends]
+    modes = [None if module is None else module.training for module in before]
     model.resize_token_embeddings(rows, mean_resizing=False, **options)
+    old, new = before[1], model.get_output_embeddings()
+    if old is not new and type(old) is type(new) and not _is_managed(old) and not _is_managed(new):
+        for name, parameter in new.named_parameters(recurse=False):
+            own = getattr(old, name)
+            own.data, own.grad = parameter.data, None
+        old.out_features = new.out_features
+        model.set_output_embeddings(old)
     for end, mode in zip(ends, modes, strict=True):
         if mode is not None:
             end().train(mode)
+            weight = end().weight
+            if weight.grad is not None and weight.grad.shape != weight.shape:
+                weight.grad = None
+
+
+def _is_managed(module: Any) -> bool:
+    """Whether another library keeps the weights of ``module``: accelerate's hooks, or ZeRO-3."""
+    return hasattr(module, "_hf_hook") or is_partitioned(module.weight)
 
 
 def _weights(model: Any) -> list[torch.Tensor]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..core.block_embeddings import NAME
-from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_token_row
+from .adapter_checks import check_loads_again, check_prompt_learning, check_row_is_free
+from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,6 +33,7 @@ def prepare_peft_config(
     train_vision_tower: bool = False,
     train_language: bool = True,
     train_compressor: bool = True,
+    compresses: bool = True,
 ) -> Any:
     """A copy of ``peft_config`` that adapts the language model and trains the VoCo token's row.
 
@@ -46,6 +48,7 @@ def prepare_peft_config(
             :func:`train_loose_parameters`).
         train_vision_tower: adapt the vision tower's layers of the same names too.
         train_language: adapt the language model's layers.
+        compresses: whether there are VoCo tokens; tokens that a PEFT method puts first would shift them.
         train_compressor: train the compressor, where the VoCo tokens' embeddings are made by one.
 
     Raises:
@@ -55,10 +58,9 @@ def prepare_peft_config(
     config = copy.deepcopy(peft_config)
     method = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
-        raise ValueError(
-            f"PEFT method {method} puts its own tokens before the sequence, which shifts the blocks; use "
-            "LoRA."
-        )
+        check_prompt_learning(config, compresses, train_projector or train_vision_tower)
+        return config
+    check_loads_again(config)
     parts = ModelParts(model)
     if method == "TRAINABLE_TOKENS":
         if train_projector or train_vision_tower:
@@ -86,6 +88,7 @@ def prepare_peft_config(
     if token_id is not None:
         if not hasattr(config, "trainable_token_indices"):
             raise ValueError(f"PEFT method {method} cannot train the VoCo token's row alone; use LoRA.")
+        check_row_is_free(model, config)
         config.trainable_token_indices = _with_token(model, config.trainable_token_indices, token_id)
     return config
 
@@ -238,56 +241,35 @@ def save_loose_parameters(
     os.replace(partial, path)
 
 
-def check_adapter(
-    model: PeftModel, *, language: bool, voco: bool, projector: bool, vision_tower: bool
-) -> None:
-    """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train.
-
-    Projector and vision tower train as its adapter has it: their flags are false by default, and say nothing.
-
-    Raises:
-        ValueError: a part is asked for that the adapter does not hold.
-    """
-    base = base_of(model)
-    parts = ModelParts(base)
-    held = set()
-    for name, parameter in base.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part = parts.of(name)
-        if (is_token_row(name) and not voco) or (
-            part == LANGUAGE and not is_token_row(name) and not language
-        ):
-            parameter.requires_grad_(False)
-        else:
-            held.add(part)
-    for asked, part, key in (
-        (projector, PROJECTOR, "train_projector"),
-        (vision_tower, VISION, "train_vision_tower"),
-    ):
-        if asked and part not in held:
-            raise ValueError(
-                f"{key} is true, and the adapter to train on holds nothing of the {part}; merge it into its "
-                "base and start a new one, or leave the key out."
-            )
-
-
 @contextlib.contextmanager
 def small_checkpoints(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Inside the block, ``model.save_pretrained`` writes token rows, not embeddings.
+    """Inside the block, ``model.save_pretrained`` writes token rows, not embeddings, and an adapter into the
+    folder itself, whatever its name.
 
     PEFT's own rule saves both whole embeddings of a vocabulary that differs from the base model's on disk.
     The rows that :func:`~voco_plugin.attach` adds are made again from the base model when the checkpoint is
-    loaded, and the trained one is in the adapter.
+    loaded, and the trained one is in the adapter. And it writes an adapter that is not called ``default``
+    into a folder of that name, below the one that is to load by its path.
     """
-    config = getattr(model, "peft_config", {}).get("default")
-    if getattr(config, "trainable_token_indices", None) is None:
+    if not is_peft(model):
         yield
         return
+    (name,) = model.peft_config  # `check_adapter` refuses several
+    rows = getattr(model.peft_config[name], "trainable_token_indices", None) is not None
+    save: Any = model.save_pretrained
+    if rows:
+        save = functools.partial(save, save_embedding_layers=False)
+
+    def save_here(folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        save(folder, *args, **kwargs)
+        below = Path(folder) / name
+        if name != "default" and below.is_dir():
+            for file in sorted(below.iterdir()):
+                os.replace(file, Path(folder) / file.name)
+            below.rmdir()
+
     # on the instance, for this one save; `del` brings the class's method back
-    model.save_pretrained = functools.partial(  # type: ignore[method-assign]
-        model.save_pretrained, save_embedding_layers=False
-    )
+    model.save_pretrained = save_here  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -32,6 +33,7 @@ from ..models.families import family_of_processor
 from ..registry import compressors
 from ..store.keys import image_key
 from .bad_rows import DRAWS, NothingToLearn, ReplacesBadRows
+from .placeholders import check_answers, check_texts
 from .two_stage.frozen_blocks import IMAGE_KEYS, as_tensor
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,7 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
             except Exception as error:
                 refused, kind, last = self._refused(rows, names), BadImageError, error
                 if not refused:
+                    self._blame(error, rows, names)
                     raise
             bad += [places[number] for number in refused]
             self._replace(refused, examples, rows, names, packed, kind)
@@ -156,10 +159,28 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
     def _row(self, example: Any, name: str, problems: dict[int, str], number: int) -> dict[str, Any] | None:
         """The row of ``example``; where its image is bad, the reason goes to ``problems``."""
         try:
-            return as_trl_row(example, self.dataset_text_field, name)
+            row = as_trl_row(example, self.dataset_text_field, name)
         except BadImageError as error:
             problems[number] = str(error)
             return None
+        check_texts(row, name, self.processor)
+        return row
+
+    def _blame(self, error: Exception, rows: list[dict[str, Any]], names: list[str]) -> None:
+        """Raise ``error`` with the name of the row that it comes from, where it names none: processors and
+        chat templates know of no rows.
+        """
+        if any(name in str(error) for name in names):
+            return
+        for row, name in zip(rows, names, strict=True):
+            try:
+                self._collate([dict(row)], [name])
+            except NothingToLearn:
+                continue
+            except (ValueError, TemplateError) as own:
+                raise ValueError(f"{name}: {own}") from error
+            except Exception:
+                return
 
     def _collate(
         self, rows: list[dict[str, Any]], names: list[str], packed: list[int] | None = None
@@ -310,6 +331,7 @@ def as_trl_row(
     for key in ("messages", "prompt", "completion"):
         if isinstance(row.get(key), list):
             row[key] = [_lift_images(message, given, images, where, opener) for message in row[key]]
+    check_answers(row, where)
     images += given  # of plain text, and of messages whose content is a string
     spoken = row.get("messages", row.get("prompt"))
     if isinstance(spoken, list):

@@ -60,9 +60,11 @@ class VoCoSFTConfig(SFTConfig):
             compress --store`` filled with the starting model will do. ``None`` computes every block at every
             step.
 
-    ``chat_template_path`` also takes the bare name of a shipped template: the conversation that a family was
-    tuned with, its answers marked for ``assistant_only_loss`` (``vicuna_v1``, ``llava_plain``,
-    ``llava_onevision``, ``qwen2_5_vl``, ``qwen3_vl``, ``internvl``, ``smolvlm``, ``gemma3``).
+    ``chat_template_path`` is a ``.jinja`` file, a folder that has one (``chat_template.jinja``), or the bare
+    name of a shipped template: the conversation that a family was tuned with, its answers marked for
+    ``assistant_only_loss`` (``vicuna_v1``, ``llava_plain``, ``llava_onevision``, ``qwen2_5_vl``,
+    ``qwen3_vl``, ``internvl``, ``smolvlm``, ``gemma3``). Another tokenizer's, which TRL would copy, is
+    refused.
 
     Defaults that differ from TRL's:
         - ``max_length``: ``None`` instead of 1024. A limit never cuts through an image: it raises.
@@ -202,9 +204,35 @@ def as_voco_config(value: VoCoConfig | dict[str, Any] | str | None) -> VoCoConfi
 
 
 def _template_file(name: str) -> str:
-    """The path of a shipped template's bare name; anything else as it is (a file, a folder, a hub id)."""
+    """The path of a shipped template's bare name, of a ``.jinja`` file, or of a checkpoint folder's own.
+
+    TRL takes anything else for another tokenizer, whose template and tokens it copies: into a tokenizer,
+    which a processor is not.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     shipped = TEMPLATES / f"{name}.jinja"
-    return str(shipped) if name and "/" not in name and shipped.is_file() else name
+    if name and "/" not in name and shipped.is_file():
+        return str(shipped)
+    path = Path(name).expanduser() if "\n" not in name else Path()
+    asked = f"chat_template_path={name if len(name) < 80 else name[:60] + '…'!r}"
+    if "{{" in name or "{%" in name:
+        raise ValueError(f"{asked} is a template's text; write it to a file that ends in .jinja.")
+    if path.is_dir():
+        own = path / "chat_template.jinja"
+        if own.is_file():
+            return str(own)
+        raise ValueError(f"{asked} is a folder without a chat_template.jinja; give a file.")
+    if not path.is_file():
+        known = sorted(p.stem for p in TEMPLATES.glob("*.jinja"))
+        raise ValueError(
+            f"{asked} is neither a shipped template{nearest(name, known)} nor a file or folder here; "
+            f"shipped: {', '.join(known)}."
+        )
+    if path.suffix not in (".jinja", ".j2"):
+        raise ValueError(f"{asked} must end in .jinja, for TRL to take it for a template; rename it.")
+    return str(path)
 
 
 def _has_accelerator() -> bool:

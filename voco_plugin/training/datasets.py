@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..data.conversations import llava_to_messages
-from ..data.lazy_images import name_rows, undecoded
+from ..data.lazy_images import has_transform, name_rows, undecoded
 
 _IMAGES = {"image", "images"}
 
@@ -16,7 +16,8 @@ def has_images(dataset: Any) -> bool:
 
 
 def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_dataset") -> Any:
-    """``dataset`` with LLaVA's ``conversations`` turned into ``messages``.
+    """``dataset`` with LLaVA's ``conversations`` turned into ``messages``, unless a transform of its own
+    makes its rows (``set_transform``): those are turned one by one, as the collator gets them.
 
     Images stay as they are stored (bytes or a path) until the collator opens them, which knows the sample by
     name; a ``datasets.Dataset`` without ids gets its row numbers in a column ``row``, for the same reason.
@@ -54,7 +55,8 @@ def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_datas
                 f"{name} has the columns {columns}: there is nothing to compress without 'image' or "
                 "'images'; add the column ([] in rows without an image), or train with voco=None."
             )
-    if "conversations" in sample and "messages" not in sample:
+    own = has_transform(dataset) or not hasattr(dataset, "map")  # the collator turns such rows as they come
+    if "conversations" in sample and "messages" not in sample and not own:
 
         def convert(conversations: Any, index: int = 0) -> dict[str, Any]:
             return {"messages": llava_to_messages({"conversations": conversations}, f"{name}, row {index}")}
@@ -63,3 +65,44 @@ def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_datas
             convert, with_indices=True, input_columns=["conversations"], remove_columns=["conversations"]
         )
     return dataset
+
+
+def check_dispatch(args: Any, *datasets: Any) -> None:
+    """Refuse accelerate's dispatch of images: process 0 makes a batch and cuts every tensor by rows, and one
+    row's pixels are many rows of a tensor, or few.
+
+    Raises:
+        ValueError: ``accelerator_config.dispatch_batches`` is true, and a dataset has images.
+    """
+    parts = [part for given in datasets for part in (given.values() if isinstance(given, dict) else [given])]
+    if args.accelerator_config.dispatch_batches and any(map(has_images, parts)):
+        raise ValueError(
+            "accelerator_config.dispatch_batches=True cuts a batch by its rows, and images are not laid out "
+            "so; leave it out, or set it to false."
+        )
+
+
+def groups_by_length(args: Any) -> bool:
+    """Whether batches are to be of rows of like length."""
+    return getattr(args, "train_sampling_strategy", None) == "group_by_length"
+
+
+def check_lengths(args: Any, dataset: Any) -> None:
+    """Refuse to group rows by a length that nothing tells: how many tokens an image takes is known where it
+    is processed.
+
+    Raises:
+        ValueError: the column of lengths is missing, or the dataset is a stream, which is read in order.
+    """
+    if not groups_by_length(args) or not has_images(dataset):
+        return
+    name = "train_sampling_strategy='group_by_length'"
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{name}: a streamed data set is read in its order; leave it out.")
+    columns = getattr(dataset, "column_names", None) or []
+    if args.length_column_name not in columns or has_transform(dataset):
+        raise ValueError(
+            f"{name} needs a column {args.length_column_name!r} (length_column_name) with the tokens of each "
+            f"row, its images' included, and the set has {', '.join(columns)}; add it, or set "
+            "packing: true, which counts them itself."
+        )

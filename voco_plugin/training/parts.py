@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LANGUAGE, PROJECTOR, VISION = "language model", "projector", "vision tower"
 COMPRESSOR = "compressor"
+VIRTUAL = "virtual tokens"
 TOKEN_ROW, ADAPTERS = "VoCo token row", "adapters"
 FIXED = "fixed layers"
 
@@ -154,6 +155,11 @@ def count_trainable(model: PreTrainedModel | PeftModel, row_only: bool = False) 
     counts: Counter[str] = Counter()
     loose = parts.loose(base, PROJECTOR) if base is not model else []
     rows = base.get_input_embeddings().get_parameter("weight") if row_only else None
+    own = {id(parameter) for parameter in base.parameters()}
+    for parameter in model.parameters():  # of PEFT's prompt learning, which stands outside the model
+        if id(parameter) not in own:
+            total += parameter.numel()
+            counts[VIRTUAL] += parameter.numel() if parameter.requires_grad else 0
     for name, parameter in base.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 empties the tensors it shards
         total += size
@@ -166,7 +172,7 @@ def count_trainable(model: PreTrainedModel | PeftModel, row_only: bool = False) 
                 counts[f"{ADAPTERS} in the {parts.of(name)}"] += size
             else:
                 counts[parts.of(name)] += size
-    return dict(counts), total
+    return {name: count for name, count in counts.items() if count}, total
 
 
 def describe_trainable(counts: Mapping[str, int], total: int) -> str:

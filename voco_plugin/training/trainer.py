@@ -26,21 +26,26 @@ from .._compat import (
 from ..core.attachment import attachment, unwrap
 from ..core.layout import SequenceLayout, TokenKind
 from ..core.packed_rows import DOCUMENT_IDS, Documents
+from ..data.lazy_images import has_transform
 from ..models import save_voco_config
+from ..models.image_first import warn_of_image_first
+from .adapter_checks import check_adapter
 from .adapters import (
-    check_adapter,
     prepare_peft_config,
     save_loose_parameters,
     small_checkpoints,
     train_loose_parameters,
 )
+from .added_tokens import check_added_tokens
+from .answer_end import check_answer_end
 from .card import write_card
 from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .collator import SKIPPED, VoCoDataCollator
 from .config import VoCoSFTConfig
-from .datasets import has_images, prepare_dataset
-from .distillation.trainer_part import Distilling, copy_of_student
+from .datasets import check_dispatch, check_lengths, groups_by_length, has_images, prepare_dataset
+from .distillation.trainer_part import Distilling, copy_of_student, witness_of
 from .fused_step import take_off_fused_forward
+from .given_optimizer import GivenOptimizer
 from .launch import check_launch, check_sharded_head
 from .load_weights import load_whole_weights
 from .model_setup import (
@@ -177,18 +182,24 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     ) -> None:
         """The rest of the constructor, once the model is in memory."""
         check_backbone(model)
+        optimizer = GivenOptimizer(kwargs.get("optimizers"), model)
         if processing_class is None:
             processing_class = processor_of(model, args)
         self.voco = attach_as_asked(model, args.voco, processing_class)
+        if self.voco is not None:
+            check_added_tokens(model, processing_class, peft_config is not None or is_peft(model))
         train_dataset = prepare_dataset(train_dataset, need_images=self.voco is not None)
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
         self._vocab = attachment(model).vocab if self.voco else None
+        check_dispatch(args, train_dataset, eval_dataset)
+        check_lengths(args, train_dataset)
         packs = args.packing and has_images(train_dataset)
         if packs:
             check_packing(args, model, self.voco, train_dataset, data_collator)
         self._note_start(model, args, peft_config)
         frozen = copy_of_student(args.distill, model)
         wrapped = hasattr(model, "peft_config")
+        before = None if wrapped else witness_of(args.distill, model)
         hold = None
         if peft_config is not None and not wrapped:
             peft_config = prepare_peft_config(
@@ -199,6 +210,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 train_vision_tower=args.train_vision_tower,
                 train_language=args.train_language,
                 train_compressor=args.train_voco,
+                compresses=self.voco is not None,
             )
         elif not wrapped:
             hold = freeze_as_asked(model, args, self._vocab)
@@ -209,6 +221,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 voco=args.train_voco,
                 projector=args.train_projector,
                 vision_tower=args.train_vision_tower,
+                compresses=self.voco is not None,
             )
         own_forward = vars(unwrap(model)).get("forward")
         with token_rows_on_any_device(), without_trls(args, packs):
@@ -227,6 +240,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         if self.voco is not None:
             self._fused = take_off_fused_forward(unwrap(inner), own_forward, IN_TRLS_LOSS)
         patch_tied_head(inner)
+        check_answer_end(inner, self.processing_class, self.chat_template, args.train_language)
+        optimizer.check(inner)
         self._loose = train_loose_parameters(inner, args.train_projector) if is_peft(inner) else []
         self._row_only = hold is not None and hold.only
         if hold is not None:
@@ -239,7 +254,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         if self.is_fsdp_enabled:
             check_sharded_head(unwrap(self.model), self.accelerator.state.fsdp_plugin.fsdp_version)
             name_present_layers(unwrap(self.model))
-        self._prepare_teacher(args.distill, frozen, packs)
+        self._prepare_teacher(args.distill, frozen, packs, before)
         self._prepare_stages()
         self._skips = SkipCounter()
         self.add_callback(self._skips)
@@ -318,11 +333,17 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # TRL drops the text column, and errors name a row by its id
-            for column in (self.args.dataset_text_field, "id", "row"):
+            more = [self.args.length_column_name] if groups_by_length(self.args) else []
+            for column in (self.args.dataset_text_field, "conversations", "id", "row", *more):
                 if column not in self._signature_columns:
                     self._signature_columns.append(column)
 
     # -- data
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if has_transform(dataset):  # the transform reads them, whatever it calls what it gives
+            return dataset
+        return super()._remove_unused_columns(dataset, description)
 
     @contextlib.contextmanager
     def _collating_for_evaluation(self, dataset: Any) -> Iterator[None]:
@@ -331,10 +352,14 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
             if dataset is None or isinstance(dataset, str):
                 dataset = self.eval_dataset[dataset] if dataset else self.eval_dataset
             self.data_collator = dataclasses.replace(self.data_collator, pool=_pool(dataset))
+        # accelerate dispatches a streamed set's batches by default: it cuts them by row, pixels too
+        loading = self.accelerator.dataloader_config
+        dispatch = loading.dispatch_batches
+        loading.dispatch_batches = False if dispatch is None and self._is_vision_dataset else dispatch
         try:
             yield
         finally:
-            self.data_collator = before
+            self.data_collator, loading.dispatch_batches = before, dispatch
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         with self._collating_for_evaluation(eval_dataset):
@@ -380,6 +405,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         local = [(layout.kind == TokenKind.VISION).sum(), (layout.kind == TokenKind.VOCO).sum(), len(ids)]
         counts = self.accelerator.gather(torch.tensor([[int(n) for n in local]], device=ids.device))
         vision, voco, rows = counts.sum(dim=0).tolist()
+        if self.voco.isolates and not self.voco.hide_prefix and layout.begins_with_image:
+            warn_of_image_first(self.processing_class, "a row of the data has an image")
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["voco_tokens_per_sample"].append(voco / rows)
         if voco:

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..._compat import is_partitioned
 from ...config import CONFIG_NAME
+from ...core.adapter_switch import what_changed_the_base
 from ...core.attachment import attachment, evaluating, is_attached, unwrap
 from ...core.extension import Extension, extend
 from ...core.forward import UNTOUCHED
@@ -136,19 +138,59 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def check_base(model: nn.Module, config: DistillConfig, row_only: bool) -> None:
+class Witness:
+    """A few values of every weight of a model, to tell later whether it was written to.
+
+    Args:
+        model: before it is wrapped in PEFT. A weight that ZeRO-3 has split has no values here.
+    """
+
+    SAMPLE = 256
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen = [(name, p, self._values(p)) for name, p in model.named_parameters()]
+
+    def changed(self) -> str | None:
+        """The name of a weight whose values are others now, or ``None``. Its dtype may be another."""
+        for name, parameter, values in self.seen:
+            now = self._values(parameter)
+            if values is not None and now is not None and not torch.equal(values, now):
+                return name
+        return None
+
+    def _values(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        if is_partitioned(parameter) or not parameter.is_floating_point() or parameter.is_meta:
+            return None
+        flat = parameter.detach().reshape(-1)
+        return flat[:: max(1, flat.numel() // self.SAMPLE)].float().cpu()
+
+
+def check_base(
+    model: nn.Module, config: DistillConfig, row_only: bool, before: Witness | None = None
+) -> None:
     """Refuse ``teacher: base`` where switching the adapter off does not give the original model back.
 
     Args:
         model: the trainer's, PEFT-wrapped or not.
         row_only: whether of the input embeddings only the VoCo token's row moves.
+        before: of the model before its adapter was made, where that was done here.
 
     Raises:
-        ValueError: weights train that no adapter holds.
+        ValueError: weights train that no adapter holds, or making the adapter changed those under it.
     """
     way_out = "set distill.teacher to frozen (a copy in memory) or to a checkpoint"
     inner = unwrap(model)
     if hasattr(model, "disable_adapter"):
+        reason = what_changed_the_base(model.peft_config)
+        written = before.changed() if before is not None else None
+        if written is not None and reason is None:
+            reason = "making it"
+        if reason is not None and not reason.startswith("bias"):  # which trains in place: said below
+            raise ValueError(
+                f"distill.teacher='base' switches the adapter off, and {reason} has changed the weights "
+                f"under it{f' ({written})' if written else ''}, so that is not the model training starts "
+                f"from; set init_lora_weights=True, or {way_out}."
+            )
         own = (getattr(model.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens_")
         for name, parameter in inner.named_parameters():
             if parameter.requires_grad and not any(part.startswith(own) for part in name.split(".")):

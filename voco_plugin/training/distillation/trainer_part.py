@@ -19,7 +19,7 @@ from ...models.families import family_of
 from ..fused_step import FusedStep
 from .config import DistillConfig
 from .step import DistilledOutput, Distiller
-from .teacher import BaseTeacher, OtherTeacher, Teacher, check_base, load_teacher, original_rows
+from .teacher import BaseTeacher, OtherTeacher, Teacher, Witness, check_base, load_teacher, original_rows
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _Base
@@ -35,12 +35,15 @@ class Distilling(_Base):
     _fused: FusedStep | None = None
     _distiller: Distiller | None = None
 
-    def _prepare_teacher(self, config: DistillConfig | None, frozen: Any, packs: bool) -> None:
+    def _prepare_teacher(
+        self, config: DistillConfig | None, frozen: Any, packs: bool, before: Witness | None = None
+    ) -> None:
         """Once the model is wrapped in PEFT: get the teacher ready.
 
         Args:
             frozen: :func:`copy_of_student` from before that.
             packs: whether training rows are packed.
+            before: :func:`witness_of` from before that.
 
         Raises:
             ValueError: something here does not go with distillation, or not with this teacher.
@@ -58,7 +61,7 @@ class Distilling(_Base):
             )
         vocab = attachment(student).vocab
         if config.teacher == "base":
-            check_base(model, config, self._row_only)
+            check_base(model, config, self._row_only, before)
             teacher: Teacher = BaseTeacher(model)
         else:
             if frozen is None:
@@ -152,6 +155,11 @@ def copy_of_student(config: DistillConfig | None, model: Any) -> Any:
             f"name the checkpoint that it was loaded from: --distill.teacher {source}"
         )
     return copy.deepcopy(model)
+
+
+def witness_of(config: DistillConfig | None, model: Any) -> Witness | None:
+    """For ``teacher: base``: what tells whether making the adapter writes to the weights under it."""
+    return Witness(model) if config is not None and config.teacher == "base" else None
 
 
 def check_distillation(trainer: Any, packs: bool) -> None:

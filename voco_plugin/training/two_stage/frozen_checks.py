@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...config import VoCoConfig
+from ...core.adapter_switch import what_changed_the_base
 from ..model_setup import is_peft
 from ..parts import LANGUAGE, ModelParts
 
@@ -44,6 +45,7 @@ def check_frozen(model: Any, voco: VoCoConfig | None, stage1: str, peft_config: 
                 "stage1='frozen' needs an adapter (use_peft: true): stage 1 is the weights training starts "
                 "from, also at inference, and a checkpoint of full tuning would lack them."
             )
+        _check_init([peft_config], "set init_lora_weights=True")
         method = getattr(peft_config.peft_type, "value", peft_config.peft_type)
         if method != "LORA":
             raise ValueError(f"stage1='frozen' trains LoRA, not {method}; use LoRA, or stage1=streamed.")
@@ -53,10 +55,20 @@ def check_frozen(model: Any, voco: VoCoConfig | None, stage1: str, peft_config: 
             "stage1='frozen': the model given has an adapter, and a new one is asked for; leave use_peft "
             f"(peft_config) out to train that one on, or {_BASE}."
         )
+    _check_init(model.peft_config, _BASE)
     if not frozen and any(p.any() for name, p in model.named_parameters() if ".lora_B." in name):
         raise ValueError(
             "stage1='frozen': the adapter given was trained with stage 1, which runs without it from here "
             f"on; {_BASE}."
+        )
+
+
+def _check_init(configs: Any, way_out: str) -> None:
+    changed = what_changed_the_base(configs)
+    if changed is not None and not changed.startswith("bias"):  # which trains, and is named by check_trained
+        raise ValueError(
+            f"stage1='frozen': {changed} changes the weights that the adapter stands on, so stage 1 would "
+            f"not be the starting model; {way_out}."
         )
 
 
