@@ -321,6 +321,9 @@ def test_the_command_fills_a_store_and_answers_from_it_by_name(loaded, photos, t
         path.rename(path.with_suffix(".moved"))
     by_name = command(capsys, *ask, "--store", where, *names)
     assert by_name == seen
+    assert main(["store", "export", str(where), str(tmp_path / "files")]) == 0
+    assert main(["store", "import", str(tmp_path / "other"), str(tmp_path / "files")]) == 0
+    assert command(capsys, *ask, "--store", tmp_path / "other", *names) == seen
     moved = [word for path in photos[:2] for word in ("--image", path.with_suffix(".moved"))]
     by_content = command(capsys, *ask, "--store", where, *moved)
     assert [e["answer"] for e in by_content] == [e["answer"] for e in seen]
