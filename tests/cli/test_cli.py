@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,29 @@ def test_training_saves_what_loads_again_by_path_alone(here: Path) -> None:
     }
     model, processor = vp.load(str(folder))
     assert vp.is_attached(model) and processor.tokenizer.convert_tokens_to_ids("<voco>") is not None
+
+
+def test_a_checkpoint_is_read_from_any_folder_and_after_all_of_it_has_moved(
+    here: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    adapter = here / "runs" / "gridworld_voco"
+    assert Path(
+        json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    ).is_absolute()
+    for folder in (adapter, adapter / "checkpoint-2"):
+        if folder.is_dir():
+            noted = json.loads((folder / "voco_config.json").read_text())["base_relative_to_adapter"]
+            assert (folder / noted).resolve() == (here / "runs" / "gridworld_base").resolve()
+    data = ["--data", str(here / "runs/gridworld/test.json"), "--limit", "2", "--json"]
+    (tmp_path / "far").mkdir()
+    shutil.copytree(here / "runs", tmp_path / "far" / "others", ignore=shutil.ignore_patterns("gridworld"))
+    config = tmp_path / "far" / "others" / "gridworld_voco" / "adapter_config.json"
+    values = json.loads(config.read_text())  # the place where it was made is gone
+    config.write_text(json.dumps({**values, "base_model_name_or_path": "/gone/runs/gridworld_base"}))
+    monkeypatch.chdir("/")
+    first = json.loads(out_of(capsys, "eval", str(adapter), *data))
+    moved = json.loads(out_of(capsys, "eval", str(config.parent), *data))
+    assert first["scores"]["voco"]["accuracy"] == moved["scores"]["voco"]["accuracy"]
 
 
 def test_check_prints_the_resolved_recipe_and_trains_nothing(here: Path, capsys) -> None:

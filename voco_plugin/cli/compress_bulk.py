@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..models.model_paths import check_model_path
 from . import output
 from .compress_options import check_bulk_options
-from .train import check_model_path
 from .video_options import check_no_video, video_options
 
 OF_DATASETS = ("split", "image_column", "image_folder", "streaming")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..models.model_paths import check_model_path
 from ..registry import load_plugin
 from ..store.sources.image_items import IMAGE_SUFFIXES
-from .train import check_model_path
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

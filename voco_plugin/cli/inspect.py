@@ -7,9 +7,9 @@ import re
 from typing import Any
 
 from ..config import BLOCK_CONTEXTS, POSITIONS, RULES, VoCoConfig
+from ..models.model_paths import check_model_path, named
 from . import output
 from .inputs import find_images, open_image, positive
-from .train import check_model_path
 
 _KINDS = {"t": "text", "v": "vision", "c": "VoCo", "p": "padding"}
 
@@ -144,7 +144,8 @@ def _from_model(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
     if Path(args.model).is_dir() and (Path(args.model) / CONFIG_NAME).is_file():
         saved = VoCoConfig.load(args.model)[0].to_dict()
     config = _config(args, **saved)
-    processor = AutoProcessor.from_pretrained(args.model)
+    with named(args.model):
+        processor = AutoProcessor.from_pretrained(args.model)
     model_config = None
     if not (Path(args.model) / "adapter_config.json").is_file():
         model_config = AutoConfig.from_pretrained(args.model)

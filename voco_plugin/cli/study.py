@@ -160,7 +160,7 @@ def check_inputs(planner: Any) -> None:
     Raises:
         FileNotFoundError: with the key to change.
     """
-    from .train import check_model_path
+    from ..models.model_paths import check_model_path
 
     if planner.model is not None:
         check_model_path(str(planner.model))

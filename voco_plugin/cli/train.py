@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..models.model_paths import check_model_path
 from . import output
 from .accelerate_launch import launch
 from .recipe import Recipe, RecipeArguments, load
@@ -292,14 +293,3 @@ def _compose(section: dict[str, Any], model_config: Any, config: Any) -> tuple[A
         output.note(f"composed {folder}: the base that the adapter is trained on")
     PartialState().wait_for_everyone()
     return str(folder.resolve()), None
-
-
-def check_model_path(source: str) -> None:
-    """Refuse a path that looks local and is not there, before transformers takes it for a hub id."""
-    here = (".", "/", "~", "runs/")  # the shipped recipes write below runs/
-    looks_local = source.startswith(here) or source.count("/") > 1 or source.endswith(os.sep)
-    if looks_local and not Path(source).expanduser().is_dir():
-        raise FileNotFoundError(
-            f"model {source} does not exist: give a folder that holds a config.json (or "
-            f"adapter_config.json), or a hub id."
-        )

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import nearest
 from ..registry import llms
+from .model_paths import check_model_path, looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ def resolve_llm(name: str) -> LLMSpec:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return LLMSpec(str(folder))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(name):
+    if looks_local(name) or os.path.exists(name):
+        check_model_path(name, "llm")
         raise FileNotFoundError(f"llm {name}: there is no config.json; give a checkpoint folder.")
     if name.count("/") == 1:
         return LLMSpec(name)

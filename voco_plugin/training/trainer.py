@@ -27,6 +27,7 @@ from ..core.attachment import attachment, unwrap
 from ..core.layout import SequenceLayout, TokenKind
 from ..core.packed_rows import DOCUMENT_IDS, Documents
 from ..models import save_voco_config
+from ..models.model_paths import note_base
 from .adapters import (
     check_adapter,
     prepare_peft_config,
@@ -420,7 +421,9 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 save_loose_parameters(inner, self._loose, place, state_dict)
             if self.args.should_save:
                 if self.voco is not None:
-                    save_voco_config(self.model, place)
+                    save_voco_config(self.model, place, place=self._final_place(folder))
+                else:
+                    note_base(place)
                 self._write_card(place)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...config import nearest
 from ...registry import encoders
+from ..model_paths import looks_local
 
 LIBRARIES: dict[str, str] = {
     "transformers": "voco_plugin.models.encoders.towers",
@@ -82,7 +83,7 @@ def resolve(name: str) -> EncoderSpec | Loader:
             module = library_module(library)
             module.check_name(name.removeprefix(library + "/"))
             return EncoderSpec(name.removeprefix(library + "/"), library)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(name):
+    if looks_local(name) or os.path.isdir(name):
         raise FileNotFoundError(f"encoder {name}: there is no config.json; give a checkpoint folder.")
     if name.count("/") == 1:
         return EncoderSpec(name)
