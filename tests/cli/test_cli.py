@@ -21,6 +21,9 @@ from voco_plugin.cli.accelerate_launch import launch_arguments, profiles
 # -- the command itself --------------------------------------------------------------------------------------
 
 
+ON_THE_HUB = ["--model_name_or_path", "a/b", "--dataset_name", "c/d"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
@@ -54,11 +57,12 @@ def test_no_command_shows_the_help_with_status_2(capsys: pytest.CaptureFixture[s
         (["train", "nothing"], "no recipe 'nothing'"),
         (["train", "gridworld_voco", "--max_step", "3"], "unknown key 'max_step' (did you mean "
         "'max_steps'?)"),
-        (["train", "gridworld_voco", "--max_steps", "x"], "max_steps='x' is a text"),
+        (["train", "gridworld_voco", *ON_THE_HUB, "--max_steps", "x"], "max_steps='x' is a text"),
         (["train", "gridworld_voco", "--model_name_or_path", "./gone"], "model ./gone does not exist"),
-        (["train", "gridworld_voco", "--model_name_or_path", "null"], "has no model_name_or_path"),
-        (["train", "gridworld_voco", "--accelerate_config", "zer3"], "'zer3' is neither a file nor a "
-        "profile (did you mean 'zero3'?)"),
+        (["train", "gridworld_voco", *ON_THE_HUB, "--model_name_or_path", "null"],
+        "has no model_name_or_path"),
+        (["train", "gridworld_voco", *ON_THE_HUB, "--accelerate_config", "zer3"],
+        "'zer3' is neither a file nor a profile (did you mean 'zero3'?)"),
         (["inspect"], "give either --layout RUNS, or a MODEL"),
         (["inspect", "--layout", "t3 x4"], "'x4' is no run"),
         (["inspect", "--layout", "t3 v0"], "'v0' is no run"),
@@ -75,7 +79,7 @@ def test_no_command_shows_the_help_with_status_2(capsys: pytest.CaptureFixture[s
         "least 1"),
         (["compress", "m", "no", "--out", "x"], "image no does not exist"),
         (["eval", "m", "--data", "./no.json"], "no.json does not exist"),
-        (["gridworld", "x", "--grid", "1"], "grid=1 is out of range"),
+        (["gridworld", "x", "--grid", "1"], "--grid 1 is out of range"),
     ],
 )  # fmt: skip
 def test_what_a_user_gets_wrong_is_one_line_and_status_2(

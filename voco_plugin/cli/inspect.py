@@ -10,6 +10,7 @@ from ..config import BLOCK_CONTEXTS, POSITIONS, RULES, VoCoConfig
 from ..models.model_paths import check_model_path, named
 from . import output
 from .inputs import find_images, open_image, positive
+from .preconditions import check_target
 
 _KINDS = {"t": "text", "v": "vision", "c": "VoCo", "p": "padding"}
 
@@ -49,6 +50,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.layout is None) == (args.model is None):
         raise ValueError("give either --layout RUNS, or a MODEL with --text and --image.")
+    check_target(args.out, "--out")
     if args.layout is not None:
         if args.text or args.image or args.num_tokens:
             raise ValueError(

@@ -6,13 +6,15 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..models.model_paths import check_model_path
 from . import output
 from .accelerate_launch import launch
-from .recipe import Recipe, RecipeArguments, load
+from .preconditions import check_inputs, commands_before
+from .recipe import Recipe, RecipeArguments, load, named_inputs
 from .recipe_values import RecipeError
 
 OWN_FLAGS = ("--debug", "--check", "--json")
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             setattr(args, flag[2:], True)
     if args.plugin:
         overrides += ["--plugin", *args.plugin]
+    if not args.check:
+        check_files(args.recipe, overrides)
     recipe = load(args.recipe, overrides)
     config = recipe.arguments(RecipeArguments)
     if args.check:
@@ -73,6 +77,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         output.emit(f"saved {result['output_dir']} after {result['steps']} steps, {result['seconds']:.0f} s")
     return 0
+
+
+def check_files(name: str, overrides: Sequence[str]) -> None:
+    """Refuse a recipe whose model or data are local and not there, before torch is imported.
+
+    Raises:
+        FileNotFoundError: with the commands that the recipe names as coming before it.
+    """
+    path, names = named_inputs(name, overrides)
+    _, own = named_inputs(name)
+    for key, value in names.items():
+        before = commands_before(path) if value == own[key] else ()
+        if key == "model_name_or_path":
+            check_inputs({key: value}, {}, before)
+        else:
+            check_inputs({}, {key: value}, before)
 
 
 def _print_check(recipe: Recipe, as_json: bool) -> None:
