@@ -95,7 +95,8 @@ def test_all_of_a_put_many_or_nothing(store):
 def test_a_store_of_another_maker_is_refused_by_name(tmp_path, name):
     opened(tmp_path / "s").close()
     other = {**MADE_BY, name: "other"}
-    with pytest.raises(VoCoCacheError, match=f"was made otherwise: {name} is 'other', not '{MADE_BY[name]}'"):
+    said = f"made otherwise; use another folder .*: {name} is 'other', not '{MADE_BY[name]}'"
+    with pytest.raises(VoCoCacheError, match=said):
         vp.VoCoCacheStore(tmp_path / "s", fingerprint=other)
     with opened(tmp_path / "s") as store, pytest.raises(VoCoCacheError, match=f"{name} is 'other'"):
         store.put(key(1), vp.VoCoCache(made(1).blocks, fingerprint=other))

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import operator
+import re
 import weakref
 from typing import Any
 
@@ -33,6 +34,7 @@ _RULE_FIELDS = (
     "token_init",
     "compressor",
 )
+_HASH = re.compile(r"[0-9a-f]{16,}")
 _SINCE = {"compressor": "voco", "frozen_stage1": False}
 """What a cache is taken to be made with where it was written before this was named."""
 
@@ -193,16 +195,25 @@ def of_blocks(reader: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """In words, what two fingerprints disagree on. ``num_tokens`` is the blocks' own business
-    (``first(k)``).
+    """In words, what two fingerprints disagree on, what a person can read first. ``num_tokens`` is the
+    blocks' own business (``first(k)``).
     """
-    wrong = []
+    wrong: list[str] = []
+    hashes: list[str] = []
     for name in sorted(set(expected) | set(found)):
         here, there = (made.get(name, _SINCE.get(name)) for made in (expected, found))
         if name == "num_tokens" or here == there or (name == "processor" and "none" in (here, there)):
             continue
-        wrong.append(f"{name} is {there!r}, not {here!r}")
-    return wrong
+        if any(isinstance(value, str) and _HASH.fullmatch(value) for value in (here, there)):
+            hashes.append(f"the {name} is another one ({_short(there)}, not {_short(here)})")
+        else:
+            wrong.append(f"{name} is {there!r}, not {here!r}")
+    return wrong + hashes
+
+
+def _short(value: Any) -> str:
+    """Enough of a hash to tell two apart."""
+    return f"{value[:8]}…" if isinstance(value, str) and _HASH.fullmatch(value) else str(value)
 
 
 def check_nested(made_by: dict[str, Any]) -> None:
@@ -254,7 +265,7 @@ def check_cache(model: torch.nn.Module, state: Attachment, cache: Any) -> dict[s
     wrong = differences(expected, cache.fingerprint)
     if wrong:
         raise ValueError(
-            f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images "
-            "again."
+            "this cache was not made by this model under this rule; compress the images again, or load the "
+            f"model that made it: {'; '.join(wrong)}."
         )
     return mine

@@ -131,7 +131,7 @@ def _to_files(args: argparse.Namespace) -> int:
     )
     output.emit(
         f"cache {output.human_bytes(cached)}, all vision tokens' keys and values {output.human_bytes(full)}: "
-        f"{result['compression']:.0f} times smaller"
+        + output.size_words(full, cached)
     )
     return 0
 

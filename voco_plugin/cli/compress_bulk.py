@@ -176,8 +176,8 @@ def _report(args: argparse.Namespace, reports: Sequence[dict[str, Any]], seconds
         f"{result['computed']} computed, {result['hits']} there already or seen twice"
     )
     if result["bytes_written"]:
-        ratio = f", {result['vision_bytes'] / result['bytes_written']:.0f} times smaller than all vision "\
-            "tokens'" if result["vision_bytes"] else ""  # fmt: skip
+        words = output.size_words(result["vision_bytes"], result["bytes_written"], "all vision tokens'")
+        ratio = f", {words}" if result["vision_bytes"] else ""
         output.emit(f"{output.human_bytes(result['bytes_written'])} of keys and values written{ratio}")
     for name in ("store", "shards"):
         if name in result:

@@ -10,6 +10,7 @@ from typing import Any
 from ..models.model_paths import check_model_path
 from ..registry import load_plugin
 from ..store.sources.image_items import IMAGE_SUFFIXES
+from . import output
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def load_model(args: argparse.Namespace, voco: Any = None, source: str | None = 
     for file in getattr(args, "plugin", None) or []:
         load_plugin(file)
     check_model_path(source)
+    output.status(f"loading {source}", quiet=getattr(args, "json", False))
     import torch
 
     from ..models import load

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import nearest
+from ..config import nearest, suggest_fields
 from ..registry import llms
 from .model_paths import check_model_path, looks_local
 
@@ -36,6 +36,7 @@ _MARKS = (
 """What a tokenizer's own template holds → the template here that writes the same conversation."""
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class LLMSpec:
     """An entry of ``registry.llms``.

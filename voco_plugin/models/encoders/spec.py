@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import nearest
+from ...config import nearest, suggest_fields
 from ...registry import encoders
 from ..model_paths import looks_local
 
@@ -22,6 +22,7 @@ LIBRARIES: dict[str, str] = {
 """Where each library's loader is; it is imported when an encoder of that library is asked for."""
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class EncoderSpec:
     """An entry of ``registry.encoders``: everything that can be said of an encoder before it is loaded.
