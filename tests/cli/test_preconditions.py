@@ -17,6 +17,7 @@ from voco_plugin.cli import main, preconditions, recipe_keys
 from voco_plugin.cli.evaluate import base_hint
 from voco_plugin.cli.flags import as_flags
 from voco_plugin.cli.recipe import RecipeError, _names, load, schema
+from voco_plugin.cli.train import image_folder_for
 from voco_plugin.registry import encoders
 
 
@@ -160,6 +161,17 @@ def test_a_base_that_answers_nothing_is_no_upper_bound(tmp_path) -> None:
     )
     assert "the model that this adapter was trained on" in (base_hint({"base": zero}, str(tmp_path)) or "")
     assert "the model without VoCo answers no question" in (base_hint({"base": zero}, "m") or "")
+
+
+# -- no noise
+
+
+def test_a_recipes_image_folder_is_no_warning_with_another_data_set() -> None:
+    typed = ["gridworld_voco", "--dataset_name", "org/set"]
+    assert image_folder_for("org/set", "data", typed) is None
+    assert image_folder_for("other.json", "data", ["r", "--dataset_name", "other.json"]) == "data"
+    assert image_folder_for("org/set", "data", [*typed, "--image_folder", "data"]) == "data", "warned of"
+    assert image_folder_for("org/set", "data", None) == image_folder_for("x", "data", ["r"]) == "data"
 
 
 # -- plugins

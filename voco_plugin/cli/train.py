@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.model_paths import check_model_path
-from . import output
+from . import output, recipe_values
 from .accelerate_launch import launch
 from .preconditions import check_inputs, commands_before
 from .recipe import Recipe, RecipeArguments, load, named_inputs
@@ -153,7 +153,7 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     dataset = _videos(arguments, arguments.dataset_name, config) or load_vision_dataset(
         arguments.dataset_name,
         arguments.dataset_train_split,
-        arguments.image_folder,
+        image_folder_for(arguments.dataset_name, arguments.image_folder, typed),
         missing_images=config.on_bad_sample == "skip",
     )
     if arguments.max_train_samples is not None:
@@ -163,7 +163,10 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         evaluation = _videos(arguments, arguments.eval_dataset_name, config) or load_vision_dataset(
             arguments.eval_dataset_name or arguments.dataset_name,
             arguments.dataset_test_split or (None if arguments.eval_dataset_name else "test"),
-            arguments.eval_image_folder or arguments.image_folder,
+            arguments.eval_image_folder
+            or image_folder_for(
+                arguments.eval_dataset_name or arguments.dataset_name, arguments.image_folder, typed
+            ),
             missing_images=config.on_bad_sample == "skip",
         )
     config.model_init_kwargs = {
@@ -209,6 +212,16 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         "metrics": outcome.metrics,
         "main_process": trainer.is_world_process_zero(),
     }
+
+
+def image_folder_for(data: str | None, folder: str | None, typed: Sequence[str] | None) -> str | None:
+    """The recipe's ``image_folder``, where it says something of ``data``: a data set that was typed in the
+    place of the recipe's LLaVA file, and holds its images itself, needs no warning that the folder is
+    ignored. One that was typed too is passed on, and warned of.
+    """
+    asked = {key for key, _ in recipe_values.overrides(typed[1:])} if typed else set()
+    other = bool(asked & {"dataset_name", "eval_dataset_name"}) and "image_folder" not in asked
+    return None if other and Path(str(data)).suffix.lower() not in (".json", ".jsonl") else folder
 
 
 def _check_unfinished(config: Any, overwrite: bool) -> None:

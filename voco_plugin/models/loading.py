@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._compat import former_names_are_fine
 from ..config import CONFIG_NAME, VoCoConfig
 from ..core.attachment import attachment
 from ..core.block_embeddings import NAME
@@ -178,7 +179,8 @@ def load(
     if adapter_file is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, source, **hub)
+        with former_names_are_fine():
+            model = PeftModel.from_pretrained(model, source, **hub)
     if device is not None:
         model = model.to(device)
     return model.eval(), processor
