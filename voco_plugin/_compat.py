@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -66,6 +67,20 @@ def patch_llama4(model: nn.Module) -> None:
 
 # -- torch
 # ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def former_names_are_fine() -> Iterator[None]:
+    """PEFT asks a model by transformers' former names (``is_gradient_checkpointing``), which warns whoever
+    loads an adapter of what they cannot change.
+
+    Remove when: PEFT uses the new names (0.21 does not; transformers 5.24 has both).
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
+        )
+        yield
 
 
 def cpu_attention_flops() -> dict[Any, Any]:

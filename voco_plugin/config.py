@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ POSITIONS = ("compact", "sequential")
 BLOCK_SINKS = ("none", "bos")
 ATTENTIONS = ("auto", "dense", "segmented", "flex", "flash")
 TOKEN_INITS = ("learned", "slots", "pooled")
+_LISTED = 30
 
 
 def nearest(name: str, known: Any) -> str:
@@ -33,6 +36,24 @@ def nearest(name: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def suggest_fields(kind: type[T]) -> type[T]:
+    """For a dataclass: an unknown argument of its constructor is an error that gives the nearest name."""
+    plain = kind.__init__  # type: ignore[misc]
+    known = list(inspect.signature(plain).parameters)[1:]
+
+    @functools.wraps(plain)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for key in kwargs:
+            if key not in known:
+                all_of_them = f"; it has {', '.join(known)}" if len(known) <= _LISTED else ""
+                raise TypeError(f"{kind.__name__} has no field {key!r}{nearest(key, known)}{all_of_them}.")
+        plain(self, *args, **kwargs)
+
+    kind.__init__ = __init__  # type: ignore[method-assign]
+    return kind
+
+
+@suggest_fields
 @dataclass
 class VoCoConfig:
     """The isolation rule and its options (paper, Sec. 3.2 and 3.3).

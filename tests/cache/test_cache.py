@@ -244,7 +244,7 @@ def test_other_processor_settings_are_refused_by_name():
         caches.append(model.compress(**inputs("llava_llama")))
     with pytest.raises(ValueError, match="processor is"):
         model(**_stream(model), voco_cache=caches[0])
-    with pytest.raises(ValueError, match="cache 1 was made otherwise than the first: processor is"):
+    with pytest.raises(ValueError, match="cache 1 was made otherwise than the first: the processor"):
         vp.VoCoCache.cat(caches)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from voco_plugin.cli import COMMANDS, main
 from voco_plugin.cli.accelerate_launch import launch_arguments, profiles
 
 # -- the command itself --------------------------------------------------------------------------------------
+
+
+ON_THE_HUB = ["--model_name_or_path", "a/b", "--dataset_name", "c/d"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,11 +57,12 @@ def test_no_command_shows_the_help_with_status_2(capsys: pytest.CaptureFixture[s
         (["train", "nothing"], "no recipe 'nothing'"),
         (["train", "gridworld_voco", "--max_step", "3"], "unknown key 'max_step' (did you mean "
         "'max_steps'?)"),
-        (["train", "gridworld_voco", "--max_steps", "x"], "max_steps='x' is a text"),
+        (["train", "gridworld_voco", *ON_THE_HUB, "--max_steps", "x"], "max_steps='x' is a text"),
         (["train", "gridworld_voco", "--model_name_or_path", "./gone"], "model ./gone does not exist"),
-        (["train", "gridworld_voco", "--model_name_or_path", "null"], "has no model_name_or_path"),
-        (["train", "gridworld_voco", "--accelerate_config", "zer3"], "'zer3' is neither a file nor a "
-        "profile (did you mean 'zero3'?)"),
+        (["train", "gridworld_voco", *ON_THE_HUB, "--model_name_or_path", "null"],
+        "has no model_name_or_path"),
+        (["train", "gridworld_voco", *ON_THE_HUB, "--accelerate_config", "zer3"],
+        "'zer3' is neither a file nor a profile (did you mean 'zero3'?)"),
         (["inspect"], "give either --layout RUNS, or a MODEL"),
         (["inspect", "--layout", "t3 x4"], "'x4' is no run"),
         (["inspect", "--layout", "t3 v0"], "'v0' is no run"),
@@ -74,7 +79,7 @@ def test_no_command_shows_the_help_with_status_2(capsys: pytest.CaptureFixture[s
         "least 1"),
         (["compress", "m", "no", "--out", "x"], "image no does not exist"),
         (["eval", "m", "--data", "./no.json"], "no.json does not exist"),
-        (["gridworld", "x", "--grid", "1"], "grid=1 is out of range"),
+        (["gridworld", "x", "--grid", "1"], "--grid 1 is out of range"),
     ],
 )  # fmt: skip
 def test_what_a_user_gets_wrong_is_one_line_and_status_2(
@@ -221,6 +226,29 @@ def test_training_saves_what_loads_again_by_path_alone(here: Path) -> None:
     }
     model, processor = vp.load(str(folder))
     assert vp.is_attached(model) and processor.tokenizer.convert_tokens_to_ids("<voco>") is not None
+
+
+def test_a_checkpoint_is_read_from_any_folder_and_after_all_of_it_has_moved(
+    here: Path, tmp_path, monkeypatch, capsys
+) -> None:
+    adapter = here / "runs" / "gridworld_voco"
+    assert Path(
+        json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    ).is_absolute()
+    for folder in (adapter, adapter / "checkpoint-2"):
+        if folder.is_dir():
+            noted = json.loads((folder / "voco_config.json").read_text())["base_relative_to_adapter"]
+            assert (folder / noted).resolve() == (here / "runs" / "gridworld_base").resolve()
+    data = ["--data", str(here / "runs/gridworld/test.json"), "--limit", "2", "--json"]
+    (tmp_path / "far").mkdir()
+    shutil.copytree(here / "runs", tmp_path / "far" / "others", ignore=shutil.ignore_patterns("gridworld"))
+    config = tmp_path / "far" / "others" / "gridworld_voco" / "adapter_config.json"
+    values = json.loads(config.read_text())  # the place where it was made is gone
+    config.write_text(json.dumps({**values, "base_model_name_or_path": "/gone/runs/gridworld_base"}))
+    monkeypatch.chdir("/")
+    first = json.loads(out_of(capsys, "eval", str(adapter), *data))
+    moved = json.loads(out_of(capsys, "eval", str(config.parent), *data))
+    assert first["scores"]["voco"]["accuracy"] == moved["scores"]["voco"]["accuracy"]
 
 
 def test_check_prints_the_resolved_recipe_and_trains_nothing(here: Path, capsys) -> None:

@@ -284,7 +284,9 @@ def test_a_finished_run_is_not_trained_over(how, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "train_results.json").write_text("{}")
-    asked = ["train", "gridworld_voco", "--output_dir", "done", "--dataset_name", "nowhere.json", *how]
+    (tmp_path / "none.json").write_text("[]")
+    given = ["--model_name_or_path", "a/b", "--dataset_name", "none.json"]
+    asked = ["train", "gridworld_voco", "--output_dir", "done", *given, *how]
     assert "done holds a finished run" in error_of(capsys, *asked)
     for more in (["--overwrite", "true"], ["--resume_from_checkpoint", "true"], ["--output_dir", "other"]):
         said = error_of(capsys, *asked, *more)  # it goes on to the next fault

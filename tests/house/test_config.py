@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
+import voco_plugin as vp
 from voco_plugin import VoCoConfig
 
 
@@ -54,3 +57,21 @@ def test_another_format_version_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(ValueError, match="format version 9"):
         VoCoConfig.load(tmp_path)
+
+
+def test_an_unknown_argument_is_answered_with_the_nearest_name():
+    from voco_plugin.models.encoders.spec import EncoderSpec
+    from voco_plugin.models.llms import LLMSpec
+
+    for kind, typed, meant in (
+        (VoCoConfig, "num_token", "num_tokens"),
+        (vp.VoCoSFTConfig, "learnin_rate", "learning_rate"),
+        (vp.DistillConfig, "weigth", "weight"),
+        (EncoderSpec, "hidden", "hidden_size"),
+        (LLMSpec, "chat_templat", "chat_template"),
+    ):
+        said = f"{kind.__name__} has no field '{typed}' .did you mean '{meant}'"
+        with pytest.raises(TypeError, match=said):
+            kind(**{typed: 3})
+    assert VoCoConfig(3) == VoCoConfig(num_tokens=3)
+    assert "num_tokens" in inspect.signature(VoCoConfig).parameters

@@ -118,7 +118,7 @@ def test_a_changed_or_foreign_session_file_is_refused(tmp_path):
         vp.VoCoSession.load(tmp_path / "cache.safetensors", model, tools)
     with torch.no_grad():
         model.get_input_embeddings().weight[5] += 1
-    with pytest.raises(vp.VoCoCacheError, match="not made by this model under this rule: model is"):
+    with pytest.raises(vp.VoCoCacheError, match="load the model that made it: the model is another one"):
         vp.VoCoSession.load(path, model, tools)
 
 

@@ -300,7 +300,7 @@ def test_saved_and_loaded_by_path_alone(name, tmp_path):
 
 
 def test_a_missing_path_is_one_clear_line():
-    with pytest.raises(FileNotFoundError, match="does not exist; give a checkpoint folder or a hub id"):
+    with pytest.raises(FileNotFoundError, match="model ./no/such/folder does not exist: give a folder"):
         vp.load("./no/such/folder")
 
 

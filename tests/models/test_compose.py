@@ -350,7 +350,7 @@ def test_text_alone_gets_the_llms_own_logits_and_new_rows_are_there(parts, tmp_p
         (("open_clip/ViT-L-14:opnai", "x/y"), "no weights 'opnai' of ViT-L-14 .did you mean 'openai'"),
         (("./gone", "x/y"), "encoder ./gone: there is no config.json"),
         (("clip_vit_l_14", "vicuna_7b"), "llm 'vicuna_7b' is not known .did you mean 'vicuna_7b_v1_5'"),
-        (("clip_vit_l_14", "./gone"), "llm ./gone: there is no config.json"),
+        (("clip_vit_l_14", "./gone"), "llm ./gone does not exist"),
         (("clip_vit_l_14", "llama3_8b", "mlp2x"), "'mlp2x' is not known .did you mean 'mlp2x_gelu'"),
     ],
 )  # fmt: skip

@@ -321,6 +321,9 @@ def test_the_command_fills_a_store_and_answers_from_it_by_name(loaded, photos, t
         path.rename(path.with_suffix(".moved"))
     by_name = command(capsys, *ask, "--store", where, *names)
     assert by_name == seen
+    assert main(["store", "export", str(where), str(tmp_path / "files")]) == 0
+    assert main(["store", "import", str(tmp_path / "other"), str(tmp_path / "files")]) == 0
+    assert command(capsys, *ask, "--store", tmp_path / "other", *names) == seen
     moved = [word for path in photos[:2] for word in ("--image", path.with_suffix(".moved"))]
     by_content = command(capsys, *ask, "--store", where, *moved)
     assert [e["answer"] for e in by_content] == [e["answer"] for e in seen]
@@ -372,8 +375,8 @@ def test_the_command_writes_shards(loaded, photos, tmp_path, capsys) -> None:
         (["--shards", "x", "--int8"], "--int8 is of a store"),
         (["--shards", "x", "--max-bytes", "1GB"], "--max-bytes is of a store"),
         (["--store", "x", "--max-bytes", "many"], "'many' is no size"),
-        (["--store", "x", "--max-bytes", "0"], "max_bytes=0: give a whole number of bytes, 1 or more"),
-        (["--store", "x", "--max-memory", "10B"], "max_memory=10"),
+        (["--store", "x", "--max-bytes", "0"], "--max-bytes 0: give a whole number of bytes, 1 or more"),
+        (["--store", "x", "--max-memory", "10B"], "--max-memory 10"),
         (["--store", "x", "--threads", "-1"], "negative"),
         (["--store", "x", "--workers", "0"], "'0' is not a whole number"),
         (["--store", "x", "--engine", "spark"], "invalid choice"),

@@ -302,7 +302,7 @@ def test_shards_of_another_model_are_refused(tmp_path) -> None:
     other = ShardWriter(ShardFolder(str(tmp_path)), {"model": "b"})
     other.add(entry(1), made(1, made_by={"model": "b"}))
     other.flush()
-    with pytest.raises(vp.VoCoCacheError, match="not made by this model: .*model is"):
+    with pytest.raises(vp.VoCoCacheError, match="not made by this model; give another prefix: model is"):
         write_manifest(other.folder)
 
 

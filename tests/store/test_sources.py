@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import io
 import json
 import os
 import pickle
+import re
 import tarfile
+import threading
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Image, List
 from PIL import Image as PILImage
 
-from voco_plugin.data.images import BadImageError
+from voco_plugin.cli.inputs import find_images
+from voco_plugin.data.images import BadImageError, open_image
+from voco_plugin.data.lazy_images import undecoded
+from voco_plugin.data.loaders import load_vision_dataset
 from voco_plugin.store.sources.image_items import ImageItem
 from voco_plugin.store.sources.image_sources import expand, image_source
 from voco_plugin.store.sources.tar_images import TarImages
@@ -342,3 +350,84 @@ def test_a_folder_shows_linked_folders_once_and_every_suffix(tmp_path):
     names = [Path(item.name).relative_to(whole).as_posix() for item in image_source(whole)]
     assert names == ["a.jfif", "b.jpe", "d.jp2", "linked/c.png"]
     assert all(item.open().size == (8, 8) for item in image_source(whole))
+
+
+@pytest.fixture
+def site(place):
+    """The address of a server that gives a picture for every path that names one, whatever its query."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            found = re.search(r"(\d)", self.path)
+            body = (place / "a.tar.gz").read_bytes() if ".tar.gz" in self.path else png(int(found[1]))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_url_is_what_its_path_says_whatever_follows(site):
+    urls = [
+        f"{site}/0.png?x=1",
+        f"{site}/1.PNG#top",
+        f"{site}/image?id=2",
+        f"HTTP{site[4:]}/{{3,4}}.jpg?w=[5]",
+    ]
+    found = list(image_source(urls))
+    assert [item.name for item in found[:3]] == urls[:3] and len(found) == COUNT
+    for number, item in enumerate(found):
+        assert (np.asarray(item.open()) == pixels(number)).all()
+    (first, *_) = find_images([urls[0]])
+    assert first == urls[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https://x.org/a.json?x=1", "read from this disk: download it first"),
+        ("https://x.org/a.parquet", "read from this disk: download it first"),
+        ("https://x.org/a.mp4?x=1", "is a video"),
+        ("ftp://x.org/a", "is no URL of an image"),
+    ],
+)
+def test_a_url_of_something_else_says_what_to_do(url, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        image_source(url)
+    with pytest.raises(BadImageError, match="only http.s. and data: are opened"):
+        open_image("s3://bucket/a.png")
+
+
+def test_images_that_a_json_file_holds_itself_are_read(site, tmp_path):
+    written = [base64.b64encode(png(number)).decode() for number in range(COUNT)]
+    talk = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
+    long = base64.b64encode(png(3) + bytes(2000)).decode()
+    images = [
+        f"data:image/png;base64,{written[0]}",
+        f"DATA:image/png,{quote(png(1))}",
+        f"{site}/2.png?x=1",
+        long,
+    ]
+    file = tmp_path / "a.json"
+    file.write_text(
+        json.dumps([{"id": n, "image": name, "conversations": talk} for n, name in enumerate(images)])
+    )
+    found = list(image_source(str(file)))
+    assert [item.name for item in found] == [f"{file}/0", f"{file}/1", images[2], f"{file}/3"]
+    assert all(item.stamp for item in found if item.name != images[2])
+    rows = undecoded(load_vision_dataset(str(file)))
+    for number, item in enumerate(found):
+        assert (np.asarray(item.open()) == pixels(number)).all()
+        assert (np.asarray(open_image(rows[number]["images"][0])) == pixels(number)).all()
+    (one,) = image_source(images[0])
+    assert len(one.name) < 30 and (np.asarray(one.open()) == pixels(0)).all()
+    with pytest.raises(ValueError, match="needs a comma"):
+        open_image("data:image/png")

@@ -19,6 +19,9 @@ from voco_plugin.cache.cache import cache_from_buffer, cache_from_parts, cache_t
 from voco_plugin.cache.file_format import read_buffer
 from voco_plugin.cache.fingerprint import fingerprint
 from voco_plugin.store import image_key, quantization_error
+from voco_plugin.store.names import NameEntry, StoreNames, caches_by_name
+from voco_plugin.store.reader_uses import add_uses, take_uses
+from voco_plugin.store.video_series import Series, all_series, write_series
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -92,9 +95,8 @@ def test_all_of_a_put_many_or_nothing(store):
 def test_a_store_of_another_maker_is_refused_by_name(tmp_path, name):
     opened(tmp_path / "s").close()
     other = {**MADE_BY, name: "other"}
-    with pytest.raises(
-        VoCoCacheError, match=f"was made otherwise: {name} is 'other', not '{MADE_BY[name][:8]}"
-    ):
+    said = f"made otherwise; use another folder .*: {name} is 'other', not '{MADE_BY[name]}'"
+    with pytest.raises(VoCoCacheError, match=said):
         vp.VoCoCacheStore(tmp_path / "s", fingerprint=other)
     with opened(tmp_path / "s") as store, pytest.raises(VoCoCacheError, match=f"{name} is 'other'"):
         store.put(key(1), vp.VoCoCache(made(1).blocks, fingerprint=other))
@@ -105,6 +107,23 @@ def test_k_may_differ(tmp_path):
         pass
     with vp.VoCoCacheStore(tmp_path / "s", fingerprint={**MADE_BY, "num_tokens": 7}) as store:
         assert store.put(key(1), made(1)) and store.fingerprint["num_tokens"] == 7
+
+
+def test_a_cache_of_another_k_than_its_key_is_refused(store):
+    picture = Image.new("RGB", (4, 4), (1, 2, 3))
+    one, two = store.key_of(picture, 1), store.key_of(picture)
+    for put in (lambda: store.put(one, made(1)), lambda: store.put_many([(two, made(1, tokens=1))])):
+        with pytest.raises(VoCoCacheError, match=r"has blocks of K=[12], its key is that of K=[12]"):
+            put()
+    assert len(store) == 0
+    assert store.put(one, made(1, tokens=1)) and store.put(two, made(1))
+    raw_put(store, one, cache_to_bytes(made(1)))  # as a program without this check could
+    with pytest.raises(VoCoCacheError, match="its key is that of K=1"):
+        store.get(one)
+    with StoreNames(store.path) as names:
+        names.put_many([NameEntry("a", 1, two)])
+    with pytest.raises(VoCoCacheError, match="'a' is named with K=1, its cache has K=2"):
+        caches_by_name(store, ["a"], 1)
 
 
 def test_a_cache_without_fingerprint_is_refused(store):
@@ -281,6 +300,36 @@ def test_what_was_used_is_remembered_by_the_next_process(tmp_path):
         assert store.max_bytes == 3 * SIZE
         store.put(key(4), made(4))
         assert set(store) == {key(n) for n in (1, 3, 4)}
+
+
+def test_what_a_reader_used_that_does_not_write_is_used(tmp_path):
+    with opened(tmp_path / "s", max_bytes=3 * SIZE) as store:
+        store.put_many((key(n), made(n)) for n in (1, 2, 3))
+    with vp.VoCoCacheStore(tmp_path / "s", readonly=True) as reader:
+        reader.get(key(1))
+    with vp.VoCoCacheStore(tmp_path / "s", readonly=True) as reader, reader.view() as view:
+        view[key(2)]
+    with vp.VoCoCacheStore(tmp_path / "s", readonly=True, lock=False) as reader:
+        reader.get(key(3))  # without a lock nothing is written into the folder
+    with opened(tmp_path / "s") as store:
+        store.put(key(4), made(4))
+        assert set(store) == {key(n) for n in (1, 2, 4)}
+        store.put(key(5), made(5))
+        assert set(store) == {key(n) for n in (2, 4, 5)}, "taken in once, and before what was put since"
+
+
+def test_uses_of_readers_stay_within_bounds_and_damage_costs_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("voco_plugin.store.reader_uses._KEPT", 4)
+    (tmp_path / "data.mdb").touch()
+    keys = [bytes.fromhex(key(n)) for n in range(30)]
+    for one in keys:
+        add_uses(tmp_path, [one])
+    assert (tmp_path / "uses.txt").stat().st_size <= 66 * 10
+    with open(tmp_path / "uses.txt", "ab") as stream:
+        stream.write(b"a line that was cut")
+    add_uses(tmp_path, keys[:1])
+    found = take_uses(tmp_path)
+    assert found[-1] == keys[0] and found[-5:-1] == keys[26:] and take_uses(tmp_path) == []
 
 
 def test_reading_writes_in_batches_only(store, monkeypatch):
@@ -534,6 +583,56 @@ def test_only_what_belongs_there_is_imported(tmp_path, store):
     with pytest.raises(FileNotFoundError):
         store.import_(tmp_path / "none")
     assert len(store) == 0
+
+
+def test_names_and_videos_travel_with_the_records(tmp_path, store):
+    store.put_many((key(n), made(n)) for n in range(4))
+    odd = "a\udcff/\u2028 b.png"  # a name of bytes that are no text, and what looks like the end of a line
+    images = [NameEntry(odd, 2, key(0), "7"), NameEntry("f0", 2, key(1)), NameEntry("f1", 2, key(2))]
+    with StoreNames(store.path) as names:
+        names.put_many([*images, NameEntry("gone", 2, key(9))])
+    video = Series("v.mp4", 2, ("f0", "f1"), (0.0, 0.5), "2 fps")
+    write_series(store.path, video)
+    store.export(tmp_path / "files")
+    store.export(tmp_path / "part", [key(0), key(1)])
+    with opened(tmp_path / "t") as other:
+        other.import_(tmp_path / "files")
+        with StoreNames(other.path) as names:
+            assert sorted(names, key=lambda e: e.name) == sorted(images, key=lambda e: e.name)
+        assert list(all_series(other.path)) == [video]
+        assert same(caches_by_name(other, [odd], 2)[0], made(0))
+        assert len(caches_by_name(other, ["v.mp4"], 2)[0]) == 2
+    with opened(tmp_path / "u") as other:
+        assert other.import_(tmp_path / "part") == 2
+        with StoreNames(other.path) as names:
+            assert {e.name for e in names} == {odd, "f0"} and not list(all_series(other.path))
+
+
+def test_names_that_are_taken_damaged_or_of_another_k_are_not_imported(tmp_path, store):
+    store.put_many((key(n), made(n)) for n in range(2))
+    with StoreNames(store.path) as names:
+        names.put_many([NameEntry("a", 2, key(0)), NameEntry("b", 2, key(1))])
+    store.export(tmp_path / "files")
+    file = tmp_path / "files" / "names.jsonl"
+    with opened(tmp_path / "t") as other:
+        other.put(key(7), made(7))
+        with StoreNames(other.path) as names:
+            names.put_many([NameEntry("a", 2, key(7))])
+        with pytest.warns(UserWarning, match=r"1 name\(s\) stand for something else .* 'a' first"):
+            other.import_(tmp_path / "files")
+        assert same(caches_by_name(other, ["a"], 2)[0], made(7))
+        assert same(caches_by_name(other, ["b"], 2)[0], made(1))
+    whole = file.read_text()
+    for number, (change, said) in enumerate({
+        '{"name": 1}\n': "line 1, is no name of an image",
+        '{"name": "x", "num_tokens": 2, "key": "../x", "stamp": null}\n': "line 1, is no name of an image",
+        "[1]\n": "is no file of names",
+        "junk\n": "is no file of names",
+        whole.replace('"num_tokens": 2', '"num_tokens": 1'): "'a' is named with K=1, its cache has K=2",
+    }.items()):  # fmt: skip
+        file.write_text(change)
+        with opened(tmp_path / f"u{number}") as other, pytest.raises(VoCoCacheError, match=said):
+            other.import_(tmp_path / "files")
 
 
 def test_an_import_keeps_to_the_limit(tmp_path, store):

@@ -21,6 +21,7 @@ from voco_plugin.cache import VoCoCacheError
 from voco_plugin.cache.cache import cache_from_buffer, cache_to_bytes
 from voco_plugin.cli import main
 from voco_plugin.store import VoCoCacheStore
+from voco_plugin.store.names import NameEntry, StoreNames
 from voco_plugin.store.pages import damaged_pages
 
 # -- damage
@@ -104,6 +105,31 @@ def test_a_cut_database_file_is_refused(tmp_path, keep):
     with pytest.raises(VoCoCacheError, match="was cut|is no LMDB file"):
         opened(tmp_path / "s")
     assert main(["store", "stat", str(tmp_path / "s")]) == 2
+
+
+@pytest.mark.parametrize("after", ["deleted", "moved", "replaced"])
+def test_a_folder_that_is_gone_is_noticed(tmp_path, after, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store, names = opened("s"), StoreNames("s")  # a relative path: leaving the folder is no fault
+    monkeypatch.chdir("/")
+    store.put(key(1), made(1))
+    (tmp_path / "s").rename(tmp_path / "t")
+    if after == "replaced":
+        with opened(tmp_path / "s") as new:
+            new.put(key(2), made(2))
+    if after == "deleted":
+        shutil.rmtree(tmp_path / "t")
+    for use in (
+        lambda: store.put(key(3), made(3)),
+        lambda: store.get(key(1)),
+        lambda: key(1) in store,
+        lambda: names.put_many([NameEntry("a", 2, key(1))]),
+    ):
+        with pytest.raises(VoCoCacheError, match="was deleted, moved or replaced while it was open"):
+            use()
+    store.close()
+    names.close()
+    assert (tmp_path / "s").exists() == (after == "replaced"), "closing makes no folder"
 
 
 def test_what_is_no_store_is_refused(tmp_path):

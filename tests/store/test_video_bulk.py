@@ -243,7 +243,7 @@ def test_an_image_named_twice_is_still_two_blocks(loaded, tmp_path: Path) -> Non
         (["--fps", "1", "--frames-per-block", "2"], "a block each"),
         (["--fps", "1", "--every-frame"], "leave out --fps"),
         (["--fps", "1", "--count", "2"], "two ways"),
-        (["--fps", "0"], "fps=0"),
+        (["--fps", "0"], "--fps 0"),
         (["--fps", "1", "--split", "train"], "--split"),
     ],
 )
@@ -251,6 +251,7 @@ def test_an_image_named_twice_is_still_two_blocks(loaded, tmp_path: Path) -> Non
 def test_wrong_options_are_one_line(clips: Path, tmp_path: Path, capsys, options, words, to) -> None:
     model = tmp_path / "model"
     model.mkdir()
+    (model / "config.json").write_text("{}")
     assert main(["compress", str(model), str(clips / "a.mp4"), *options, to, str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1

@@ -73,6 +73,9 @@ def test_output_and_checkpoints_have_a_card_whose_snippets_run(bases, data, tmp_
         for word in ("# my-voco", "| num_tokens | `2` |", "| rule | `isolated` |", "8 rows", "eval_loss",
                      "- trl: ", "- voco_plugin: ", "`0.01`", "| training loss (last logged) |"):  # fmt: skip
             assert word in text, word
+        if peft:  # a checkpoint is made in another folder than it lies in
+            noted = json.loads((folder / "voco_config.json").read_text())["base_relative_to_adapter"]
+            assert (folder / noted).resolve() == Path(base).resolve()
         assert ("A PEFT adapter (LORA) for" in text) == peft
         assert "[someone/questions](https://huggingface.co/datasets/someone/questions)" in text
         assert f"named `{Path(base).name}`" in text and base not in text

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import re
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +38,8 @@ _RULE_FIELDS = (
 )
 _NOT_READ = ("num_batches_tracked", "trainable_tokens_original")
 """Buffers that are saved and change nothing: counters, and what an adapter's rows were before."""
-_HASHES, _PARTS = ("model", "adapter", "processor"), ("settings", "adapter_settings")
+_PARTS = ("settings", "adapter_settings")
+_HASH = re.compile(r"[0-9a-f]{16,}")
 _SINCE = {"compressor": "voco", "frozen_stage1": False}
 """What a cache is taken to be made with where it was written before this was named."""
 
@@ -193,25 +195,31 @@ def without_adapter(made_by: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """In words, what two fingerprints disagree on: what has a name first, then hashes. ``num_tokens`` is the
+    """In words, what two fingerprints disagree on, what a person can read first. ``num_tokens`` is the
     blocks' own business (``first(k)``); what was written before ``settings`` were told is taken to have
     them.
     """
     tell = "settings" in expected and "settings" in found
-    told, hashed = [], []
+    wrong: list[str] = []
+    hashes: list[str] = []
     for name in sorted(set(expected) | set(found)):
         if name in _PARTS:
             for part in _settings_apart(expected.get(name) or {}, found.get(name) or {}) if tell else ():
-                told.append(("adapter's " if name == "adapter_settings" else "") + part)
+                wrong.append(("adapter's " if name == "adapter_settings" else "") + part)
             continue
         here, there = (made.get(name, _SINCE.get(name)) for made in (expected, found))
         if name == "num_tokens" or here == there or (name == "processor" and "none" in (here, there)):
             continue
-        if name in _HASHES:
-            hashed.append(f"{name} is {str(there)[:8]!r}, not {str(here)[:8]!r}")
+        if any(isinstance(value, str) and _HASH.fullmatch(value) for value in (here, there)):
+            hashes.append(f"the {name} is another one ({_short(there)}, not {_short(here)})")
         else:
-            told.append(f"{name} is {there!r}, not {here!r}")
-    return told + hashed
+            wrong.append(f"{name} is {there!r}, not {here!r}")
+    return wrong + hashes
+
+
+def _short(value: Any) -> str:
+    """Enough of a hash to tell two apart."""
+    return f"{value[:8]}…" if isinstance(value, str) and _HASH.fullmatch(value) else str(value)
 
 
 def _settings_apart(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
@@ -270,7 +278,7 @@ def check_cache(model: torch.nn.Module, state: Attachment, cache: Any) -> dict[s
     wrong = differences(expected, cache.fingerprint)
     if wrong:
         raise ValueError(
-            f"this cache was not made by this model under this rule: {'; '.join(wrong)}; compress the images "
-            "again."
+            "this cache was not made by this model under this rule; compress the images again, or load the "
+            f"model that made it: {'; '.join(wrong)}."
         )
     return mine

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from ..config import nearest
 from . import output
+from .flags import as_flags
 
 COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "convert",
@@ -113,5 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as problem:
         if args.debug:
             raise
-        output.error(f"voco {args.command}", problem)
+        said = str(problem)
+        if args.command != "train":  # whose keys are what is typed
+            said = as_flags(said, args.parser, getattr(_module(args.command), "KEYWORDS", None))
+        output.error(f"voco {args.command}", said or type(problem).__name__)
         return 2

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import output
 from .bench_tables import TABLES
+from .preconditions import check_target
 from .store import size
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,6 +43,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _, _, _, work = _KINDS[args.what]
+    check_target(args.out, "--out")
+    check_target(args.plot, "--plot")
     if args.plot:
         from ..benchmark.charts import check_charts
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import output
 from .compress_options import add_bulk_options, check_no_bulk_options
 from .inputs import add_bad_sample_option, add_model_options, find_images, load_model, positive
+from .preconditions import check_target
 from .video_options import add_video_options, check_no_video, video_options
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _to_files(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--out {out} is a file that is no .safetensors file; give a folder, or NAME.safetensors."
         )
+    check_target(out if single else out / "x", "--out")
     targets = {str(out): out} if single else _targets(out, files)
     model, processor = load_model(args)
 
@@ -129,7 +131,7 @@ def _to_files(args: argparse.Namespace) -> int:
     )
     output.emit(
         f"cache {output.human_bytes(cached)}, all vision tokens' keys and values {output.human_bytes(full)}: "
-        f"{result['compression']:.0f} times smaller"
+        + output.size_words(full, cached)
     )
     return 0
 

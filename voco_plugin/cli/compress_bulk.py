@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..models.model_paths import check_model_path
 from . import output
 from .compress_options import check_bulk_options
-from .train import check_model_path
 from .video_options import check_no_video, video_options
 
 OF_DATASETS = ("split", "image_column", "image_folder", "streaming")
@@ -176,8 +176,8 @@ def _report(args: argparse.Namespace, reports: Sequence[dict[str, Any]], seconds
         f"{result['computed']} computed, {result['hits']} there already or seen twice"
     )
     if result["bytes_written"]:
-        ratio = f", {result['vision_bytes'] / result['bytes_written']:.0f} times smaller than all vision "\
-            "tokens'" if result["vision_bytes"] else ""  # fmt: skip
+        words = output.size_words(result["vision_bytes"], result["bytes_written"], "all vision tokens'")
+        ratio = f", {words}" if result["vision_bytes"] else ""
         output.emit(f"{output.human_bytes(result['bytes_written'])} of keys and values written{ratio}")
     for name in ("store", "shards"):
         if name in result:

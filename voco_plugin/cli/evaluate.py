@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..models.model_paths import ADAPTER
 from . import eval_video, output
 from .eval_modes import MODES, check_lower, evaluate_modes, voco_of
 from .inputs import add_bad_sample_option, add_model_options, load_model, positive
+from .preconditions import check_target
 
 
 def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -152,6 +154,7 @@ def load_rows(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> int:
     modes = list(dict.fromkeys(args.mode or ["voco"]))
     check_counts(args, modes)
+    check_target(args.out, "--out")
     eval_video.check(args)
     judge = eval_video.judge_of(args)
     folders = checkpoints(args)
@@ -169,6 +172,9 @@ def run(args: argparse.Namespace) -> int:
         if step is not None:
             found["scores"] = {f"{k} at {step}": {**v, "step": step} for k, v in found["scores"].items()}
         result = {**found, "scores": {**result.get("scores", {}), **found["scores"]}}
+    hint = base_hint(result["scores"], args.model)
+    if hint:
+        output.note(hint)
     result["skipped_samples"] = len(skipped)
     result["skipped"] = list(skipped.values())
     if hasattr(dataset, "match_rule"):
@@ -195,6 +201,20 @@ def run(args: argparse.Namespace) -> int:
     if skipped:
         output.emit(f"{len(skipped)} rows skipped (--on-bad-sample skip): their questions are not counted")
     return 0
+
+
+def base_hint(scores: dict[str, Any], model: str) -> str | None:
+    """What to say of an upper bound of 0: the base of an adapter may never have learnt to answer."""
+    silent = any(entry["mode"] == "base" and entry["accuracy"] == 0 for entry in scores.values())
+    if not silent:
+        return None
+    adapter = (Path(model) / ADAPTER).is_file()
+    what = "the model that this adapter was trained on, without it," if adapter else "the model without VoCo"
+    return (
+        f"base: {what} answers no question right: it may not have been trained for this data (a composed "
+        "model's projector starts from random weights), and is then no upper bound. That is a model trained "
+        "on the same data with --voco.rule causal, read with --mode single."
+    )
 
 
 def _table(result: dict[str, Any], args: argparse.Namespace) -> str:

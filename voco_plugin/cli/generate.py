@@ -74,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
     _check_store_options(args)
     if video and args.video is not None:
         return run_video(args, questions, [], args.video)
-    paths = find_images(args.image) if args.image else _cache_files(args.cache or [])
     if args.cache:
+        paths = _cache_files(args.cache)
         names, items = _read_caches(paths)  # checked before the model loads
         if video:
             return run_video(args, questions, _chosen(args, items), ", ".join(map(str, paths)))
     else:
-        names = args.name or [str(p) for p in paths]
+        names = args.name or [str(p) for p in find_images(args.image or [])]
         items = list(names)
     if args.index is not None:
         names, items = _chosen(args, names), _chosen(args, items)

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from . import gridworld_video, output
+from .preconditions import check_packages
 
 NUM_TRAIN, NUM_TEST = 8000, 500
+KEYWORDS = {
+    "num_colors": "--colors", "num_questions": "--questions", "num_frames": "--frames",
+    "times": "--time-text",
+}  # fmt: skip
+"""Options that the package calls otherwise."""
+_EXTRAS = "'voco_plugin[backbones]'"
 
 
 def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -78,6 +85,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     gridworld_video.check(args)
+    check_packages({"sklearn": "'voco_plugin[quickstart]'"}, "voco gridworld")  # its digits
+    if args.parts:
+        check_packages({"timm": _EXTRAS, "open_clip": _EXTRAS}, f"--parts {args.parts}")
     if args.video:
         return gridworld_video.run(args)
     from ..gridworld.dataset import write_gridworld

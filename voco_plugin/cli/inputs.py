@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..models.model_paths import check_model_path
 from ..registry import load_plugin
 from ..store.sources.image_items import IMAGE_SUFFIXES
-from .train import check_model_path
+from . import output
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def load_model(args: argparse.Namespace, voco: Any = None, source: str | None = 
     for file in getattr(args, "plugin", None) or []:
         load_plugin(file)
     check_model_path(source)
+    output.status(f"loading {source}", quiet=getattr(args, "json", False))
     import torch
 
     from ..models import load
@@ -50,9 +52,9 @@ def add_bad_sample_option(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def find_images(sources: Sequence[str], missing: bool = False) -> list[Path]:
-    """The image files named, and those of each folder named (not its subfolders), sorted by name within a
-    folder.
+def find_images(sources: Sequence[str], missing: bool = False) -> list[Path | str]:
+    """The image files (and http(s) URLs) named, and the images of each folder named (not its subfolders),
+    sorted by name within a folder.
 
     Args:
         missing: whether a name of which there is no file is kept, to be found missing when it is opened.
@@ -61,10 +63,12 @@ def find_images(sources: Sequence[str], missing: bool = False) -> list[Path]:
         FileNotFoundError: a source does not exist.
         ValueError: a folder holds no image.
     """
-    found: list[Path] = []
+    found: list[Path | str] = []
     for source in sources:
         path = Path(source).expanduser()
-        if path.is_dir():
+        if source.lower().startswith(("http://", "https://")):
+            found.append(source)
+        elif path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise ValueError(f"folder {source} holds no image ({', '.join(IMAGE_SUFFIXES)}).")

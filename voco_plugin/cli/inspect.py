@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 from ..config import BLOCK_CONTEXTS, POSITIONS, RULES, VoCoConfig
+from ..models.model_paths import check_model_path, named
 from . import output
 from .inputs import find_images, open_image, positive
-from .train import check_model_path
+from .preconditions import check_target
 
 _KINDS = {"t": "text", "v": "vision", "c": "VoCo", "p": "padding"}
 
@@ -49,6 +50,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.layout is None) == (args.model is None):
         raise ValueError("give either --layout RUNS, or a MODEL with --text and --image.")
+    check_target(args.out, "--out")
     if args.layout is not None:
         if args.text or args.image or args.num_tokens:
             raise ValueError(
@@ -144,7 +146,8 @@ def _from_model(args: argparse.Namespace) -> tuple[VoCoConfig, Any, Any]:
     if Path(args.model).is_dir() and (Path(args.model) / CONFIG_NAME).is_file():
         saved = VoCoConfig.load(args.model)[0].to_dict()
     config = _config(args, **saved)
-    processor = AutoProcessor.from_pretrained(args.model)
+    with named(args.model):
+        processor = AutoProcessor.from_pretrained(args.model)
     model_config = None
     if not (Path(args.model) / "adapter_config.json").is_file():
         model_config = AutoConfig.from_pretrained(args.model)

@@ -6,9 +6,12 @@ The one file of the package that calls ``print``.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+_WIDTH = 80
 
 
 def emit(text: str = "") -> None:
@@ -78,7 +81,39 @@ def progress(
     ``quiet``."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, unit=unit, disable=True if quiet else None, dynamic_ncols=True)
+    known = width() != 0  # some terminals (a recorded session) do not say how wide they are
+    return tqdm(
+        items, total=total, unit=unit, disable=True if quiet else None, dynamic_ncols=known,
+        ncols=None if known else _WIDTH,
+    )  # fmt: skip
+
+
+def width() -> int | None:
+    """Columns of the terminal behind stderr, 0 where it does not say; ``None`` where there is none."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return None
+
+
+def status(text: str, quiet: bool = False) -> None:
+    """What takes the next seconds, on stderr, for a person at a terminal alone."""
+    if not quiet and sys.stderr.isatty():
+        note(text)
+
+
+def size_words(before: float, after: float, than: str | None = None) -> str:
+    """``16 times smaller``, ``1.3 times larger`` or ``the same size``, for bytes.
+
+    Args:
+        than: what ``before`` is of, to be named.
+    """
+    larger = after > before
+    ratio = after / before if larger else before / after
+    shown = f"{ratio:.{0 if ratio >= 9.95 else 1}f}".removesuffix(".0")
+    if shown == "1":
+        return "the same size" + (f" as {than}" if than else "")
+    return f"{shown} times {'larger' if larger else 'smaller'}" + (f" than {than}" if than else "")
 
 
 def human_bytes(count: float) -> str:

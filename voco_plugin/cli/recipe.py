@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..config import VoCoConfig, nearest
 from ..models.composition import KEYS, check_names
 from ..registry import load_plugin
 from . import recipe_values
+from .recipe_keys import field_names
 from .recipe_values import RecipeError
 
 
@@ -145,32 +146,69 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
             given twice; a value has the wrong type.
     """
     path = find(name)
-    raw, lines = recipe_values.read(path)
-    given = dict(raw)
+    given, lines, where = _given(path, overrides)
+    _load_plugins(given, where, path.parent if where.get("plugin") else None)
+    _check_model(given, where)
+    known = schema()
+    _check_keys(given, known, where)
+    _check_distill(given, where)
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        hint, choices = known[key]
+        checked[key] = recipe_values.coerce(key, value, hint, choices, where.get(key, ""))
+    return Recipe(path, checked, lines)
+
+
+def named_inputs(name: str, overrides: Sequence[str] = ()) -> tuple[Path, dict[str, str | None]]:
+    """The recipe's file, and the model and data sets that it names after the overrides; nothing heavy is
+    imported.
+
+    Raises:
+        RecipeError: see :func:`load`, as far as that takes no import.
+    """
+    path = find(name)
+    given, _, _ = _given(path, overrides)
+    keys = ("model_name_or_path", "dataset_name", "eval_dataset_name")
+    values = {key: recipe_values.plain(given.get(key)) for key in keys}
+    return path, {key: value if isinstance(value, str) else None for key, value in values.items()}
+
+
+def _given(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, int], dict[str, str]]:
+    """A recipe's values under its overrides, the line of each key, and where a wrong one stands, in words;
+    checked as far as that takes no import.
+    """
+    given, lines = recipe_values.read(path)
     texts = dict(recipe_values.overrides(overrides))
     for key, values in texts.items():
         recipe_values.override(given, key, values)
     where = {key: f"{path.name}, line {line}: " for key, line in lines.items()}
     where |= {key.split(".")[0]: "" for key in texts}  # the command line needs no place
     _check_voco(given, where)
-    _load_plugins(given, where)
-    _check_model(given, where)
-    known = schema()
-    _check_distill(given, where)
-    checked: dict[str, Any] = {}
-    for key, value in given.items():
+    names = _names()
+    if names is not None:
+        _check_keys(given, names, where)
+    return given, lines, where
+
+
+# -- checking
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _names() -> set[str] | None:
+    """Every key of a recipe, read off the sources; ``None`` where they do not tell."""
+    found = [field_names("VoCoSFTConfig"), field_names("ModelConfig")]
+    if any(names is None for names in found):
+        return None
+    return {f.name for f in dataclasses.fields(RecipeArguments)}.union(*(names or () for names in found))
+
+
+def _check_keys(given: dict[str, Any], known: Iterable[str], where: Mapping[str, str]) -> None:
+    for key in given:
         if key not in known:
             raise RecipeError(
                 f"{where.get(key, '')}unknown key {key!r}{nearest(key, known)}; "
                 "see trl.ModelConfig, VoCoSFTConfig and `voco recipes show` for the keys."
             )
-        hint, choices = known[key]
-        checked[key] = recipe_values.coerce(key, value, hint, choices, where.get(key, ""))
-    return Recipe(path, checked, lines)
-
-
-# -- checking
-# ----------------------------------------------------------------------------------------------------------
 
 
 def _check_voco(given: dict[str, Any], where: Mapping[str, str]) -> None:
@@ -191,18 +229,31 @@ def _check_voco(given: dict[str, Any], where: Mapping[str, str]) -> None:
         raise RecipeError(f"{where.get('voco', '')}voco: {error}") from None
 
 
-def _load_plugins(given: dict[str, Any], where: Mapping[str, str]) -> None:
-    """Run the files of ``plugin``, so that the names they register are known to every later check."""
+def _load_plugins(given: dict[str, Any], where: Mapping[str, str], folder: Path | None) -> None:
+    """Run the files of ``plugin``, so that the names they register are known to every later check.
+
+    Args:
+        folder: of the recipe that names them, where a relative path starts; where there is no such file, and
+            with ``None`` (they were typed), it starts in the working directory. The paths found are put into
+            ``given``: a process that is launched reads them there.
+    """
     files = given.get("plugin")
     if files is None:
         return
+    found = []
     for file in files if isinstance(files, list) else [files]:
         if not isinstance(file, str):
             raise RecipeError(f"{where.get('plugin', '')}plugin={file!r} must be the path of a Python file.")
+        beside = None if folder is None else folder / Path(file).expanduser()
+        place = str(beside) if beside is not None and beside.is_file() else str(file)
         try:
-            load_plugin(str(file))
+            load_plugin(place)
         except (ValueError, OSError) as error:
-            raise RecipeError(f"{where.get('plugin', '')}{error}") from None
+            also = "" if beside is None or Path(file).is_absolute() else f" (nor does {beside})"
+            missing = isinstance(error, FileNotFoundError)
+            raise RecipeError(f"{where.get('plugin', '')}{error}{also if missing else ''}") from None
+        found.append(place)
+    given["plugin"] = found
 
 
 def _check_model(given: dict[str, Any], where: Mapping[str, str]) -> None:

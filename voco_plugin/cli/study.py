@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
+from ..config import nearest
+from ..evaluation.study.definition import Study
+from ..evaluation.study.runner import matches
 from . import output
 from .evaluate import positive
-from .recipe import summary
+from .preconditions import check_inputs, commands_before
+from .recipe import named_inputs, summary
 from .study_file import count_rows, load_study, resolve, shipped
+
+_SHOWN = 12
 
 
 def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -65,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     path, study = load_study(args.study, args.changes)
     results = Path(args.out or Path("runs/results") / path.stem)
+    if args.tables_only and args.only is not None:
+        raise ValueError("--only chooses runs, and --tables-only makes tables of all: leave one of them out.")
+    if not (args.tables_only or args.list or args.print_commands):
+        check_files(study, path)  # at once: the plan imports what the recipe's keys belong to
     from ..evaluation.study.plan import Planner
     from ..evaluation.study.results import read_search
     from ..evaluation.study.run_keys import fingerprint
@@ -75,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         count = count_rows if rows is None else (lambda data, split: rows)
         planner = Planner(study, Path(args.work), resolve, _by_name, count)
         return _finish(args, planner, results, path, planner.runs(chosen), tried, by="values_key")
-    planner = Planner(study, Path(args.work), resolve, fingerprint, count_rows)
+    counted = functools.partial(count_rows, before=commands_before(path))
+    planner = Planner(study, Path(args.work), resolve, fingerprint, counted)
+    check_only(planner, args.only)
     if args.list:
         return _list(planner, args)
     if args.print_commands:
@@ -95,7 +108,6 @@ def _run(args: argparse.Namespace, planner: Any, results: Path, path: Path) -> i
     from ..evaluation.study.results import read_search, write_search
     from ..evaluation.study.runner import Runner
 
-    check_inputs(planner)
     if planner.study.search is None:
         (results / "search.json").unlink(missing_ok=True)
     gpus = [part.strip() for part in (args.gpus or "").split(",") if part.strip()]
@@ -154,27 +166,44 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def check_inputs(planner: Any) -> None:
-    """Refuse a study whose base or data are not there, before anything starts.
+def check_files(study: Study, path: Path) -> None:
+    """Refuse a study whose base or data are local and not there, before anything is planned.
 
     Raises:
-        FileNotFoundError: with the key to change.
+        FileNotFoundError: with the key to change, and the commands that make them.
     """
-    from .train import check_model_path
+    recipe, own = named_inputs(study.recipe)
+    changed = {"model": "model_name_or_path", "data": "dataset_name"}
+    named = {
+        key: getattr(study, key) or study.overrides.get(name) or own[name] for key, name in changed.items()
+    }
+    sets = {"data": named["data"]} | {f"eval_data.{n}": s.data for n, s in study.eval_data.items()}
+    if study.search is not None:
+        sets["search.data"] = study.search.data
+    before = commands_before(path) or commands_before(recipe)
+    if "model" not in study.overrides:  # a section that composes one
+        check_inputs({"model": named["model"]}, {}, before)
+    check_inputs({}, sets, before, "--set {}=FILE")
 
-    if planner.model is not None:
-        check_model_path(str(planner.model))
-    sets = {"data": planner.data} | {f"eval_data.{n}": s.data for n, s in planner.study.eval_data.items()}
-    if planner.study.search is not None and planner.study.search.data is not None:
-        sets["search.data"] = planner.study.search.data
-    for name, source in sets.items():
-        if source and source.endswith((".json", ".jsonl")) and not Path(source).expanduser().is_file():
-            raise FileNotFoundError(f"{name} {source} does not exist; write it, or give --set {name}=FILE.")
+
+def check_only(planner: Any, pattern: str | None) -> None:
+    """Refuse ``--only`` that chooses nothing.
+
+    Raises:
+        ValueError: it names the runs there are.
+    """
+    names = [run.name for run in [*planner.candidates(), *planner.runs({})]]
+    if not any(matches(name, pattern) for name in names):
+        shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+        raise ValueError(
+            f"--only {pattern!r} matches none of the {len(names)} runs{nearest(pattern or '', names)}: "
+            f"{shown}."
+        )
 
 
 def _list(planner: Any, args: argparse.Namespace) -> int:
     from ..evaluation.study.records import finished, has_checkpoint, trained
-    from ..evaluation.study.runner import choose, matches
+    from ..evaluation.study.runner import choose
 
     candidates = planner.candidates()
     chosen, _ = choose(candidates)

@@ -80,8 +80,11 @@ def resolve(recipe: str, words: Sequence[str]) -> dict[str, Any]:
     return load(recipe, words).values
 
 
-def count_rows(data: str, split: str | None = None) -> int:
+def count_rows(data: str, split: str | None = None, before: Sequence[str] = ()) -> int:
     """How many rows a training set has: a LLaVA file, or what ``datasets`` reads.
+
+    Args:
+        before: the commands that make it, for the error.
 
     Raises:
         RecipeError: it is not there.
@@ -90,9 +93,10 @@ def count_rows(data: str, split: str | None = None) -> int:
 
     path = Path(data).expanduser()
     if not path.exists():
+        made = f" ({'; '.join(before)})" if before else ""
         raise RecipeError(
-            f"search.last counts the rows of the training set, and {data} is not there; write it, or give "
-            "search.data, a validation set of its own."
+            f"search.last counts the rows of the training set, and {data} is not there; write it{made}, or "
+            "give search.data, a validation set of its own."
         )
     if path.is_file() and path.suffix.lower() in (".json", ".jsonl"):
         return len(read_records(path))

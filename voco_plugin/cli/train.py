@@ -6,12 +6,15 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import output
+from ..models.model_paths import check_model_path
+from . import output, recipe_values
 from .accelerate_launch import launch
-from .recipe import Recipe, RecipeArguments, load
+from .preconditions import check_inputs, commands_before
+from .recipe import Recipe, RecipeArguments, load, named_inputs
 from .recipe_values import RecipeError
 
 OWN_FLAGS = ("--debug", "--check", "--json")
@@ -53,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             setattr(args, flag[2:], True)
     if args.plugin:
         overrides += ["--plugin", *args.plugin]
+    if not args.check:
+        check_files(args.recipe, overrides)
     recipe = load(args.recipe, overrides)
     config = recipe.arguments(RecipeArguments)
     if args.check:
@@ -72,6 +77,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         output.emit(f"saved {result['output_dir']} after {result['steps']} steps, {result['seconds']:.0f} s")
     return 0
+
+
+def check_files(name: str, overrides: Sequence[str]) -> None:
+    """Refuse a recipe whose model or data are local and not there, before torch is imported.
+
+    Raises:
+        FileNotFoundError: with the commands that the recipe names as coming before it.
+    """
+    path, names = named_inputs(name, overrides)
+    _, own = named_inputs(name)
+    for key, value in names.items():
+        before = commands_before(path) if value == own[key] else ()
+        if key == "model_name_or_path":
+            check_inputs({key: value}, {}, before)
+        else:
+            check_inputs({}, {key: value}, before)
 
 
 def _print_check(recipe: Recipe, as_json: bool) -> None:
@@ -132,7 +153,7 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     dataset = _videos(arguments, arguments.dataset_name, config) or load_vision_dataset(
         arguments.dataset_name,
         arguments.dataset_train_split,
-        arguments.image_folder,
+        image_folder_for(arguments.dataset_name, arguments.image_folder, typed),
         missing_images=config.on_bad_sample == "skip",
     )
     if arguments.max_train_samples is not None:
@@ -142,7 +163,10 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         evaluation = _videos(arguments, arguments.eval_dataset_name, config) or load_vision_dataset(
             arguments.eval_dataset_name or arguments.dataset_name,
             arguments.dataset_test_split or (None if arguments.eval_dataset_name else "test"),
-            arguments.eval_image_folder or arguments.image_folder,
+            arguments.eval_image_folder
+            or image_folder_for(
+                arguments.eval_dataset_name or arguments.dataset_name, arguments.image_folder, typed
+            ),
             missing_images=config.on_bad_sample == "skip",
         )
     config.model_init_kwargs = {
@@ -188,6 +212,16 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
         "metrics": outcome.metrics,
         "main_process": trainer.is_world_process_zero(),
     }
+
+
+def image_folder_for(data: str | None, folder: str | None, typed: Sequence[str] | None) -> str | None:
+    """The recipe's ``image_folder``, where it says something of ``data``: a data set that was typed in the
+    place of the recipe's LLaVA file, and holds its images itself, needs no warning that the folder is
+    ignored. One that was typed too is passed on, and warned of.
+    """
+    asked = {key for key, _ in recipe_values.overrides(typed[1:])} if typed else set()
+    other = bool(asked & {"dataset_name", "eval_dataset_name"}) and "image_folder" not in asked
+    return None if other and Path(str(data)).suffix.lower() not in (".json", ".jsonl") else folder
 
 
 def _check_unfinished(config: Any, overwrite: bool) -> None:
@@ -292,14 +326,3 @@ def _compose(section: dict[str, Any], model_config: Any, config: Any) -> tuple[A
         output.note(f"composed {folder}: the base that the adapter is trained on")
     PartialState().wait_for_everyone()
     return str(folder.resolve()), None
-
-
-def check_model_path(source: str) -> None:
-    """Refuse a path that looks local and is not there, before transformers takes it for a hub id."""
-    here = (".", "/", "~", "runs/")  # the shipped recipes write below runs/
-    looks_local = source.startswith(here) or source.count("/") > 1 or source.endswith(os.sep)
-    if looks_local and not Path(source).expanduser().is_dir():
-        raise FileNotFoundError(
-            f"model {source} does not exist: give a folder that holds a config.json (or "
-            f"adapter_config.json), or a hub id."
-        )

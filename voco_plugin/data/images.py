@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import logging
 import os
+import re
+import urllib.parse
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +38,9 @@ _ORIENTATION, _WIDTH, _LENGTH = 0x0112, 0x0100, 0x0101
 _SIDES_SWAPPED = (5, 6, 7, 8)
 """EXIF orientations whose width and height are swapped."""
 _URL_SECONDS = 30.0
+_LONGEST_NAME = 1000
+"""Longer texts are images written out in base64, not the name of a file."""
+URL = re.compile(r"^[a-z0-9+.-]+://", re.IGNORECASE)
 
 
 class BadImageError(ValueError):
@@ -135,6 +141,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def is_written_out(text: str) -> bool:
+    """Whether ``text`` is an image itself, as JSON files hold them, rather than its name."""
+    if text[:5].lower() == "data:":
+        return True
+    if len(text) <= _LONGEST_NAME:
+        return False
+    try:
+        base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    return True
+
+
+def inline_bytes(text: str) -> bytes | None:
+    """The bytes of an image that is written out in ``text`` (a ``data:`` URL, or long base64 text as JSON
+    files hold it); ``None`` where ``text`` is a name.
+
+    Raises:
+        ValueError: it is a ``data:`` URL whose text is not what it says.
+    """
+    if text[:5].lower() == "data:":
+        head, comma, body = text.partition(",")
+        if not comma:
+            raise ValueError("a data: URL needs a comma before its data")
+        data = urllib.parse.unquote_to_bytes(body)
+        return base64.b64decode(data) if head.lower().endswith(";base64") else data
+    if len(text) > _LONGEST_NAME:
+        with contextlib.suppress(binascii.Error, ValueError):
+            return base64.b64decode(text, validate=True)
+    return None
+
+
 def find_refused(image_processor: Any, images: Iterable[Any]) -> dict[int, str]:
     """Which of ``images``, each tried by itself, an image processor does not take (Qwen's refuses sides of
     more than 200 : 1): number → reason.
@@ -172,10 +210,13 @@ def _opened(source: Any) -> AbstractContextManager[Image.Image]:
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError("give a path, a URL, bytes or a PIL image")
     text = os.fspath(source)
-    if text.startswith(("http://", "https://")):
+    if text[:8].lower().startswith(("http://", "https://")):
         return Image.open(io.BytesIO(_download(text)))
-    if text.startswith("data:"):
-        return Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2])))
+    data = inline_bytes(text)
+    if data is not None:
+        return Image.open(io.BytesIO(data))
+    if URL.match(text) and not os.path.lexists(text):
+        raise ValueError("of URLs, only http(s) and data: are opened; copy it to a file")
     if not (len(text) < 4096 and os.path.lexists(text)):
         try:
             return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voco_plugin.data.conversations import PLACEHOLDER, llava_to_messages
 from voco_plugin.data.conversations import split_placeholders as plain_parts
+from voco_plugin.data.images import URL, inline_bytes, is_written_out
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -108,11 +110,22 @@ def check_count(messages: list[dict[str, Any]], num_images: int, where: str) -> 
         )
 
 
-def _find_image(name: str, folders: list[Path], where: str, missing: bool) -> str:
+def _find_image(name: str, folders: list[Path], where: str, missing: bool) -> str | dict[str, Any]:
+    """Where an image is, or its bytes where the record holds it."""
+    if is_written_out(name):
+        try:
+            return {"bytes": inline_bytes(name), "path": None}
+        except ValueError as problem:
+            raise ValueError(f"{where}: its image cannot be read: {problem}") from None
+    if URL.match(name):
+        return name
     for folder in folders:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return str(folder / name)
     if missing:
         return str(folders[0] / name)
     looked = ", ".join(str(folder) for folder in folders)
-    raise ValueError(f"{where}: image {name!r} is not in {looked}: set image_folder to where the names start")
+    shown = name if len(name) <= 300 else f"{name[:40]}…"
+    raise ValueError(
+        f"{where}: image {shown!r} is not in {looked}: set image_folder to where the names start"
+    )

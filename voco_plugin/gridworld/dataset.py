@@ -171,9 +171,9 @@ def _prepare(out: Path, overwrite: bool) -> None:
             not (out / _MARKER).is_file()
             or json.loads((out / _MARKER).read_text()).get("format") != "gridworld"
         ):
-            raise ValueError(f"{out} is not empty and holds no gridworld: give another out_dir")
+            raise ValueError(f"{out} is not empty and holds no gridworld: give another folder")
         if not overwrite:
-            raise ValueError(f"{out} holds a gridworld already: pass overwrite=True, or give another out_dir")
+            raise ValueError(f"{out} holds a gridworld already: pass overwrite=True, or give another folder")
         for name in ("images", "hf"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("train.json", "test.json", "scenes.json", _MARKER):

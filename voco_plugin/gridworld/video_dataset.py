@@ -193,10 +193,10 @@ def _prepare(out: Path, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         marker = out / "meta.json"
         if not marker.is_file() or json.loads(marker.read_text()).get("format") != FORMAT:
-            raise ValueError(f"{out} is not empty and holds no gridworld of videos: give another out_dir")
+            raise ValueError(f"{out} is not empty and holds no gridworld of videos: give another folder")
         if not overwrite:
             raise ValueError(
-                f"{out} holds a gridworld of videos already: pass overwrite=True, or give another out_dir"
+                f"{out} holds a gridworld of videos already: pass overwrite=True, or give another folder"
             )
         for name in ("images", "hf"):
             shutil.rmtree(out / name, ignore_errors=True)

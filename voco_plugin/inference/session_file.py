@@ -105,7 +105,10 @@ def read_session(path: str | os.PathLike, fingerprint: dict[str, Any], device: t
     record = _record(contents, view, str(path))
     wrong = differences(fingerprint, record["fingerprint"])
     if wrong:
-        raise VoCoCacheError(f"{path} was not made by this model under this rule: {'; '.join(wrong)}.")
+        raise VoCoCacheError(
+            f"{path} was not made by this model under this rule; load the model that made it: "
+            f"{'; '.join(wrong)}."
+        )
     tensors, _ = files.tensors_of(view, contents, copy=True)
     try:
         past = _past(tensors, record["slots"], device)

@@ -20,6 +20,7 @@ from .composition import check_names
 from .encoders.base import Encoder, load_encoder
 from .image_first import image_comes_first, warn_of_image_first
 from .llms import IMAGE_TOKEN, VIDEO_TOKEN, fitting_template, load_llm, template_text
+from .model_paths import named
 from .projectors import Projector, get_projector
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def compose(
         "class_token": class_token,
     }
     check_names(encoder, llm, projector, chat_template=chat_template, seed=seed, **options)
-    language, tokenizer, spec = load_llm(llm, dtype, attn_implementation)
+    with named(llm, "llm"):
+        language, tokenizer, spec = load_llm(llm, dtype, attn_implementation)
     tower = load_encoder(encoder, dtype=language.dtype, pretrained=pretrained, **options)
     width = language.get_input_embeddings().weight.shape[1]
     chosen = get_projector(projector, tower.hidden_size, width, tower.host)

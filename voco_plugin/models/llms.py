@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import nearest
+from ..config import nearest, suggest_fields
 from ..registry import llms
+from .model_paths import check_model_path, looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ _TURN_TOKENS = (
 """Tokens of a vocabulary that begin a turn → the template that is written with them."""
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class LLMSpec:
     """An entry of ``registry.llms``.
@@ -134,7 +136,8 @@ def resolve_llm(name: str) -> LLMSpec:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return LLMSpec(str(folder))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(name):
+    if looks_local(name) or os.path.exists(name):
+        check_model_path(name, "llm")
         raise FileNotFoundError(f"llm {name}: there is no config.json; give a checkpoint folder.")
     if name.count("/") == 1:
         return LLMSpec(name)

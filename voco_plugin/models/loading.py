@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._compat import former_names_are_fine
 from ..config import CONFIG_NAME, VoCoConfig
 from ..core.attachment import attachment, unwrap
 from ..core.block_embeddings import NAME
@@ -17,11 +17,22 @@ from ..core.layout import TokenVocabulary
 from .answer_ends import answer_end, stop_at
 from .attaching import attach
 from .compressor_weights import expected_by, load_compressor, read_compressor
+from .model_paths import base_of_adapter, check_model_path, named, note_base
 
 
-def save_voco_config(model: torch.nn.Module, folder: str | os.PathLike) -> Path:
-    """Write ``voco_config.json`` of an attached model into ``folder``: the rule and the ids it is read by."""
-    return attachment(model).save(folder)
+def save_voco_config(
+    model: torch.nn.Module, folder: str | os.PathLike, *, place: str | os.PathLike | None = None
+) -> Path:
+    """Write ``voco_config.json`` of an attached model into ``folder``: the rule and the ids it is read by.
+    An adapter that was saved there before gets the place of its base in it, absolute and as seen from the
+    adapter.
+
+    Args:
+        place: where ``folder`` will be when it is finished; itself where left out.
+    """
+    path = attachment(model).save(folder)
+    note_base(folder, place)
+    return path
 
 
 def find_file(source: str, name: str, **hub: Any) -> str | None:
@@ -31,7 +42,8 @@ def find_file(source: str, name: str, **hub: Any) -> str | None:
         return str(path) if path.is_file() else None
     from transformers.utils import cached_file
 
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    with named(source):
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
 
 
 def _adapter_folder(source: str) -> str:
@@ -73,11 +85,31 @@ def auto_class(source: str, **options: Any) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(source, **options)
+    with named(source):
+        config = AutoConfig.from_pretrained(source, **options)
     known = type(config) in AutoModelForImageTextToText._model_mapping
     if not known and hasattr(config, "vision_config") and type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM
+    if not known:
+        check_sees_images(source, config)
     return AutoModelForImageTextToText
+
+
+def check_sees_images(source: str, config: Any) -> None:
+    """Refuse a language model without an image encoder.
+
+    Raises:
+        ValueError: the message says how it gets one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text_only = config.get_text_config() is config and not hasattr(config, "vision_config")
+    if text_only and type(config) in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"model {source} is a language model of text alone ({config.model_type}) and has no image "
+            f"encoder. Compose one: in a recipe, model: {{encoder: clip_vit_l_14_336, llm: {source}, "
+            "projector: mlp2x_gelu} in the place of model_name_or_path; in Python, vp.compose(encoder, llm)."
+        )
 
 
 def load(
@@ -111,9 +143,8 @@ def load(
     """
     from transformers import AutoProcessor
 
-    source = os.fspath(source)
-    if not os.path.isdir(source) and (os.sep in source and source.count("/") != 1 or source.startswith(".")):
-        raise FileNotFoundError(f"{source} does not exist; give a checkpoint folder or a hub id.")
+    source = os.path.expanduser(os.fspath(source))
+    check_model_path(source)
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     if isinstance(voco, dict):
         voco = VoCoConfig.from_dict(voco)
@@ -129,22 +160,13 @@ def load(
         common["dtype"] = dtype
     base = source
     if adapter_file is not None:
-        base = json.loads(Path(adapter_file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not base:
-            raise ValueError(
-                f"{adapter_file} names no base model; merge the adapter, or add base_model_name_or_path."
-            )
-        local = os.path.isabs(base) or base.startswith(".") or base.count("/") > 1  # a hub id has one slash
-        if local and not os.path.isdir(base):
-            seen = "" if os.path.isabs(base) else f" seen from {os.getcwd()}"
-            raise FileNotFoundError(
-                f"the adapter at {source} was trained on {base}, which does not exist{seen}; put the base "
-                f"model back, or change base_model_name_or_path in {adapter_file}."
-            )
+        base = base_of_adapter(source, adapter_file)
+        check_model_path(base, f"the base of {source},")
         common.pop("revision", None)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
     remote = {k: v for k, v in common.items() if k != "dtype"}
     loader = auto_class(base, **remote)
+    with named(source):
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
     config = voco or saved or VoCoConfig()
     if saved is not None and voco is not None:
         if voco.frozen_stage1 and not saved.frozen_stage1:
@@ -180,7 +202,8 @@ def load(
     if adapter_file is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter, **hub)
+        with former_names_are_fine():
+            model = PeftModel.from_pretrained(model, adapter, **hub)
         # the template it was tuned with may end answers with another token than the base's own
         end = answer_end(processor, getattr(processor, "chat_template", None))
         stop_at(unwrap(model).generation_config, None if end is None else end.token_id)

@@ -117,6 +117,7 @@ class Environment:
     def __init__(self, path: Path, *, readonly: bool, map_size: int, lock: bool) -> None:
         self.path, self.readonly, self.lock = path, readonly, lock
         self.identity: tuple[int, int] | None = None
+        self._folder = Path(os.path.abspath(path))  # where it is, wherever the process goes
         self.pid, self.refs = os.getpid(), 0
         self._writing = threading.Lock()  # LMDB lets processes wait for each other, not always threads
         self._changed = threading.Condition()
@@ -214,14 +215,19 @@ class Environment:
                 try:
                     result = work(txn)
                     txn.commit()
-                    return result
                 except lmdb.MapFullError:
                     txn.abort()
+                    full = True
                 except BaseException:
                     txn.abort()
                     raise
+                else:
+                    full = False
                 finally:
                     self._leave()
+            if not full:
+                self._check_there()
+                return result
             self.grow()
 
     def grow(self) -> None:
@@ -235,6 +241,7 @@ class Environment:
     def _begin(self, write: bool) -> Any:
         import lmdb
 
+        self._check_there()
         cleared = False
         while True:
             self._enter()
@@ -252,6 +259,18 @@ class Environment:
             except BaseException:
                 self._leave()
                 raise
+
+    def _check_there(self) -> None:
+        """A folder that was deleted can be read and written while it is open, and all of that is lost then.
+
+        Raises:
+            VoCoCacheError: the database is not where it was opened.
+        """
+        if self.identity is not None and _identity(self._folder) != self.identity:
+            raise VoCoCacheError(
+                f"store {self.path} was deleted, moved or replaced while it was open; what is written to it "
+                "now would be lost. Open it again."
+            )
 
     def _enter(self) -> None:
         me = threading.get_ident()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..data.images import open_image
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NOT_OF_THE_STORE = ("num_tokens", "attention")
+_REMEMBERED = 100_000
 
 
 def image_key(image: Any, made_by: dict[str, Any], num_tokens: int | None = None) -> str:
@@ -57,6 +60,36 @@ def key_bytes(key: str) -> bytes:
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise VoCoCacheError(f"{str(key)[:80]!r} is no key; a key is the 64 hex digits of image_key.")
     return bytes.fromhex(key)
+
+
+class KeysGiven:
+    """The K of keys that were given out, the last 100,000: a key is a hash, and does not tell its K."""
+
+    def __init__(self) -> None:
+        self._tokens: OrderedDict[str, int] = OrderedDict()
+
+    def note(self, key: str, num_tokens: int) -> None:
+        """Remember that ``key`` stands for ``num_tokens`` VoCo tokens."""
+        self._tokens[key] = num_tokens
+        if len(self._tokens) > _REMEMBERED:
+            self._tokens.popitem(last=False)
+
+    def check(self, key: str, num_tokens: Sequence[int], what: str) -> None:
+        """Raise where blocks are of another K than their key.
+
+        Args:
+            num_tokens: K of each block of the cache.
+            what: the cache, as the message calls it.
+
+        Raises:
+            VoCoCacheError: K differs.
+        """
+        wanted = self._tokens.get(key)
+        if wanted is not None and any(count != wanted for count in num_tokens):
+            raise VoCoCacheError(
+                f"{what} has blocks of K={', '.join(map(str, sorted(set(num_tokens))))}, its key is that of "
+                f"K={wanted}: take the key with key_of(image, num_tokens=…) of the K that was compressed."
+            )
 
 
 def fingerprint_of(model: torch.nn.Module) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def _opened(
         wrong = other_makers(meta.fingerprint, fingerprint)
         if wrong:
             raise VoCoCacheError(
-                f"store {path} was made otherwise: {'; '.join(wrong)}; use another folder for this model."
+                f"store {path} was made otherwise; use another folder for this model: {'; '.join(wrong)}."
             )
     if values not in (None, meta.values):
         raise VoCoCacheError(

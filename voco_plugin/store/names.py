@@ -15,16 +15,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..cache.cache import VoCoCache
 from ..cache.container import VoCoCacheError
 from ..config import nearest
 from .env import Environment, acquire
 from .video_series import all_series, read_series
-
-if TYPE_CHECKING:
-    from .store import VoCoCacheStore
 
 FOLDER = "names"
 _MAP_BYTES = 1 << 26
@@ -47,6 +44,19 @@ class NameEntry:
     num_tokens: int
     key: str
     stamp: str | None = None
+
+
+class Records(Protocol):
+    """What names need of a ``VoCoCacheStore``."""
+
+    path: Path
+
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def get(self, key: str) -> VoCoCache: ...
 
 
 class StoreNames:
@@ -139,9 +149,7 @@ class StoreNames:
         return entry
 
 
-def caches_by_name(
-    store: VoCoCacheStore, names: Sequence[str], num_tokens: int | None = None
-) -> list[VoCoCache]:
+def caches_by_name(store: Records, names: Sequence[str], num_tokens: int | None = None) -> list[VoCoCache]:
     """The caches of images by the names they were compressed under; no image is opened. The name of a video
     stands for all of its blocks, in order, in one cache.
 
@@ -172,8 +180,24 @@ def caches_by_name(
                     f"the cache of {name!r} is no longer in store {store.path} (evicted, or removed): "
                     "compress it again."
                 )
-            found.append(store.get(entry.key))
+            cache = store.get(entry.key)
+            check_tokens(cache.num_tokens, entry, f"store {store.path}")
+            found.append(cache)
     return found
+
+
+def check_tokens(found: Iterable[int], entry: NameEntry, where: str) -> None:
+    """Raise where the record of a name is not of its K.
+
+    Raises:
+        VoCoCacheError: K differs.
+    """
+    wrong = sorted(set(found) - {entry.num_tokens})
+    if wrong:
+        raise VoCoCacheError(
+            f"{where}: {entry.name!r} is named with K={entry.num_tokens}, its cache has K={wrong[0]}; "
+            "compress it again."
+        )
 
 
 def _place(name: str, num_tokens: int) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..cache.container import VoCoCacheError
@@ -38,11 +38,11 @@ class Recency:
             keys, self._keys = list(self._keys), {}
             return keys
 
-    def write(self, env: Environment) -> None:
-        """Write it down. Reading goes on where that is not possible (a full disk): only the order of eviction
-        suffers, and a warning says so.
+    @staticmethod
+    def write(env: Environment, keys: Sequence[bytes]) -> None:
+        """Write down that ``keys`` were used. Reading goes on where that is not possible (a full disk): only
+        the order of eviction suffers, and a warning says so.
         """
-        keys = self.take()
         if not keys:
             return
 

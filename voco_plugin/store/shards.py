@@ -173,7 +173,7 @@ def check_same_maker(expected: dict[str, Any], found: dict[str, Any], where: str
     """Raises VoCoCacheError where shards were made by another model, adapter, processor or rule."""
     wrong = differences(expected, found)
     if wrong:
-        raise VoCoCacheError(f"{where} was not made by this model: {'; '.join(wrong)}. Give another prefix.")
+        raise VoCoCacheError(f"{where} was not made by this model; give another prefix: {'; '.join(wrong)}.")
 
 
 def _facts(cache: VoCoCache) -> dict[str, Any]:

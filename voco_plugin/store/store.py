@@ -21,10 +21,12 @@ from ..cache.file_format import read_buffer
 from . import transfer, verify
 from .env import MAP_SIZE, Environment
 from .index import Index
-from .keys import fingerprint_of, image_key, key_bytes
+from .keys import KeysGiven, fingerprint_of, image_key, key_bytes
 from .meta import StoreMeta, open_meta
 from .put import check_maker, put_records
+from .reader_uses import add_uses, take_uses
 from .recency import Recency
+from .transfer_names import export_names, import_names, read_names
 from .view import StoreView
 
 _KEYS_AT_ONCE = 10_000
@@ -41,7 +43,9 @@ class VoCoCacheStore:
         path: the folder; made where it is not there (with a ``fingerprint``).
         fingerprint: what makes the caches (:func:`~voco_plugin.cache.fingerprint.fingerprint`). A store that
             is there must be of the same. ``None`` takes a store as it is.
-        readonly: never write, not even what was used last.
+        readonly: never write to the database. What was used is left in a small file beside it
+            (``uses.txt``), which the next writer takes in; where the folder may not be written to, or with
+            ``lock=False``, it is not noted.
         max_bytes: bytes its records may take; those used longest ago make room. Kept in the store; ``None``
             leaves what it says (no limit for a new one).
         values: ``"keep"`` (bit for bit) or ``"int8"`` for a new store; ``None`` leaves what it says
@@ -75,6 +79,7 @@ class VoCoCacheStore:
         if readonly and max_bytes is not None:
             raise ValueError("a store opened with readonly=True keeps its limit; leave max_bytes out.")
         self._closed = False
+        self._given = KeysGiven()
         self._env: Environment | None = None
         self._meta: StoreMeta
         self._reopen()
@@ -113,7 +118,10 @@ class VoCoCacheStore:
             BadImageError: the image cannot be read.
             ValueError: ``num_tokens`` is left out and the store was opened without a fingerprint.
         """
-        return image_key(image, self.fingerprint, num_tokens)
+        made_by = self.fingerprint
+        key = image_key(image, made_by, num_tokens)
+        self._given.note(key, made_by["num_tokens"] if num_tokens is None else num_tokens)
+        return key
 
     # -- writing
 
@@ -121,8 +129,8 @@ class VoCoCacheStore:
         """Keep ``cache``; ``False`` where the key is there already (a key stands for its content).
 
         Raises:
-            VoCoCacheError: made by another model or rule, larger than ``max_bytes``, or not finite in a store
-                of 8 bits.
+            VoCoCacheError: made by another model or rule, of another K than :meth:`key_of` gave the key for,
+                larger than ``max_bytes``, or not finite in a store of 8 bits.
             OSError: the disk is full, or the store is opened for reading.
         """
         return self.put_many([(key, cache)]) == 1
@@ -139,6 +147,7 @@ class VoCoCacheStore:
         for key, cache in items:
             raw = key_bytes(key)
             check_maker(self.path, self._meta, cache.fingerprint, f"the cache for {key}")
+            self._given.check(key, cache.num_tokens, f"the cache for {key}")
             if cache.fingerprint not in makers:
                 makers.append(cache.fingerprint)
             if raw not in records:
@@ -149,7 +158,7 @@ class VoCoCacheStore:
         env = self._writable()
         if not records:
             return 0
-        count, self._meta = put_records(env, self.path, records, makers, self._recency.take())
+        count, self._meta = put_records(env, self.path, records, makers, self._used())
         return count
 
     def delete(self, keys: Iterable[str]) -> int:
@@ -170,7 +179,7 @@ class VoCoCacheStore:
         """
         if max_bytes < 0:
             raise ValueError(f"max_bytes={max_bytes} is negative; give the bytes that may stay.")
-        env, touched = self._writable(), self._recency.take()
+        env, touched = self._writable(), self._used()
 
         def work(txn: Any) -> int:
             index = Index(txn, env.dbs)
@@ -225,7 +234,13 @@ class VoCoCacheStore:
         where = f"record {key} of store {self.path}"
         parts = read_buffer(record, where, copy)
         check_maker(self.path, self._meta, parts.fingerprint, where)
-        return cache_from_parts(parts), parts.copied
+        cache = cache_from_parts(parts)
+        self._given.check(key, cache.num_tokens, where)
+        return cache, parts.copied
+
+    def _tokens_of(self, key: str) -> list[int]:
+        with self._environment().read() as txn:
+            return self._read(txn, key, copy=False)[0].num_tokens
 
     def _check(self, txn: Any, key: str) -> None:
         """Read a record with every check."""
@@ -289,13 +304,28 @@ class VoCoCacheStore:
         verify.note_error(self._writable(), self.path, error)
 
     def export(self, path: str | os.PathLike, keys: Iterable[str] | None = None) -> int:
-        """Write each record (or those of ``keys``) as ``path/KEY.safetensors``; how many."""
+        """Write each record (or those of ``keys``) as ``path/KEY.safetensors``, and the names of their images
+        and videos beside them (``names.jsonl``, ``videos.jsonl``); how many records.
+        """
         chosen = self if keys is None else keys
-        return transfer.export(self._environment(), Path(path), chosen, self._check, may_be_gone=keys is None)
+        count = transfer.export(
+            self._environment(), Path(path), chosen, self._check, may_be_gone=keys is None
+        )
+        export_names(self.path, Path(path))
+        return count
 
     def import_(self, path: str | os.PathLike) -> int:
-        """Take in a folder that :meth:`export` wrote, each file checked; how many were new."""
-        return transfer.import_(Path(path), self._put_records, self._check_imported, self.max_bytes)
+        """Take in a folder that :meth:`export` wrote, each file checked, and its names; how many records were
+        new. A name that stands for something else here already stays what it is, with a warning.
+
+        Raises:
+            VoCoCacheError: a file is not a cache or not of this store, or the names were changed.
+        """
+        self._writable()
+        names = read_names(Path(path))
+        count = transfer.import_(Path(path), self._put_records, self._check_imported, self.max_bytes)
+        import_names(self, names, self._tokens_of)
+        return count
 
     # -- opening and closing
 
@@ -304,8 +334,8 @@ class VoCoCacheStore:
         if self._closed:
             return
         if self._env is not None:
-            if not self.readonly and self._env.pid == os.getpid():
-                self._recency.write(self._env)
+            if self._env.pid == os.getpid():
+                self._write_uses(self._env)
             self._env.release()
         self._env, self._closed = None, True
 
@@ -316,7 +346,7 @@ class VoCoCacheStore:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_env": None, "_recency": None}
+        return {**vars(self), "_env": None, "_recency": None, "_given": KeysGiven()}
 
     def _environment(self) -> Environment:
         """The environment of this process; opened again after a fork or in another process."""
@@ -343,8 +373,18 @@ class VoCoCacheStore:
     def _touch(self, keys: Iterable[str]) -> None:
         if self._env is None or self._env.pid != os.getpid():
             return  # a child leaves its parent's view
-        if not self.readonly and self._recency.note(bytes.fromhex(key) for key in keys):
-            self._recency.write(self._environment())
+        if self._recency.note(bytes.fromhex(key) for key in keys):
+            self._write_uses(self._environment())
+
+    def _used(self) -> list[bytes]:
+        """Keys used since that was last written down: by readers that do not write, then by this store."""
+        return take_uses(self.path) + self._recency.take()
+
+    def _write_uses(self, env: Environment) -> None:
+        if not self.readonly:
+            self._recency.write(env, self._used())
+        elif self._lock:
+            add_uses(self.path, self._recency.take())
 
     def __repr__(self) -> str:
         return f"VoCoCacheStore({str(self.path)!r}, values={self.values!r}, max_bytes={self.max_bytes})"

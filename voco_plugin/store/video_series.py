@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..cache.container import VoCoCacheError
 from ..files import atomic_write_text
@@ -74,14 +75,26 @@ def _read(path: Path) -> Series:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
-        frames, times = value.pop("frames"), value.pop("times")
-        found = Series(frames=tuple(map(str, frames)), times=tuple(map(float, times)), **value)
-        if len(found.frames) != len(found.times) or not found.frames:
-            raise ValueError(f"it has {len(found.frames)} frames and {len(found.times)} times")
-    except (ValueError, TypeError, KeyError) as problem:
+        return series_from(value)
+    except (ValueError, TypeError, KeyError, RecursionError) as problem:
         raise VoCoCacheError(
             f"{path} is no series of a video ({problem}): compress the video again."
         ) from None
+
+
+def series_from(value: dict[str, Any]) -> Series:
+    """A series from what ``dataclasses.asdict`` gives of one, after JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is not that.
+    """
+    value = dict(value)
+    frames, times = value.pop("frames"), value.pop("times")
+    found = Series(frames=tuple(map(str, frames)), times=tuple(map(float, times)), **value)
+    if len(found.frames) != len(found.times) or not found.frames:
+        raise ValueError(f"it has {len(found.frames)} frames and {len(found.times)} times")
+    if not isinstance(found.name, str) or type(found.num_tokens) is not int:
+        raise ValueError("its name is no text, or its K no number")
     return found
 
 

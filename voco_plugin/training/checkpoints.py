@@ -155,6 +155,13 @@ class AtomicCheckpoints(_Base):
         os.rename(staged, target / MODEL_WHOLE)
         install(target)
 
+    def _final_place(self, folder: str | os.PathLike) -> Path:
+        """Where what is saved into ``folder`` will lie: a checkpoint is made in the staging folder."""
+        target = Path(folder)
+        if self._staging is None or not target.is_relative_to(self._staging):
+            return target
+        return self._staging.parent / target.relative_to(self._staging)
+
     def _once_per_node(self, action: Callable[[], Any]) -> None:
         """Process 0 first, then the first process of every other node, and nobody goes on before."""
         self.accelerator.wait_for_everyone()

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import is_torch_cuda_available, is_torch_npu_available, is_torch_xpu_available
 from trl import SFTConfig
 
-from ..config import VoCoConfig, nearest, read_section
+from ..config import VoCoConfig, nearest, read_section, suggest_fields
 from ..data.images import ON_BAD_SAMPLE, check_on_bad_sample
 from .collator import check_range
 from .distillation.config import as_distill_config
@@ -18,6 +18,7 @@ STAGE1 = ("joint", "streamed", "frozen")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+@suggest_fields
 @dataclass
 class VoCoSFTConfig(SFTConfig):
     """Arguments of :class:`~voco_plugin.training.VoCoSFTTrainer`: all of TRL's ``SFTConfig``, and

@@ -14,6 +14,7 @@ from ..config import CONFIG_NAME, VoCoConfig
 from ..core.attachment import attachment, is_attached, unwrap
 from ..core.layout import TokenVocabulary
 from ..models import attach, load
+from ..models.loading import auto_class
 from ..models.snapshot import as_given_on_failure
 from ..models.token_rows import restore_rows
 from .config import VoCoSFTConfig, as_voco_config
@@ -47,6 +48,9 @@ def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tu
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
     if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
+        if args.voco is not None and not os.path.isfile(os.path.join(source, "adapter_config.json")):
+            known = {k: options[k] for k in ("revision", "trust_remote_code") if options.get(k)}
+            auto_class(source, **known)  # refuses a model that sees no images
         return create_model_from_path(source, **options), None
     options.setdefault("dtype", "float32")
     model, processor = load(source, voco=as_voco_config(args.voco), **options)

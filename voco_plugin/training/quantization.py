@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..models.model_paths import base_of_adapter
 from .parts import PROJECTOR, VISION, ModelParts
 
 
@@ -68,7 +68,7 @@ def language_model_only(quantization_config: Any, source: str, **options: Any) -
 
     adapter = Path(source) / "adapter_config.json"
     if adapter.is_file():
-        source = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        source = base_of_adapter(os.fspath(source), str(adapter))
     known = {k: options[k] for k in ("revision", "trust_remote_code") if options.get(k)}
     config = AutoConfig.from_pretrained(os.fspath(source), **known)
     with torch.device("meta"):  # the names alone: nothing is allocated

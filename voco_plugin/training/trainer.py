@@ -29,6 +29,7 @@ from ..core.packed_rows import DOCUMENT_IDS, Documents
 from ..data.lazy_images import has_transform
 from ..models import save_voco_config
 from ..models.image_first import warn_of_image_first
+from ..models.model_paths import note_base
 from .adapter_checks import check_adapter
 from .adapters import (
     prepare_peft_config,
@@ -447,7 +448,9 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 save_loose_parameters(inner, self._loose, place, state_dict)
             if self.args.should_save:
                 if self.voco is not None:
-                    save_voco_config(self.model, place)
+                    save_voco_config(self.model, place, place=self._final_place(folder))
+                else:
+                    note_base(place)
                 self._write_card(place)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -62,7 +62,7 @@ def one_changed_byte_is_found(cache, tmp_path, where):
 def another_models_cache_is_refused_by_name(cache):
     other = attached("llava_llama")
     other.model.language_model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
-    with pytest.raises(ValueError, match="model is '[0-9a-f]{8}', not"):
+    with pytest.raises(ValueError, match="the model is another one .[0-9a-f]{8}…, not [0-9a-f]{8}…"):
         other(**_stream(other), voco_cache=cache)
 
 

@@ -207,8 +207,8 @@ class _Past:
         wrong = differences(mine, before.voco_made_by or {})
         if wrong:
             raise ValueError(
-                f"prefix_cache was not made by this model under this rule: {'; '.join(wrong)}; make it again "
-                "with model.prefix_cache."
+                "prefix_cache was not made by this model under this rule; make it again with "
+                f"model.prefix_cache: {'; '.join(wrong)}."
             )
         if held.table.num_rows not in (1, rows):
             raise ValueError(f"prefix_cache holds {held.table.num_rows} rows and input_ids {rows}.")

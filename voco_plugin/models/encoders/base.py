@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..model_paths import named
 from .spec import EncoderSpec, library_module, resolve
 
 HOSTS = ("llava", "perception_lm", "fast_vlm")
@@ -132,7 +133,9 @@ def load_encoder(
             options["image_size"] = found.image_size
         if found.library != "transformers":
             options["pretrained"] = pretrained
-        encoder = library_module(found.library).load(found.source, **options)
+        with named(found.source, "encoder" if found.source == name else f"encoder {name}:"):
+            encoder = library_module(found.library).load(found.source, **options)
+        _compare(name, found, encoder, image_size)
     encoder.name = name
     if encoder.class_token and not encoder.prefix_tokens:
         raise ValueError(f"encoder {name!r} has no class token to keep; leave class_token out.")
@@ -140,6 +143,22 @@ def load_encoder(
     if dtype is not None:
         encoder.tower.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return encoder.check()
+
+
+def _compare(name: str, said: EncoderSpec, found: Encoder, image_size: int | None) -> None:
+    """Hold a loaded encoder against the figures that its entry in the registry gives.
+
+    Raises:
+        ValueError: one differs.
+    """
+    figures = ["hidden_size", "patch_size", *(["image_size"] if image_size is None else [])]
+    for figure in figures:
+        promised, real = getattr(said, figure), getattr(found, figure)
+        if promised is not None and promised != real:
+            raise ValueError(
+                f"encoder {name!r} is registered with {figure}={promised}, and {said.source} has {real}; "
+                "correct the EncoderSpec."
+            )
 
 
 def pixels_of(config: Any) -> int:

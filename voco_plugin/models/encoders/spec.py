@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import nearest
+from ...config import nearest, suggest_fields
 from ...registry import encoders
+from ..model_paths import looks_local
 
 LIBRARIES: dict[str, str] = {
     "transformers": "voco_plugin.models.encoders.towers",
@@ -21,6 +22,7 @@ LIBRARIES: dict[str, str] = {
 """Where each library's loader is; it is imported when an encoder of that library is asked for."""
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class EncoderSpec:
     """An entry of ``registry.encoders``: everything that can be said of an encoder before it is loaded.
@@ -82,7 +84,7 @@ def resolve(name: str) -> EncoderSpec | Loader:
             module = library_module(library)
             module.check_name(name.removeprefix(library + "/"))
             return EncoderSpec(name.removeprefix(library + "/"), library)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(name):
+    if looks_local(name) or os.path.isdir(name):
         raise FileNotFoundError(f"encoder {name}: there is no config.json; give a checkpoint folder.")
     if name.count("/") == 1:
         return EncoderSpec(name)

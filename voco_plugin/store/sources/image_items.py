@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...data.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
-
-URL = re.compile(r"^[a-z0-9+.-]+://", re.IGNORECASE)
+from ...data.images import URL as URL
+from ...data.images import inline_bytes
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,31 @@ class ImageSource:
 
 
 class FileImages(ImageSource):
-    """Image files (or URLs); a name that comes twice is one image."""
+    """Image files (or URLs); a name that comes twice is one image.
 
-    def __init__(self, paths: Iterable[str]) -> None:
+    Args:
+        inline: of the names, those whose images are written out in a JSON file, with what stands there.
+    """
+
+    def __init__(self, paths: Iterable[str], inline: Mapping[str, str] | None = None) -> None:
         self.paths = list(dict.fromkeys(paths))
+        self.inline = dict(inline or {})
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> ImageItem:
         path = self.paths[index]
-        return ImageItem(path, lambda: path, file_stamp(path))
+        text = self.inline.get(path)
+        if text is None:
+            return ImageItem(path, lambda: path, file_stamp(path))
+        return ImageItem(path, lambda: _written_out(text), hashlib.sha256(text.encode()).hexdigest())
+
+
+def _written_out(text: str) -> bytes:
+    data = inline_bytes(text)
+    assert data is not None
+    return data
 
 
 class JoinedImages(ImageSource):

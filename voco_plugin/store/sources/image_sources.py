@@ -2,7 +2,9 @@
 
     source                                        name of an image                  random access
     image file, folder (with its subfolders)      its path                          yes
-    LLaVA JSON or any JSON list / JSONL           the path its record leads to      yes
+    http(s) or ``data:`` URL                      the URL (data:HASH)               yes
+    LLaVA JSON or any JSON list / JSONL           the path its record leads to,     yes
+                                                  JSON/ROW where it holds the image
     tar (WebDataset shards), uncompressed, local  TAR/MEMBER                        yes
     tar, compressed or remote                     TAR/MEMBER                        no: read in order
     saved `datasets` folder, Parquet, CSV, hub    SOURCE[split]/ROW, /ROW/J where   yes; not when streaming
@@ -16,8 +18,10 @@ before.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +85,7 @@ def _joined(found: list[ImageSource]) -> ImageSource:
     for source in found:
         if type(source) is FileImages and merged and type(merged[-1]) is FileImages:
             merged[-1].paths += source.paths
+            merged[-1].inline |= source.inline
         else:
             merged.append(source)
     for source in merged:
@@ -97,12 +102,12 @@ def expand(pattern: str) -> list[str]:
         FileNotFoundError: a glob matches nothing.
         ValueError: a brace range that stands for more than ten million names.
     """
-    if os.path.lexists(os.path.expanduser(pattern)):
+    if len(pattern) < 4096 and os.path.lexists(os.path.expanduser(pattern)):
         return [pattern]
-    names = _braces(pattern)
+    names = [pattern] if pattern[:5].lower() == "data:" else _braces(pattern)
     found: list[str] = []
     for name in names:
-        if URL.match(name) or not glob.has_magic(name):
+        if URL.match(name) or name[:5].lower() == "data:" or not glob.has_magic(name):
             found.append(name)
             continue
         matches = sorted(glob.glob(os.path.expanduser(name), recursive=True))
@@ -135,18 +140,20 @@ def _one(name: str, options: Mapping[str, Any]) -> ImageSource:
 
     path = Path(name).expanduser()
     lower = name.lower()
+    if lower.startswith("data:"):
+        return _inline(name)
+    if URL.match(name):
+        return _remote(name)
     if lower.endswith(TAR_SUFFIXES):
         from .tar_images import tar_images
 
         return tar_images(name)
-    if URL.match(name) and lower.endswith(IMAGE_SUFFIXES):
-        return FileImages([name])
     if path.is_dir():
         return _folder(path, options)
     if lower.endswith((".json", ".jsonl")):
         if not path.is_file():
             raise FileNotFoundError(f"{name} does not exist.")
-        return FileImages(_json_names(path, options["image_column"], options["image_folder"]))
+        return _json_images(path, options["image_column"], options["image_folder"])
     if lower.endswith(VIDEO_SUFFIXES):
         raise ValueError(f"{name} is a video: say which of its frames (voco compress --fps 1; video_source).")
     if path.is_file() and not lower.endswith(TABLE_SUFFIXES):
@@ -161,6 +168,27 @@ def _one(name: str, options: Mapping[str, Any]) -> ImageSource:
     base = path.parent if path.is_file() else None
     shown = name if options["split"] is None else f"{name}[{options['split']}]"
     return dataset_images(data, image_column=options["image_column"], name=shown, base=base)
+
+
+def _remote(url: str) -> ImageSource:
+    """A URL by the suffix of its path: what follows a ``?`` or ``#`` says nothing of the kind."""
+    path = urllib.parse.urlsplit(url).path.lower()
+    if path.endswith(TAR_SUFFIXES) or url.lower().endswith(TAR_SUFFIXES):
+        from .tar_images import tar_images
+
+        return tar_images(url)
+    if path.endswith(VIDEO_SUFFIXES):
+        raise ValueError(f"{url} is a video: say which of its frames (voco compress --fps 1; video_source).")
+    if path.endswith((".json", ".jsonl", *TABLE_SUFFIXES)):
+        raise ValueError(f"{url} is a URL; lists and tables are read from this disk: download it first.")
+    if not url.lower().startswith(("http://", "https://")) and not path.endswith(IMAGE_SUFFIXES):
+        raise FileNotFoundError(f"{url} is no URL of an image (http, https) or of a .tar.")
+    return FileImages([url])  # opening it says whether it is an image
+
+
+def _inline(url: str) -> ImageSource:
+    name = f"data:{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    return FileImages([name], {name: url})
 
 
 def _folder(path: Path, options: Mapping[str, Any]) -> ImageSource:
@@ -206,13 +234,17 @@ def _files_in(folder: Path) -> Iterator[str]:
         yield from (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _json_names(path: Path, column: str | None, image_folder: str | Path | None) -> list[str]:
-    """Where the images of a JSON list or of JSON lines are; records without one are text alone."""
+def _json_images(path: Path, column: str | None, image_folder: str | Path | None) -> FileImages:
+    """The images of a JSON list or of JSON lines; records without one are text alone. One that is written
+    out there (a ``data:`` URL, base64) is called ``PATH/INDEX``, the second of a record ``PATH/INDEX/1``.
+    """
+    from ...data.images import is_written_out
     from ...data.llava_format import image_names, where_is
     from ...data.loaders import read_records
 
     folders = [Path(image_folder)] if image_folder is not None else [path.parent, path.parent / "images"]
     found: list[str] = []
+    inline: dict[str, str] = {}
     for index, record in enumerate(read_records(path)):
         where = where_is(record, index, path)
         if not isinstance(record, dict):
@@ -220,12 +252,17 @@ def _json_names(path: Path, column: str | None, image_folder: str | Path | None)
         if column is not None and column not in record:
             raise ValueError(f"{where} has no {column!r}: it has {', '.join(sorted(record))}")
         picked = record if column is None else {"image": record[column]}
-        for name in image_names(picked, where):
+        for place, name in enumerate(image_names(picked, where)):
+            if is_written_out(name):
+                called = f"{path}/{index}/{place}" if place else f"{path}/{index}"
+                inline[called] = name
+                found.append(called)
+                continue
             if URL.match(name):
                 found.append(name)
                 continue
             there = (folder / name for folder in folders)
-            found.append(str(next((p for p in there if p.is_file()), folders[0] / name)))
+            found.append(str(next((p for p in there if os.path.isfile(p)), folders[0] / name)))
     if not found:
         raise ValueError(f"{path} names no image: give --image-column, where it is not image or images")
-    return found
+    return FileImages(found, inline)

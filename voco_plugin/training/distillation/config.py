@@ -9,12 +9,13 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...config import from_fields, nearest, read_section
+from ...config import from_fields, nearest, read_section, suggest_fields
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 TEACHERS = ("base", "frozen")
 
 
+@suggest_fields
 @dataclass
 class DistillConfig:
     """The distillation term of the training loss, on the answer tokens (paper, Eq. 1 and 5):
