@@ -184,7 +184,7 @@ def test_what_lora_scales_by_is_told():
     for alpha in (2, 8):
         model = loras(attached("llava_llama"), lora_alpha=alpha).get_base_model()
         made[alpha] = model.compress(**batch)
-    with pytest.raises(ValueError, match=r": adapter's scaling is 1\.0, not 4\.0; compress"):
+    with pytest.raises(ValueError, match=r": adapter's scaling is 1\.0, not 4\.0\.$"):
         model(**model.stream_inputs(batch), voco_cache=made[2])
     layer = next(m for m in model.modules() if hasattr(m, "scale_layer"))
     layer.scale_layer(0.5)
@@ -311,7 +311,7 @@ def test_an_idle_adapter_changes_nothing():
         model(**model.stream_inputs(batch), voco_cache=cache)
     peft.set_adapter("default")
     assert of(peft) == alone
-    with peft.disable_adapter(), pytest.raises(ValueError, match="adapter is another one .none"):
+    with peft.disable_adapter(), pytest.raises(ValueError, match=r": the adapter is another one .*none"):
         model(**model.stream_inputs(batch), voco_cache=cache)
     peft.delete_adapter("second")
     assert of(peft) == alone
