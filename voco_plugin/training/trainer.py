@@ -41,6 +41,7 @@ from .config import VoCoSFTConfig
 from .datasets import has_images, prepare_dataset
 from .distillation.trainer_part import Distilling, copy_of_student
 from .fused_step import take_off_fused_forward
+from .image_settings import with_image_settings
 from .launch import check_launch, check_sharded_head
 from .load_weights import load_whole_weights
 from .model_setup import (
@@ -182,6 +183,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         self.voco = attach_as_asked(model, args.voco, processing_class)
         train_dataset = prepare_dataset(train_dataset, need_images=self.voco is not None)
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
+        train_dataset = with_image_settings(train_dataset, args, kwargs.get("formatting_func"))
         self._vocab = attachment(model).vocab if self.voco else None
         packs = args.packing and has_images(train_dataset)
         if packs:
