@@ -1,5 +1,5 @@
-"""Settings that TRL applies where it tokenizes a dataset beforehand, which it does not do with images. Each is
-done here, or refused: TRL passes over it without a word.
+"""Settings that TRL applies where it tokenizes a dataset beforehand, which it does not do with images: each
+is done here, or refused, since TRL passes over it without a word.
 """
 
 from __future__ import annotations
