@@ -196,3 +196,114 @@ def test_a_session_says_what_is_its_own_to_decide():
     session = vp.VoCoSession(*made("llava_llama"))
     with pytest.raises(ValueError, match="return_dict_in_generate is the session's to decide"):
         session.ask("what?", return_dict_in_generate=True)
+
+
+# -- what transformers' processors and criteria see of a prompt
+
+UNEVEN = [["bos", "t3", "img@1", "c2", "t4"], ["bos", "t2", "img@2", "c2", "t3", "img@3", "c2", "t2"]]
+OTHER_EOS = {"eos_token_id": 3}  # these rows' answers use the tokenizer's
+
+
+def ways(model, batch, **more) -> list[torch.Tensor]:
+    """New tokens of one pass, of both stages at once, and from a cache."""
+    given, length = cached(model, batch), batch["input_ids"].shape[1]
+    both = model.generate(**batch, **NEW, **more)[:, length:]
+    from_cache = model.generate(**given, **NEW, **more)[:, given["input_ids"].shape[1] :]
+    return [single(model, batch, **more), both, from_cache]
+
+
+@pytest.mark.parametrize("kind", ["repetition", "ngram", "across an image", "beams", "static"])
+def test_settings_that_read_the_prompt_read_that_of_the_caller(kind):
+    """The penalty takes padding from the mask of all slots, and left out the first words of the row with one
+    image; words on both sides of an image passed for an n-gram, and so did a head start's fillers.
+    """
+    model = attached("llava_llama")
+    batch = inputs("llava_llama", UNEVEN, "left")
+    more = {"repetition_penalty": 5.0, **OTHER_EOS}
+    if kind == "ngram":
+        more = {"repetition_penalty": 0.2, "no_repeat_ngram_size": 2, **OTHER_EOS}
+    elif kind == "across an image":
+        batch = inputs("llava_llama", [["bos", "t3", "img", "c2", "t1"]], "left")
+        before, last = batch["input_ids"][0, 3].item(), batch["input_ids"][0, -1].item()
+        more = {"sequence_bias": [[[before, last, int(single(model, batch)[0, 0])], -100.0]]}
+    elif kind == "beams":
+        more["num_beams"] = 3
+    plain = single(model, batch, **OTHER_EOS)
+    expected = single(model, batch, **more)
+    assert kind == "across an image" or not torch.equal(plain, expected)
+    if kind == "static":
+        more["cache_implementation"] = "static"
+        given = cached(model, batch)
+        made = model.generate(**given, **NEW, **more)[:, given["input_ids"].shape[1] :]
+        assert torch.equal(made, expected)
+        return
+    for made in ways(model, batch, **more):
+        assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_processors_and_criteria_of_the_callers_see_the_prompt_that_it_gave(from_cache):
+    model = attached("llava_llama")
+    batch = inputs("llava_llama", UNEVEN, "left")
+    given = cached(model, batch) if from_cache else batch
+    length, seen = given["input_ids"].shape[1], []
+
+    def note(ids, scores):
+        seen.append(ids.clone())
+        return scores
+
+    def enough(ids, scores, **kwargs):
+        return torch.full((len(ids),), ids.shape[1] >= length + 3)
+
+    processors = hf.LogitsProcessorList([note])
+    more = {"logits_processor": processors, "stopping_criteria": [enough], "num_beams": 2}
+    made = model.generate(**given, max_new_tokens=6, **more)
+    assert torch.equal(seen[0][::2, :length], given["input_ids"])
+    assert made.shape[1] == length + 3
+
+
+# -- how arguments come
+
+
+def test_settings_by_position_are_those_by_name():
+    model = attached("llava_llama")
+    batch = inputs("llava_llama", ROWS, "left")
+    ids, rest = batch["input_ids"], {k: v for k, v in batch.items() if k != "input_ids"}
+    config = hf.GenerationConfig(**NEW)
+    for two_stage in (True, False):
+        made = model.generate(ids, config, **rest, two_stage=two_stage)
+        assert torch.equal(made[:, ids.shape[1] :], single(model, batch))
+    with pytest.raises(TypeError, match="generation_config is given twice"):
+        model.generate(ids, config, generation_config=config, **rest)
+
+
+@pytest.mark.parametrize("two_stage", [True, False])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"image_token_sizes": torch.zeros(1)}, "not used by the model"),
+        ({"position_ids": torch.zeros(2, 17, dtype=torch.long)}, "position_ids .* the isolation rule"),
+        ({"inputs_embeds": torch.zeros(2, 17, 64)}, "inputs_embeds .* the isolation rule"),
+        ({"inputs": torch.zeros(2, 17, dtype=torch.long)}, "given twice"),
+        ({"token_healing": True}, "token_healing=True tokenizes"),
+        ({"assistant_early_exit": 1}, "models of text alone"),
+        ({"cache_implementation": "statc"}, "'statc'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_would_be_left_out_is_refused(more, message, two_stage):
+    """Beside images, these were passed over without a word in two stages, or broke without a reason."""
+    model = attached("llava_llama")
+    batch = inputs("llava_llama", ROWS, "left")
+    with pytest.raises(ValueError, match=message):
+        model.generate(**batch, **NEW, **more, two_stage=two_stage)
+
+
+def test_a_single_pass_reads_its_prompt_whole():
+    model = attached("llava_llama")
+    batch = inputs("llava_llama", ROWS, "left")
+    expected = single(model, batch)
+    with pytest.raises(ValueError, match="prefill_chunk_size cuts the prompt"):
+        single(model, batch, prefill_chunk_size=2)
+    both = model.generate(**batch, **NEW, prefill_chunk_size=2)[:, batch["input_ids"].shape[1] :]
+    assert torch.equal(both, expected)

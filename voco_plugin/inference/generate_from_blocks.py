@@ -9,13 +9,18 @@ the prompt is read first, under the rule, and generation goes on from its last t
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, StaticCache
-from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers import Cache, GenerationConfig, GenerationMixin, StaticCache
+from transformers.generation.configuration_utils import (
+    ALL_CACHE_IMPLEMENTATIONS,
+    ALL_STATIC_CACHE_IMPLEMENTATIONS,
+)
 
 from ..cache.place.stage_two import Placed
+from ..config import nearest
 from ..core.attachment import Attachment
 from ..core.forward import OWN_POSITIONS, as_cache, cache_of, given_cache
 from ..core.kv_cache import RemembersSlots
@@ -23,6 +28,21 @@ from ..core.kv_cache import RemembersSlots
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 _DYNAMIC = (None, "dynamic", "dynamic_full")
 _DEFAULTS = GenerationConfig()
+
+
+def by_name(args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of ``generate`` that were given by position after the prompt, by name.
+
+    Raises:
+        TypeError: there are too many, or one is given twice.
+    """
+    names = list(inspect.signature(GenerationMixin.generate).parameters)[2:-1]  # after self, inputs
+    named = dict(zip(names, args, strict=False))
+    twice = [name for name in named if name in kwargs]
+    if len(args) > len(names) or twice:
+        wrong = f"{twice[0]} is given twice" if twice else f"{len(args) + 1} arguments by position"
+        raise TypeError(f"generate: {wrong}.")
+    return named
 
 
 def own_config(args: tuple, kwargs: dict) -> tuple:
@@ -107,6 +127,11 @@ def static_kind(model: Any, args: tuple, kwargs: dict) -> str | None:
         return None
     if kind == "static":
         return "static"
+    if kind not in ALL_CACHE_IMPLEMENTATIONS:
+        raise ValueError(
+            f"cache_implementation={kind!r} is not known{nearest(kind, ALL_CACHE_IMPLEMENTATIONS)}; use "
+            "'static', or leave it out."
+        )
     wrong = "offloads or quantises" if kind not in ALL_STATIC_CACHE_IMPLEMENTATIONS else "cuts"
     raise ValueError(
         f"cache_implementation={kind!r} {wrong} its slots, which a cache of placed blocks does not; use "
@@ -114,13 +139,38 @@ def static_kind(model: Any, args: tuple, kwargs: dict) -> str | None:
     )
 
 
-def refuse_static_in_one_pass(model: Any, args: tuple, kwargs: dict) -> None:
-    """A single pass masks the vision tokens in every step, which only a dynamic cache lets it do."""
+def refuse_settings(model: Any, args: tuple, kwargs: dict) -> None:
+    """What cannot be had after images, however they are read.
+
+    Raises:
+        ValueError: the prompt is to be tokenized again, which would lose its images, or a layer of the model
+            is to draft, for which transformers looks in the config of a text model.
+    """
+    if setting(model, args, kwargs, "token_healing"):
+        raise ValueError(
+            "token_healing=True tokenizes the prompt again, which loses its images; leave it out."
+        )
+    if setting(model, args, kwargs, "assistant_early_exit") is not None:
+        raise ValueError(
+            "assistant_early_exit is for models of text alone; leave it out, or give an assistant_model."
+        )
+
+
+def refuse_in_one_pass(model: Any, args: tuple, kwargs: dict) -> None:
+    """A single pass masks the vision tokens in every step, which only a dynamic cache lets it do, and reads
+    each image together with its VoCo tokens.
+    """
+    refuse_settings(model, args, kwargs)
     kind = setting(model, args, kwargs, "cache_implementation")
     if kind not in _DYNAMIC:
         raise ValueError(
-            f"cache_implementation={kind!r} builds its masks outside the model, where the isolation rule is "
-            "not seen; answer from a cache (model.compress), or leave it out."
+            f"cache_implementation={kind!r}: a single pass masks vision tokens in every step, which only a "
+            "dynamic cache lets it do; answer from a cache (model.compress), or leave it out."
+        )
+    if setting(model, args, kwargs, "prefill_chunk_size") is not None:
+        raise ValueError(
+            "prefill_chunk_size cuts the prompt, and in a single pass an image must stand in one piece with "
+            "its VoCo tokens; answer from a cache (model.compress), or leave it out."
         )
 
 

@@ -30,6 +30,7 @@ from ..core.injection import insert_voco_tokens
 from ..core.kv_cache import KVSlots
 from ..core.layout import SequenceLayout, pad_id_of_model, padding_side_of, tokenizer_of
 from .generate_from_blocks import (
+    by_name,
     change,
     check_draft,
     expansion,
@@ -37,7 +38,8 @@ from .generate_from_blocks import (
     is_assisted,
     only_new,
     own_config,
-    refuse_static_in_one_pass,
+    refuse_in_one_pass,
+    refuse_settings,
     setting,
     shift_lengths,
     static_kind,
@@ -45,6 +47,7 @@ from .generate_from_blocks import (
     with_prompt,
 )
 from .saved_note import note_rule
+from .shown_prompt import Prompt, PromptedProcessors, show_prompt
 
 
 class VoCoGenerationMixin(Extension):
@@ -248,7 +251,7 @@ class VoCoGenerationMixin(Extension):
         prefix_cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
-        decided = (*cache_names(), "inputs_embeds", "position_ids")
+        decided = (*cache_names(), *DECIDED)
         _refuse(kwargs, decided)
         labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
         return_dict = kwargs.pop("return_dict", None)
@@ -305,7 +308,10 @@ class VoCoGenerationMixin(Extension):
         Returns:
             as ``generate``: the given ``input_ids`` followed by the new tokens.
         """
-        if inputs is not None and kwargs.get("input_ids") is None:
+        args, kwargs = (), {**by_name(args, kwargs), **kwargs}
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError("generate: the prompt is given twice, as inputs and as input_ids; give one.")
+        if inputs is not None:
             kwargs["input_ids"] = inputs
         ids = kwargs.get("input_ids")
         state = self._voco_attachment
@@ -320,26 +326,31 @@ class VoCoGenerationMixin(Extension):
             asks_first = state.embeddings is not None and state.embeddings.compressor.reads_question
             if prefix is None and (not layout.spans or past is not None or not two_stage or asks_first):
                 if layout.spans or KVSlots.of(past) is not None:
-                    refuse_static_in_one_pass(self, args, kwargs)
+                    _refuse(kwargs, DECIDED, "the isolation rule")
+                    refuse_in_one_pass(self, args, kwargs)
                     _refuse_right_padding(kwargs.get("attention_mask"))
                     args = own_config(args, kwargs)
                     self._suppress(args, kwargs)
                 return super().generate(*args, **kwargs)
             if layout.spans:
+                _refuse(kwargs, (*cache_names(), *DECIDED), "the isolation rule")
                 vision = {k: v for k, v in kwargs.items() if _is_model_input(k, v)}
+                self._validate_model_kwargs(dict(vision))  # type: ignore[attr-defined]
                 stream = self.stream_inputs(vision)
                 rest = {k: v for k, v in kwargs.items() if k not in vision}
-                return self._generate_from(self.compress(**vision), stream, ids, args, rest, prefix)
+                shown = {"input_ids": ids, "attention_mask": _mask_of(kwargs, ids)}
+                return self._generate_from(self.compress(**vision), stream, shown, args, rest, prefix)
             voco_cache = VoCoCache()
         stream = {"input_ids": ids, "attention_mask": _mask_of(kwargs, ids)}
         rest = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
-        return self._generate_from(voco_cache, stream, ids, args, rest, prefix)
+        return self._generate_from(voco_cache, stream, stream, args, rest, prefix)
 
     def _generate_from(
-        self, cache: VoCoCache, stream: dict, shown: torch.Tensor, args: tuple, kwargs: dict, prefix: Any
+        self, cache: VoCoCache, stream: dict, given: dict, args: tuple, kwargs: dict, prefix: Any
     ) -> Any:
         """Stock ``generate`` on the placed blocks; the output starts with the ids the caller gave."""
-        _refuse(kwargs, cache_names())
+        _refuse(kwargs, (*cache_names(), *DECIDED))
+        refuse_settings(self, args, kwargs)
         args = own_config(args, kwargs)
         state = self._voco_attachment
         static, assisted = static_kind(self, args, kwargs), is_assisted(self, args, kwargs)
@@ -367,7 +378,8 @@ class VoCoGenerationMixin(Extension):
             }
             if types is not None:
                 kwargs["token_type_ids"] = types
-        length = start["input_ids"].shape[1]
+        shown, length = given["input_ids"], start["input_ids"].shape[1]
+        show_prompt(kwargs, Prompt(shown, given["attention_mask"], length))
         shift_lengths(self, args, kwargs, length - shown.shape[1])
         if times > 1 and given_cache(start).get_seq_length():
             given_cache(start).batch_repeat_interleave(times)
@@ -390,6 +402,12 @@ class VoCoGenerationMixin(Extension):
             kwargs["next_sequence_length"] = only_new(given_cache(kwargs), input_ids)
         found = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         return {**found, "voco_mode": OWN_POSITIONS}  # positions that generate counts are not the rule's
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("logits_processor")
+        if isinstance(given, PromptedProcessors):
+            return given.built(super()._get_logits_processor, generation_config, kwargs)  # type: ignore[misc]
+        return super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As the model's own; the language model gets the backend that keeps the rule on that implementation.
@@ -462,13 +480,14 @@ _GENERATION_ONLY = {
 }
 
 
-def _refuse(kwargs: dict, names: tuple[str, ...]) -> None:
+DECIDED = ("inputs_embeds", "position_ids")
+
+
+def _refuse(kwargs: dict, names: tuple[str, ...], by: str = "voco_cache") -> None:
     """Refuse what the blocks decide."""
     for name in names:
         if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{name} cannot be given together with voco_cache, which decides it; leave it out."
-            )
+            raise ValueError(f"{name} cannot be given together with {by}, which decides it; leave it out.")
 
 
 def _refuse_right_padding(mask: Any) -> None:

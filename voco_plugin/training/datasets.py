@@ -59,7 +59,9 @@ def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_datas
     if "conversations" in sample and "messages" not in sample and not own:
 
         def convert(conversations: Any, index: int = 0) -> dict[str, Any]:
-            return {"messages": llava_to_messages({"conversations": conversations}, f"{name}, row {index}")}
+            where = f"{name}, row {index}"
+            messages = llava_to_messages({"conversations": conversations}, where)
+            return {"messages": messages if _IMAGES & set(sample) else _as_text(messages, where)}
 
         dataset = dataset.map(
             convert, with_indices=True, input_columns=["conversations"], remove_columns=["conversations"]
@@ -106,3 +108,12 @@ def check_lengths(args: Any, dataset: Any) -> None:
             f"row, its images' included, and the set has {', '.join(columns)}; add it, or set "
             "packing: true, which counts them itself."
         )
+
+
+def _as_text(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """``messages`` without images, each one's content a string: templates of text models know no parts."""
+    for message in messages:
+        if any(part["type"] == "image" for part in message["content"]):
+            raise ValueError(f"{where} has an <image> and the dataset no column 'image' or 'images'; add it.")
+        message["content"] = "".join(part["text"] for part in message["content"])
+    return messages

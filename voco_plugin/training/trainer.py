@@ -47,6 +47,7 @@ from .datasets import check_dispatch, check_lengths, groups_by_length, has_image
 from .distillation.trainer_part import Distilling, copy_of_student, witness_of
 from .fused_step import take_off_fused_forward
 from .given_optimizer import GivenOptimizer
+from .image_settings import with_image_settings
 from .launch import check_launch, check_sharded_head
 from .load_weights import load_whole_weights
 from .model_setup import (
@@ -191,6 +192,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
             check_added_tokens(model, processing_class, peft_config is not None or is_peft(model))
         train_dataset = prepare_dataset(train_dataset, need_images=self.voco is not None)
         eval_dataset = prepare_dataset(eval_dataset, need_images=False, name="eval_dataset")
+        train_dataset = with_image_settings(train_dataset, args, kwargs.get("formatting_func"))
         self._vocab = attachment(model).vocab if self.voco else None
         check_dispatch(args, train_dataset, eval_dataset)
         check_lengths(args, train_dataset)

@@ -212,6 +212,7 @@ def check_stages(trainer: Any, stage1: str) -> None:
         (args.distill is not None, "distill compares the hidden states of one pass; leave distill out"),
         (trainer.compute_loss_func is not None, "compute_loss_func needs the logits of one pass"),
         (args.label_smoothing_factor > 0, "label_smoothing_factor needs whole logits; set it to 0"),
+        (args.torch_compile, "torch_compile follows one pass, not the chunks before it; set it to false"),
         (getattr(trainer, "aux_loss_enabled", False), "the router's balance loss counts one pass's tokens"),
         (cut, "context and sequence parallelism cut rows up"),
         (
