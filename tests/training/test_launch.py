@@ -106,6 +106,10 @@ def test_num_processes_without_a_launch_is_an_error_of_one_line(capsys, monkeypa
     from voco_plugin.cli import main
 
     monkeypatch.chdir(tmp_path)
+    for name in ("gridworld_base/config.json", "gridworld/train.json", "gridworld/eval.json"):
+        path = tmp_path / "runs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
     assert main(["train", "gridworld_voco", "--num_processes", "2"]) == 2
     assert "num_processes=2, and this is one process" in capsys.readouterr().err
 

@@ -8,8 +8,10 @@ the prompt is read first, under the rule, and generation goes on from its last t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,11 +25,15 @@ from ..cache.place.stage_two import Placed
 from ..config import nearest
 from ..core.attachment import Attachment
 from ..core.forward import OWN_POSITIONS, as_cache, cache_of, given_cache
-from ..core.kv_cache import RemembersSlots
+from ..core.kv_cache import KVSlots, RemembersSlots
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 _DYNAMIC = (None, "dynamic", "dynamic_full")
 _DEFAULTS = GenerationConfig()
+_MASK_ELEMENTS = 1 << 25
+"""Of the dense mask of a prompt's text: 10,000 images with a line break each are 200 million at once."""
+_SHORTEST_CHUNK = 256
+_DELTAS = "rope_deltas"
 
 
 def by_name(args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -188,6 +194,70 @@ def shift_lengths(model: Any, args: tuple, kwargs: dict, by: int) -> None:
         change(args, kwargs, **{name: max(value + by, 0)})
 
 
+@contextlib.contextmanager
+def without_rope_deltas(model: Any) -> Iterator[None]:
+    """Multi-axis families keep, on the model, how far positions of the last prompt were ahead of its tokens,
+    a row each, and add it to those of whatever comes next. Inside the block there is none: stage 2 has its
+    own positions, and may have another number of rows.
+    """
+    holders = [m for m in (model, model.base_model) if getattr(m, _DELTAS, None) is not None]
+    before = [(holder, getattr(holder, _DELTAS)) for holder in holders]
+    try:
+        for holder in holders:
+            setattr(holder, _DELTAS, None)
+        yield
+    finally:
+        for holder, deltas in before:
+            setattr(holder, _DELTAS, deltas)
+
+
+def prefill_chunk(placed: Placed) -> int | None:
+    """Text tokens to read at a time: the mask of a chunk, ``B`` rows by its tokens by all slots, stays within
+    :data:`_MASK_ELEMENTS`. ``None``: all at once, which a short prompt is, and one that is read both ways.
+    """
+    rows, text = placed.input_ids.shape
+    slots = KVSlots.of(placed.past)
+    if slots is not None and slots.planned_prefix is not None:
+        return None
+    chunk = max(_MASK_ELEMENTS // (rows * placed.attention_mask.shape[1]), _SHORTEST_CHUNK)
+    return chunk if chunk < text else None
+
+
+def read_placed(read: Any, placed: Placed, chunk: int | None, **kwargs: Any) -> Any:
+    """Read the text of a prompt under the rule, ``chunk`` tokens at a time; what its last chunk gives, with
+    the logits of the last token alone where there was more than one.
+
+    Args:
+        read: the model's forward, given the mode it runs in.
+        kwargs: of the forward of the last chunk.
+    """
+    ids, past = placed.input_ids, placed.past
+    slots = placed.attention_mask.shape[1] - ids.shape[1]
+    start = 0
+    while chunk is not None and start + chunk < ids.shape[1]:
+        stop = start + chunk
+        output = read(
+            OWN_POSITIONS,
+            input_ids=ids[:, start:stop],
+            attention_mask=placed.attention_mask[:, : slots + stop],
+            use_cache=True,
+            logits_to_keep=1,
+            **as_cache(past),
+        )
+        start, past = stop, cache_of(output)
+    output = read(
+        OWN_POSITIONS,
+        input_ids=ids[:, start:],
+        attention_mask=placed.attention_mask,
+        use_cache=True,
+        **as_cache(past),
+        **kwargs,
+    )
+    if start:  # a few families give logits of every token, whatever is to be kept
+        output["logits"] = output.logits[:, -1:]
+    return output
+
+
 def head_start(
     model: Any, state: Attachment, placed: Placed, types: torch.Tensor | None, read: Any
 ) -> dict[str, Any]:
@@ -198,15 +268,7 @@ def head_start(
         read: the model's forward, given the mode it runs in.
     """
     more = {} if types is None else {"token_type_ids": types}
-    output = read(
-        OWN_POSITIONS,
-        input_ids=placed.input_ids,
-        attention_mask=placed.attention_mask,
-        use_cache=True,
-        logits_to_keep=1,
-        **as_cache(placed.past),
-        **more,
-    )
+    output = read_placed(read, placed, prefill_chunk(placed), logits_to_keep=1, **more)
     past = cache_of(output)
     past.crop(-1)
     slots = placed.attention_mask.shape[1] - placed.input_ids.shape[1]

@@ -38,6 +38,8 @@ from .generate_from_blocks import (
     is_assisted,
     only_new,
     own_config,
+    prefill_chunk,
+    read_placed,
     refuse_in_one_pass,
     refuse_settings,
     setting,
@@ -45,6 +47,7 @@ from .generate_from_blocks import (
     static_kind,
     to_static,
     with_prompt,
+    without_rope_deltas,
 )
 from .saved_note import note_rule
 from .shown_prompt import Prompt, PromptedProcessors, show_prompt
@@ -263,14 +266,11 @@ class VoCoGenerationMixin(Extension):
             kwargs["token_type_ids"] = types.gather(1, placed.columns.clamp_min(0))
         if isinstance(keep, int) and keep == 1 and labels is None and placed.whole_last_column:
             kwargs["logits_to_keep"] = 1  # the head on one token only
-        output = self._read(
-            OWN_POSITIONS,
-            input_ids=placed.input_ids,
-            attention_mask=placed.attention_mask,
-            use_cache=True,
-            **as_cache(placed.past),
-            **{k: v for k, v in kwargs.items() if k != "use_cache" and k not in decided},
-        )
+        more = {k: v for k, v in kwargs.items() if k != "use_cache" and k not in decided}
+        # what a caller asks of every token, or of the inside, needs the prompt at once
+        chunk = prefill_chunk(placed) if set(more) <= {"logits_to_keep"} and more else None
+        with without_rope_deltas(self):
+            output = read_placed(self._read, placed, chunk, **more)
         logits = output.logits
         if logits.shape[1] == 1 and kwargs.get("logits_to_keep"):
             return output if return_dict is not False else output.to_tuple()
@@ -369,7 +369,8 @@ class VoCoGenerationMixin(Extension):
             types = types.gather(1, placed.columns.clamp_min(0))
         times = expansion(self, args, kwargs)
         if static is not None or assisted:
-            start = head_start(self, state, placed, types, self._read)
+            with without_rope_deltas(self):
+                start = head_start(self, state, placed, types, self._read)
         else:
             start = {
                 "input_ids": placed.input_ids,
@@ -378,6 +379,9 @@ class VoCoGenerationMixin(Extension):
             }
             if types is not None:
                 kwargs["token_type_ids"] = types
+            chunk = prefill_chunk(placed)
+            if chunk is not None and setting(self, args, kwargs, "prefill_chunk_size") is None:
+                change(args, kwargs, prefill_chunk_size=chunk)
         shown, length = given["input_ids"], start["input_ids"].shape[1]
         show_prompt(kwargs, Prompt(shown, given["attention_mask"], length))
         shift_lengths(self, args, kwargs, length - shown.shape[1])
@@ -393,7 +397,8 @@ class VoCoGenerationMixin(Extension):
             most = max(most, length + 1, setting(self, args, kwargs, "max_cache_len", 0))
             kwargs.pop("max_cache_len", None)
             start = to_static(self, state, start, placed.position_ids[:, -1], most)
-        output = super().generate(*args, **start, **kwargs)
+        with without_rope_deltas(self):
+            output = super().generate(*args, **start, **kwargs)
         return with_prompt(output, shown, length)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

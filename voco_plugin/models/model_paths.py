@@ -47,6 +47,8 @@ def check_model_path(source: str, what: str = "model") -> None:
         return
     if path.is_dir() and any((path / name).is_file() for name in ("config.json", ADAPTER)):
         return
+    if any(path.glob(f"*/{ADAPTER}")):  # as PEFT saves an adapter that is not called default
+        return
     packed = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
     if packed:
         raise ValueError(
