@@ -309,8 +309,10 @@ def test_the_recipe_says_so_before_data_or_model_load(bases, tmp_path, monkeypat
 
     monkeypatch.setattr("voco_plugin.training.quantization.has_gpu", lambda: False)
     (tmp_path / "none.json").write_text("[]")
+    base = bases("llava_llama")
+    capsys.readouterr()  # what its making says
     status = main(
-        ["train", "llava15_7b_qlora", "--model_name_or_path", bases("llava_llama"), "--dataset_name",
+        ["train", "llava15_7b_qlora", "--model_name_or_path", base, "--dataset_name",
          str(tmp_path / "none.json"), "--output_dir", str(tmp_path), "--bf16", "false"]
     )  # fmt: skip
     told = capsys.readouterr().err.strip().splitlines()
