@@ -106,7 +106,8 @@ def test_num_processes_without_a_launch_is_an_error_of_one_line(capsys, monkeypa
     from voco_plugin.cli import main
 
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "gridworld_voco", "--num_processes", "2"]) == 2
+    given = ["--model_name_or_path", "a/b", "--dataset_name", "c/d"]
+    assert main(["train", "gridworld_voco", "--num_processes", "2", *given]) == 2
     assert "num_processes=2, and this is one process" in capsys.readouterr().err
 
 
