@@ -282,7 +282,7 @@ def test_training_goes_on_from_a_frozen_model_frozen_only(starts, videos, tmp_pa
         ({"peft": LoraConfig(**{**LORA, "bias": "all"})}, "bias would train"),
         ({"peft": LoraConfig(**{**LORA, "trainable_token_indices": [3]})}, "tokens_delta.* would train"),
         ({"peft": LoraConfig(r=4, target_modules=r".*\.(q_proj|v_proj)")}, "vision.* would train"),
-        ({"peft": LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")}, "model is another"),
+        ({"peft": LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")}, "is another"),
         ({"voco": vp.VoCoConfig(rule="star")}, "needs voco.rule='isolated', not 'star'"),
         ({"voco": None}, "voco is null"),
         ({"distill": {"teacher": "base"}}, "leave distill out"),
