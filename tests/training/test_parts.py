@@ -305,7 +305,6 @@ def test_four_bits_are_refused_where_they_cannot_train(monkeypatch) -> None:
 
 
 def test_the_recipe_says_so_before_data_or_model_load(bases, tmp_path, monkeypatch, capsys) -> None:
-    (tmp_path / "none.json").write_text("[]")
     from voco_plugin.cli import main
 
     monkeypatch.setattr("voco_plugin.training.quantization.has_gpu", lambda: False)
