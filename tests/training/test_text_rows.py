@@ -40,3 +40,22 @@ def test_an_image_without_a_column_is_named():
     rows = [TURNS, [{"from": "human", "value": "<image>\nwhat"}, TURNS[1]]]
     with pytest.raises(ValueError, match="train_dataset, row 1 has an <image> and the dataset no column"):
         prepare_dataset(Dataset.from_dict({"conversations": rows}), need_images=False)
+
+
+@pytest.mark.parametrize(("column", "row"), [("text", "what is it"), ("conversations", TURNS)])
+def test_only_a_template_that_is_used_says_where_generation_stops(tmp_path, column, row):
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    words.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{{ m['content'][0]['text'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    )
+    config = hf.Qwen2Config(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model, data = hf.Qwen2ForCausalLM(config), Dataset.from_dict({column: [row] * 4})
+    made = trainer(model, "unused", data, peft=False, voco=False, processing_class=words, max_steps=1)
+    stops = made.model.generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else stops or []
+    assert (words.get_vocab()["<|im_end|>"] in stops) == (column == "conversations")

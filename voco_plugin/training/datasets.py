@@ -15,6 +15,14 @@ def has_images(dataset: Any) -> bool:
     return dataset is not None and bool(_IMAGES & set(next(iter(dataset), ())))
 
 
+def uses_chat_template(dataset: Any) -> bool:
+    """Whether the rows of ``dataset`` are conversations, which a chat template writes."""
+    from trl.data_utils import is_conversational
+
+    row = {} if dataset is None else next(iter(dataset), {})
+    return bool(_IMAGES & set(row)) or is_conversational(row)
+
+
 def prepare_dataset(dataset: Any, *, need_images: bool, name: str = "train_dataset") -> Any:
     """``dataset`` with LLaVA's ``conversations`` turned into ``messages``, unless a transform of its own
     makes its rows (``set_transform``): those are turned one by one, as the collator gets them.

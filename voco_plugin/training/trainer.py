@@ -43,7 +43,14 @@ from .card import write_card
 from .checkpoints import AtomicCheckpoints, SaveAtSteps
 from .collator import SKIPPED, VoCoDataCollator
 from .config import VoCoSFTConfig
-from .datasets import check_dispatch, check_lengths, groups_by_length, has_images, prepare_dataset
+from .datasets import (
+    check_dispatch,
+    check_lengths,
+    groups_by_length,
+    has_images,
+    prepare_dataset,
+    uses_chat_template,
+)
 from .distillation.trainer_part import Distilling, copy_of_student, witness_of
 from .fused_step import take_off_fused_forward
 from .given_optimizer import GivenOptimizer
@@ -196,6 +203,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         self._vocab = attachment(model).vocab if self.voco else None
         check_dispatch(args, train_dataset, eval_dataset)
         check_lengths(args, train_dataset)
+        templated = uses_chat_template(train_dataset)
         packs = args.packing and has_images(train_dataset)
         if packs:
             check_packing(args, model, self.voco, train_dataset, data_collator)
@@ -243,7 +251,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         if self.voco is not None:
             self._fused = take_off_fused_forward(unwrap(inner), own_forward, IN_TRLS_LOSS)
         patch_tied_head(inner)
-        check_answer_end(inner, self.processing_class, self.chat_template, args.train_language)
+        if templated:
+            check_answer_end(inner, self.processing_class, self.chat_template, args.train_language)
         optimizer.check(inner)
         self._loose = train_loose_parameters(inner, args.train_projector) if is_peft(inner) else []
         self._row_only = hold is not None and hold.only
