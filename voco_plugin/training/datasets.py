@@ -19,7 +19,7 @@ def uses_chat_template(dataset: Any) -> bool:
     """Whether the rows of ``dataset`` are conversations, which a chat template writes."""
     from trl.data_utils import is_conversational
 
-    row = {} if dataset is None else next(iter(dataset), {})
+    row: Any = {} if dataset is None else next(iter(dataset), {})
     return bool(_IMAGES & set(row)) or is_conversational(row)
 
 
