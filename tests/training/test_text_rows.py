@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import transformers as hf
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from tiny.vocab import tokenizer
 from trainers import losses, trainer
@@ -59,3 +59,12 @@ def test_only_a_template_that_is_used_says_where_generation_stops(tmp_path, colu
     stops = made.model.generation_config.eos_token_id
     stops = [stops] if isinstance(stops, int) else stops or []
     assert (words.get_vocab()["<|im_end|>"] in stops) == (column == "conversations")
+
+
+def test_a_dict_of_sets_is_refused_as_trl_refuses_it(tmp_path):
+    data = DatasetDict({"train": Dataset.from_dict({"text": ["what is it"] * 4})})
+    config = hf.Qwen2Config(vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                            num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    model = hf.Qwen2ForCausalLM(config)
+    with pytest.raises(TypeError, match="DatasetDict"):
+        trainer(model, "unused", data, peft=False, voco=False, processing_class=tokenizer(), max_steps=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..data.conversations import llava_to_messages
@@ -20,6 +21,8 @@ def uses_chat_template(dataset: Any) -> bool:
     from trl.data_utils import is_conversational
 
     row: Any = {} if dataset is None else next(iter(dataset), {})
+    if not isinstance(row, Mapping):  # no rows: TRL says what is wrong
+        return False
     return bool(_IMAGES & set(row)) or is_conversational(row)
 
 
