@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..data.conversations import llava_to_messages
@@ -21,7 +20,7 @@ def uses_chat_template(dataset: Any) -> bool:
     from trl.data_utils import is_conversational
 
     row: Any = {} if dataset is None else next(iter(dataset), {})
-    if not isinstance(row, Mapping):  # no rows: TRL says what is wrong
+    if not isinstance(row, dict):  # no rows: TRL says what is wrong
         return False
     return bool(_IMAGES & set(row)) or is_conversational(row)
 
