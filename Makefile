@@ -1,7 +1,7 @@
 # make quickstart       .venv, the package, and the main job: train, compress, answer from the cache (CPU, minutes)
 # make test             the same .venv with the test extra: ruff, mypy, the fast tests
 # make test PART=store  the fast tests of one room (tests/store) or several (PART="store cache"), and no ruff, no mypy
-# make test-all         the combinations of family, rule and option that `make test` leaves out
+# make test-all         the combinations of family, rule and option that `make test` leaves out, and what waits long
 # make test-slow        the slow tests (wheel build, longer training, two processes), DeepSpeed and flash-attn's
 #                       Triton kernels for them
 # make lint             ruff and mypy

@@ -117,6 +117,7 @@ def flex_against_dense(table, options, groups, window) -> float:
     return relative(*found)
 
 
+@pytest.mark.matrix
 @settings(max_examples=8, deadline=None)
 @given(tables(most_blocks=3, largest=60), *LAYOUT)
 def test_flex_gradients_equal_dense_on_any_layout(table, options, groups, window, seed):

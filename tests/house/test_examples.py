@@ -41,6 +41,7 @@ def test_answer_from_store(example, model_and_images, tmp_path):
     assert len(first["answers"]) == 12 and first["answers"] == second["answers"]
 
 
+@pytest.mark.matrix
 def test_mix_runs(example, model_and_images, tmp_path):
     model, images = model_and_images
     paths = [str(p) for p in sorted(images.iterdir())[:2]]

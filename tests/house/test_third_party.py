@@ -68,6 +68,7 @@ def installed(tmp_path_factory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(ROOT)))}
 
 
+@pytest.mark.matrix
 def test_an_installed_package_is_listed_composed_and_exact(installed, tmp_path) -> None:
     code = """
 import json, torch, voco_plugin as vp

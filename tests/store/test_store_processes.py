@@ -139,6 +139,7 @@ def test_a_store_whose_maker_was_killed_can_be_made(tmp_path):
         assert store.put(key(1), made(1))
 
 
+@pytest.mark.matrix
 def test_a_killed_reader_does_not_stay(tmp_path):
     """Its snapshot would keep every page freed since from being used again."""
     big = made(0, tokens=4, layers=4, dim=128)

@@ -134,6 +134,7 @@ def test_an_empty_animation_is_refused(tmp_path: Path) -> None:
 # -- live
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "codec"), [("clip.mkv", "libx264"), ("clip.ts", "libx264")])
 def test_a_growing_file_is_followed_to_its_end(tmp_path: Path, name: str, codec: str) -> None:
     pytest.importorskip("av", reason="PyAV is not installed")
