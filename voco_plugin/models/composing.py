@@ -45,7 +45,8 @@ def compose(
     Args:
         encoder: a name of ``registry.encoders``, ``timm/<model>``, ``open_clip/<arch>:<pretrained>``, a hub
             id or a local folder.
-        llm: a name of ``registry.llms``, a hub id or a local folder of an ``AutoModelForCausalLM``.
+        llm: a name of ``registry.llms``, a hub id or a local folder of an ``AutoModelForCausalLM``, a GGUF
+            file, or ``package:NAME`` for the one inside an installed package; its weights are dequantized.
         projector: a name of ``registry.projectors``; it starts from random weights.
         image_size: pixels a side; ``None`` keeps the encoder's, others interpolate its position embeddings.
         feature_layer: which layer's features are projected; ``None``: -2 for ViTs, -1 for ConvNets.
@@ -103,8 +104,8 @@ def compose(
 
 
 def _shown(name: str) -> str:
-    """A name as it may be published: of a local folder its last part only."""
-    return Path(name).name if name and os.path.isdir(Path(name).expanduser()) else name
+    """A name as it may be published: of a local folder or file its last part only."""
+    return Path(name).name if name and os.path.exists(Path(name).expanduser()) else name
 
 
 def _grow_rows(language: Any, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .encoders.spec import resolve
+from .gguf import check_gguf_reader
 from .llms import resolve_llm, template_text
 from .projectors import check_projector
 
@@ -29,7 +30,8 @@ def check_names(encoder: str, llm: str, projector: str = "mlp2x_gelu", **options
         ValueError: a name is unknown (the nearest one is given), or a value has the wrong type.
     """
     resolve(encoder)
-    resolve_llm(llm)
+    if resolve_llm(llm).source.endswith(".gguf"):
+        check_gguf_reader()
     check_projector(projector)
     if options.get("chat_template") is not None:
         template_text(options["chat_template"])

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import nearest, suggest_fields
 from ..registry import llms
+from .gguf import gguf_file, load_dequantized, readable, source_of
 from .model_paths import check_model_path, looks_local
 
 logger = logging.getLogger(__name__)
@@ -120,11 +121,12 @@ PRESETS: dict[str, LLMSpec] = {
 
 
 def resolve_llm(name: str) -> LLMSpec:
-    """What ``name`` stands for: a registered name, a local checkpoint folder, or a hub id. Loads nothing.
+    """What ``name`` stands for: a registered name, a local checkpoint folder, a GGUF file (its path,
+    ``package:NAME``, or a folder with one), or a hub id. Loads nothing.
 
     Raises:
         ValueError: nothing is called so; the nearest known name is given.
-        FileNotFoundError: it looks like a local folder and is none.
+        FileNotFoundError: it looks like a local folder and is none, or a package or file is not there.
     """
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"llm={name!r} must be a name, a hub id or a checkpoint folder.")
@@ -133,6 +135,9 @@ def resolve_llm(name: str) -> LLMSpec:
         if not isinstance(found, LLMSpec):
             raise ValueError(f"llm {name!r} is a {type(found).__name__}, not an LLMSpec.")
         return found
+    packed = gguf_file(name)
+    if packed is not None:
+        return LLMSpec(str(packed))
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return LLMSpec(str(folder))
@@ -200,7 +205,11 @@ def refusal_of(source: str) -> str | None:
 
     from .families.base import Family
 
-    config = AutoConfig.from_pretrained(source)
+    folder, packed = source_of(source)
+    with readable(source):
+        config = AutoConfig.from_pretrained(folder, **packed)
+    if hasattr(config, "quantization_config") and packed:
+        del config.quantization_config
     if getattr(config, "is_encoder_decoder", False):
         return f"{config.model_type} is an encoder-decoder"
     try:
@@ -238,14 +247,20 @@ def load_llm(
         raise ValueError(f"llm {name!r} cannot be composed: {reason}; use another LLM.")
     # under these names the tokens survive save_pretrained, and transformers' processors find them
     named: dict[str, Any] = {"image_token": IMAGE_TOKEN, "video_token": VIDEO_TOKEN}
-    tokenizer = AutoTokenizer.from_pretrained(spec.source, extra_special_tokens=named)
+    folder, packed = source_of(spec.source)
+    with readable(spec.source):
+        tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=named, **packed)
     if tokenizer.pad_token is None:
         known = tokenizer.get_vocab()
         named_pad = spec.pad_token if spec.pad_token in known else None
         tokenizer.add_special_tokens({"pad_token": named_pad or "<pad>"})
     tokenizer.padding_side = "left"
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    model = AutoModelForCausalLM.from_pretrained(spec.source, dtype=dtype or "float32", **options)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options["dtype"] = dtype or "float32"
+    if packed:
+        with readable(spec.source):
+            return load_dequantized(spec.source, **options).eval(), tokenizer, spec
+    model = AutoModelForCausalLM.from_pretrained(spec.source, **options)
     return model.eval(), tokenizer, spec
 
 

@@ -52,9 +52,8 @@ def check_model_path(source: str, what: str = "model") -> None:
     packed = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
     if packed:
         raise ValueError(
-            f"{what} {source}: GGUF files are not read here. Write it as a transformers folder first: "
-            f"AutoModelForCausalLM.from_pretrained({str(packed[0].parent)!r}, gguf_file={packed[0].name!r})"
-            ".save_pretrained(FOLDER), the same with AutoTokenizer, and name FOLDER."
+            f"{what} {source}: a GGUF file holds a language model alone. Compose it with an encoder: "
+            f"model: {{encoder: …, llm: {packed[0]}, projector: …}} in a recipe, or voco_plugin.compose."
         )
     if not path.is_dir():
         raise ValueError(f"{what} {source} is a file: give the folder of a checkpoint, or a hub id.")
