@@ -5,6 +5,7 @@ Folders, animations, live sources: ``test_video_sources.py``. Into a store: ``te
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,29 @@ def test_a_truncated_file_gives_what_is_there_and_says_where_it_ends(
     if not sampling:
         assert [f.index for f in frames] == list(range(len(frames))) and len(frames) > 20
     assert problem.time is not None and f"{problem.time:.3f} s" in str(problem)
+
+
+def test_a_cut_among_frames_that_are_decoded_out_of_order_gives_none_in_anothers_place(tmp_path) -> None:
+    """A frame that is decoded before the one that is lost, and shown after it, is not taken for it."""
+    options = {"preset": "fast", "x264-params": "bframes=3:b-adapt=0:b-pyramid=normal"}
+    whole = write_video(
+        tmp_path / "whole.mp4", options=options, container={"movflags": "faststart"}, count=50
+    )
+    expected, data = {f.index: f for f in read_video(whole)}, whole.read_bytes()
+    path, most = tmp_path / "cut.mp4", 0
+    for cut in range(len(data) * 7 // 10, len(data) * 9 // 10, len(data) // 60):
+        path.write_bytes(data[:cut])
+        frames: list[Frame] = []
+        with contextlib.suppress(
+            BadVideoError
+        ):  # a cut between two packets, a second before the end, is none
+            for frame in read_video(path):
+                frames.append(frame)
+        for frame in frames:
+            own = expected[frame.index]
+            assert frame.time == own.time and same(frame.image, own.image), (cut, frame.index)
+        most = max(most, len(frames))
+    assert most > 25
 
 
 @pytest.mark.parametrize("name", ["h264.mkv", "vp9.webm", "vp8.webm"])

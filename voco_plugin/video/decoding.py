@@ -145,7 +145,7 @@ class VideoFile:
         """
         av = pyav()
         self.reached = after
-        damage, good = "", not (joined or self.live)
+        damage, good, packet = "", not (joined or self.live), None
         try:
             for packet in self.container.demux(self.stream):
                 if packet.is_corrupt and good:
@@ -161,15 +161,22 @@ class VideoFile:
         except av.FFmpegError as error:
             damage = _reason(error)
         if damage:
-            yield from self._frames_left()
+            yield from self._frames_left(packet)
             raise self.broken(damage)
 
-    def _frames_left(self) -> Iterator[Any]:
-        """Frames from before the damage that the decoder still holds."""
+    def _frames_left(self, packet: Any) -> Iterator[Any]:
+        """Frames from before the damage that the decoder still holds.
+
+        It holds frames that are shown later than one that is lost, too (B-frames are decoded after those
+        between which they stand). Nothing that comes after ``packet``, the last one that was read, is shown
+        before it is due to be decoded.
+        """
+        due = None if packet is None else packet.pts if packet.dts is None else packet.dts
         with contextlib.suppress(pyav().FFmpegError):
             for frame in self.stream.codec_context.decode(None):
-                if not frame.is_corrupt:
-                    yield frame
+                if frame.is_corrupt or due is None or frame.pts is None or frame.pts >= due:
+                    return
+                yield frame
 
     def broken(self, reason: str) -> BadVideoError:
         """The error that says it is damaged at this point."""
