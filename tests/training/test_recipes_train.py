@@ -77,6 +77,8 @@ def expected(recipe: Recipe, made: vp.VoCoSFTTrainer) -> set[str]:
     found = set()
     for name, _ in made.model.named_parameters():
         where = part(name)
+        if ".original_module." in name:  # what the copy that trains stands in for
+            continue
         if values["use_peft"]:
             adapted = "lora_" in name and where == "language" and language
             if adapted or (where == "row" and values.get("voco")) or (where == "projector" and projector):
@@ -109,7 +111,7 @@ def test_a_recipe_trains_what_it_says(name: str, bases, recipe_data, tmp_path) -
     recipe = load(name)
     values, twin = recipe.values, twin_of(name)
     assert values["assistant_only_loss"] is True
-    made = trainer_of(recipe, bases(twin, marked=name.startswith("gridworld")), recipe_data, tmp_path)
+    made = trainer_of(recipe, bases(twin, marked="gridworld" in name), recipe_data, tmp_path)
 
     trains = {n for n, p in made.model.named_parameters() if p.requires_grad}
     assert trains == expected(recipe, made) and trains
