@@ -20,7 +20,7 @@ from .flags import as_flags
 
 COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "convert",
-    "store", "bench", "study",
+    "merge", "store", "bench", "study",
 )  # fmt: skip
 _MODULE = {"eval": "evaluate", "registry": "list_registry"}
 

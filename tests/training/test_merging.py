@@ -1,0 +1,67 @@
+"""An adapter and its base become one checkpoint that gives the same logits and that a new adapter starts from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import voco_plugin as vp
+from test_card import logits
+from trainers import trainer
+from voco_plugin.cli import main
+from voco_plugin.models.merging import merge_adapter
+
+
+@pytest.mark.parametrize("base", ["llava_tied", "llava_onevision"])
+@pytest.mark.parametrize("voco", [True, None], ids=["voco", "plain"])
+def test_merged_weights_give_the_adapters_logits(bases, data, tmp_path, base, voco) -> None:
+    out = tmp_path / "lora"
+    # the projector too: copies of modules are merged, and loose parameters are there
+    trained = trainer(bases(base), out, data, voco=voco, train_projector=True, max_steps=2)
+    trained.train()
+    trained.save_model()
+    made = merge_adapter(out, tmp_path / "merged")
+    assert not (made / "adapter_config.json").exists()
+    if voco:
+        wanted, found = vp.load(out), vp.load(made)
+        assert vp.attachment(found[0]).config.num_tokens == 2
+        untrained = vp.load(bases(base), voco=vp.VoCoConfig(num_tokens=2))
+    else:
+        from peft import PeftModel
+
+        plain = AutoModelForImageTextToText.from_pretrained(bases(base))
+        wanted = PeftModel.from_pretrained(plain, out).eval(), AutoProcessor.from_pretrained(out)
+        found = AutoModelForImageTextToText.from_pretrained(made).eval(), AutoProcessor.from_pretrained(made)
+        untrained = AutoModelForImageTextToText.from_pretrained(bases(base)).eval(), wanted[1]
+    assert (logits(*found) - logits(*wanted)).abs().max() < 1e-4  # fp32; logits spread over 20
+    assert (logits(*found) - logits(*untrained)).abs().max() > 1e-3
+    # and a new adapter trains on it
+    again = trainer(str(made), tmp_path / "again", data, voco=True, max_steps=1)
+    again.train()
+    again.save_model()
+    assert torch.isfinite(logits(*vp.load(tmp_path / "again"))).all()
+
+
+def test_what_cannot_be_merged_is_refused_in_a_line(bases, data, tmp_path, capsys) -> None:
+    out = tmp_path / "lora"
+    trainer(bases("llava_llama"), out, data, max_steps=1).save_model(str(out))
+    assert main(["merge", str(bases("llava_llama")), str(tmp_path / "a")]) == 2
+    assert "holds no adapter" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "nothing"), str(tmp_path / "a")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "there").mkdir()
+    assert main(["merge", str(out), str(tmp_path / "there")]) == 2
+    assert "exists" in capsys.readouterr().err
+    config = json.loads((out / "voco_config.json").read_text())
+    reader = {**config, "frozen_stage1": True}
+    (out / "voco_config.json").write_text(json.dumps(reader))
+    assert main(["merge", str(out), str(tmp_path / "a")]) == 2
+    assert "frozen_stage1" in capsys.readouterr().err
+    (out / "voco_config.json").write_text(json.dumps(config))
+    assert main(["merge", str(out), str(tmp_path / "a"), "--dtype", "bfloat16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["merged"] == str(tmp_path / "a")
+    assert vp.load(tmp_path / "a")[0].dtype == torch.bfloat16
+    assert not list(tmp_path.glob("*partial*"))
