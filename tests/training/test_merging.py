@@ -1,4 +1,4 @@
-"""An adapter and its base become one checkpoint that gives the same logits and that a new adapter starts from."""
+"""An adapter and its base become one checkpoint: the same logits, and a new adapter starts from it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from test_card import logits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import voco_plugin as vp
-from test_card import logits
 from trainers import trainer
 from voco_plugin.cli import main
 from voco_plugin.models.merging import merge_adapter

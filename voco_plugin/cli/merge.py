@@ -13,7 +13,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "merge",
         parents=[common],
         help="merge an adapter into the model it was trained on",
-        description="Write the model that an adapter makes of its base, its weights merged, with the processor: "
+        description="Write the model that an adapter makes of its base, weights merged, with its processor: "
         "an ordinary\ncheckpoint that loads without PEFT and that a new adapter can start from. OUT appears "
         "when it is whole.",
         epilog="examples:\n  voco merge runs/smollm2_gridworld_base runs/smollm2_gridworld_merged\n"
