@@ -31,6 +31,7 @@ from ..models import save_voco_config
 from ..models.image_first import warn_of_image_first
 from ..models.model_paths import note_base
 from .adapter_checks import check_adapter
+from .adapter_stages import check_stages, run_by_stage
 from .adapters import (
     prepare_peft_config,
     save_loose_parameters,
@@ -207,6 +208,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         packs = args.packing and has_images(train_dataset)
         if packs:
             check_packing(args, model, self.voco, train_dataset, data_collator)
+        check_stages(self.voco, model, peft_config, args)
         self._note_start(model, args, peft_config)
         frozen = copy_of_student(args.distill, model)
         wrapped = hasattr(model, "peft_config")
@@ -250,6 +252,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         inner = self.accelerator.unwrap_model(self.model)
         if self.voco is not None:
             self._fused = take_off_fused_forward(unwrap(inner), own_forward, IN_TRLS_LOSS)
+            run_by_stage(unwrap(inner), self.voco)
         patch_tied_head(inner)
         if templated:
             check_answer_end(inner, self.processing_class, self.chat_template, args.train_language)
