@@ -40,7 +40,15 @@ _RULE_FIELDS = (
 )
 _NOT_READ = ("num_batches_tracked", "trainable_tokens_original")
 """Buffers that are saved and change nothing: counters, and what an adapter's rows were before."""
-_OF_THE_MAKER = ("model", "adapter", "adapter_settings", "processor", "token_init", "compressor")
+_OF_THE_MAKER = (
+    "model",
+    "adapter",
+    "adapter_settings",
+    "adapter_stages",
+    "processor",
+    "token_init",
+    "compressor",
+)
 """What says who made a block, and not who can read it, where the base reads (``adapter_stages``)."""
 _PARTS = ("settings", "adapter_settings")
 _HASH = re.compile(r"[0-9a-f]{16,}")
@@ -265,16 +273,31 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return wrong + hashes
 
 
-def differences_to_reader(mine: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """:func:`differences` of what is to be read, ``found``, and the model that reads, ``mine``: where the
-    base reads, whoever made the blocks (``adapter_stages="compress"``), only what the reader is counts.
+def as_reader(mine: dict[str, Any], model: torch.nn.Module, voco_id: int) -> dict[str, Any]:
+    """The fingerprint ``mine`` of ``model`` for :func:`differences_to_reader`: a model without an adapter is
+    the base that reads what ``adapter_stages="compress"`` made.
     """
-    if found.get("adapter_stages") != COMPRESS or "reader" not in mine:
-        return differences(mine, found)
-    own, other = (
-        {name: value for name, value in made.items() if name not in _OF_THE_MAKER} for made in (mine, found)
-    )
-    return differences(own, other)
+    return {**mine, "reader": reader_hash(model, voco_id)} if mine["adapter"] == "none" else mine
+
+
+def differences_to_reader(mine: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """:func:`differences` of what is to be read, ``found``, and the model that reads, ``mine``."""
+    return differences(*compared(mine, found))
+
+
+def compared(mine: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of ``mine``, a model that reads, and of what it is to read must be the same. Where the base reads
+    (``adapter_stages="compress"``) that is the reader, whoever made the blocks; else it is everything.
+    """
+    if found.get("adapter_stages") == COMPRESS and "reader" in mine:
+        own, other = (
+            {name: value for name, value in made.items() if name not in _OF_THE_MAKER}
+            for made in (mine, found)
+        )
+        return own, other
+    if mine.get("adapter_stages") == COMPRESS:
+        return mine, found
+    return {name: value for name, value in mine.items() if name != "reader"}, found
 
 
 def _short(value: Any) -> str:
@@ -335,9 +358,8 @@ def check_cache(model: torch.nn.Module, state: Attachment, cache: Any) -> dict[s
     expected = of_blocks(mine)
     if state.family.prefix_lm and "attention" in cache.fingerprint:
         expected["attention"] = cache.fingerprint["attention"]  # told by stage 1's inputs, not by the model
-    if cache.fingerprint.get("adapter_stages") == COMPRESS and mine["adapter"] == "none":
-        reader = reader_hash(model, state.vocab.voco_id)  # a plain base reads what was made for its base
-        expected = {**expected, "adapter_stages": COMPRESS, "reader": reader}
+    if cache.fingerprint.get("adapter_stages") == COMPRESS:
+        expected = as_reader(expected, model, state.vocab.voco_id)
     wrong = differences_to_reader(expected, cache.fingerprint)
     if wrong:
         raise ValueError(

@@ -128,8 +128,14 @@ class StageAdapter(Extension):
     def merge(self, *args: Any, **kwargs: Any) -> None:
         _refuse_merging()
 
+
+class StageModule(StageAdapter):
+    """The same of a module that PEFT merges in a way of its own (rows, whole modules): before it comes to a
+    layer that refuses, it would have written these.
+    """
+
     def unload_and_optionally_merge_module(self, merge: bool, *args: Any, **kwargs: Any) -> Any:
-        if merge:  # of rows and whole modules, which PEFT would write before it comes to a layer that refuses
+        if merge:
             _refuse_merging()
         return super().unload_and_optionally_merge_module(merge, *args, **kwargs)  # type: ignore[misc]
 
@@ -271,8 +277,12 @@ def act_by_stage(root: nn.Module, stages: str, voco_id: int) -> bool:
         if is_tuner(type(module)) and not isinstance(module, StageAdapter):
             of_language = parts.of(name) == LANGUAGE
             _check_layer(name, module, stages, voco_id, parts, of_language)
-            lora = of_language and hasattr(module, "lora_A")
-            extensions.append((module, ActsByStage if lora else StageAdapter))
+            kind = StageAdapter
+            if hasattr(module, "lora_A") and of_language:
+                kind = ActsByStage
+            elif hasattr(module, "unload_and_optionally_merge_module"):
+                kind = StageModule
+            extensions.append((module, kind))
         elif isinstance(module, GradientCheckpointingLayer):
             extensions.append((module, CarriesBlockTokens))
     for module, extension in extensions:

@@ -11,7 +11,7 @@ import torch
 
 from .._compat import former_names_are_fine
 from ..config import CONFIG_NAME, VoCoConfig
-from ..core.adapter_stages import act_by_stage
+from ..core.adapter_stages import BOTH, SEPARATE, act_by_stage
 from ..core.attachment import attachment, unwrap
 from ..core.block_embeddings import NAME
 from ..core.layout import TokenVocabulary
@@ -19,6 +19,7 @@ from .answer_ends import answer_end, stop_at
 from .attaching import attach
 from .compressor_weights import expected_by, load_compressor, read_compressor
 from .model_paths import base_of_adapter, check_model_path, named, note_base
+from .two_adapters import load_both
 
 
 def save_voco_config(
@@ -82,7 +83,7 @@ def _made_alike(config: VoCoConfig, saved: VoCoConfig) -> bool:
 
 def _check_stages(source: str, voco: VoCoConfig, saved: VoCoConfig) -> None:
     """Refuse to let an adapter act on other tokens than it was trained on."""
-    if voco.adapter_stages not in ("both", saved.adapter_stages):
+    if voco.adapter_stages not in (BOTH, saved.adapter_stages):
         raise ValueError(
             f"the adapter at {source} was trained with adapter_stages={saved.adapter_stages!r}, not "
             f"{voco.adapter_stages!r}; leave adapter_stages out, or train a new adapter on its base."
@@ -216,8 +217,11 @@ def load(
         from peft import PeftModel
 
         with former_names_are_fine():
-            model = PeftModel.from_pretrained(model, adapter, **hub)
-        if config.adapter_stages != "both":
+            if config.adapter_stages == SEPARATE:
+                model = load_both(model, adapter, **hub)
+            else:
+                model = PeftModel.from_pretrained(model, adapter, **hub)
+        if config.adapter_stages != BOTH:
             act_by_stage(unwrap(model), config.adapter_stages, attachment(model).vocab.voco_id)
         # the template it was tuned with may end answers with another token than the base's own
         end = answer_end(processor, getattr(processor, "chat_template", None))

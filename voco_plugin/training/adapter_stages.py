@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import re
 from typing import Any
 
 from ..config import VoCoConfig
-from ..core.adapter_stages import BOTH, act_by_stage, check_configs
+from ..core.adapter_stages import BOTH, COMPRESS, READ, SEPARATE, act_by_stage, check_configs
 from ..core.attachment import attachment
-from .parts import is_peft
+from ..models.two_adapters import activate_both, put_read
+from .parts import LANGUAGE, ModelParts, is_peft
 
 
-def check_stages(voco: VoCoConfig | None, model: Any, peft_config: Any, args: Any) -> None:
+def check_adapter_stages(voco: VoCoConfig | None, model: Any, peft_config: Any, args: Any) -> None:
     """Before training's own adapter is made: refuse what cannot act by stage.
 
     Args:
@@ -27,7 +31,17 @@ def check_stages(voco: VoCoConfig | None, model: Any, peft_config: Any, args: An
         raise ValueError(
             f"{what} compresses with an adapter, and stage1='frozen' without; leave one of them out."
         )
+    if voco.adapter_stages == SEPARATE and not args.train_language:
+        raise ValueError(
+            f"{what} trains an adapter that reads text, and train_language is false; use 'compress'."
+        )
     wrapped = is_peft(model)
+    if wrapped and (set(model.peft_config) == {COMPRESS, READ}) != (voco.adapter_stages == SEPARATE):
+        raise ValueError(
+            f"{what}, and the PeftModel given holds {', '.join(model.peft_config)}; 'separate' trains the "
+            f"adapters {COMPRESS} and {READ}, 'compress' a single one: give the model without adapters, and "
+            "a peft_config."
+        )
     if peft_config is None and not wrapped:
         raise ValueError(
             f"{what} says which tokens an adapter acts on, and there is none: the weights themselves would "
@@ -43,6 +57,46 @@ def check_stages(voco: VoCoConfig | None, model: Any, peft_config: Any, args: An
     check_configs(configs, voco.adapter_stages)
 
 
+def with_two_adapters(model: Any, peft_config: Any, args: Any) -> Any:
+    """``model`` in PEFT, with an adapter for images and one for text, both of which train.
+
+    Args:
+        peft_config: what :func:`~voco_plugin.training.adapters.prepare_peft_config` made of the user's. The
+            VoCo token's row and whole modules, which no text sees, are held by ``compress`` alone.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    reading = copy.deepcopy(peft_config)
+    reading.modules_to_save = reading.trainable_token_indices = None
+    reading.target_modules = of_language(model, peft_config.target_modules)
+    plugin = args.deepspeed_plugin
+    cast = plugin is None or plugin.zero_stage != 3  # as TRL has it
+    set_seed(args.seed)  # as TRL does before it makes an adapter
+    wrapped = get_peft_model(model, peft_config, adapter_name=COMPRESS, autocast_adapter_dtype=cast)
+    wrapped.add_adapter(READ, reading, autocast_adapter_dtype=cast)
+    activate_both(wrapped, train=True)
+    return wrapped
+
+
+def of_language(model: Any, targets: Any) -> Any:
+    """``target_modules`` without the layers of the vision tower."""
+    parts = ModelParts(model)
+    names = [name for name, module in model.named_modules() if parts.of(name) == LANGUAGE]
+    if isinstance(targets, str):
+        return [name for name in names if re.fullmatch(targets, name)]
+    return [n for n in names if any(n == target or n.endswith(f".{target}") for target in targets)]
+
+
+def load_adapters(model: Any, folder: str | os.PathLike | None) -> None:
+    """Put the weights of both adapters of a checkpoint back into a ``PeftModel`` that trains."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(folder), device="cpu")
+    set_peft_model_state_dict(model, weights, adapter_name=COMPRESS)
+    put_read(model, load_peft_weights(os.path.join(str(folder), READ), device="cpu"))
+
+
 def run_by_stage(model: Any, voco: VoCoConfig) -> None:
     """Once the model is wrapped in PEFT: let its adapters act by stage.
 
@@ -56,4 +110,4 @@ def run_by_stage(model: Any, voco: VoCoConfig) -> None:
         act_by_stage(model, voco.adapter_stages, attachment(model).vocab.voco_id)
 
 
-__all__ = ["check_stages", "run_by_stage"]
+__all__ = ["check_adapter_stages", "load_adapters", "run_by_stage", "with_two_adapters"]
