@@ -290,6 +290,22 @@ def act_by_stage(root: nn.Module, stages: str, voco_id: int) -> bool:
     return found
 
 
+def check_model(model: Any, stages: str) -> None:
+    """Refuse what of an attached model is seen from outside its backbone only.
+
+    Raises:
+        ValueError: an adapter on the head, or one that changes the weights it stands on.
+    """
+    if stages == BOTH:
+        return
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise ValueError(f"adapter_stages={stages!r}: {_ON_HEAD}; leave it out of target_modules.")
+    check_configs(getattr(model, "peft_config", None) or {}, stages)
+
+
+_ON_HEAD = "an adapter is on the head, which reads text"
+
+
 def check_configs(configs: Any, stages: str) -> None:
     """Refuse PEFT configs whose adapters change the weights they stand on, which text is to be read with.
 
@@ -376,6 +392,7 @@ __all__ = [
     "block_tokens",
     "carried",
     "check_configs",
+    "check_model",
     "reset_block_tokens",
     "set_block_tokens",
 ]

@@ -1,7 +1,7 @@
 """The two adapters of ``adapter_stages="separate"`` in a checkpoint, and in a ``PeftModel``:
 
-    checkpoint/adapter_model.safetensors        compress: LoRA for images, VoCo token's row, projector
-    checkpoint/read/adapter_model.safetensors   read: LoRA for text
+checkpoint/adapter_model.safetensors        compress: LoRA for images, VoCo token's row, projector
+checkpoint/read/adapter_model.safetensors   read: LoRA for text
 """
 
 from __future__ import annotations
