@@ -35,13 +35,7 @@ def based(name: str, dtype=torch.float32, stages: str = "compress", attn: str = 
 
 
 def staged(
-    name: str,
-    stages: str,
-    dtype=torch.float32,
-    attn: str = "sdpa",
-    seed: int = 0,
-    row: bool = False,
-    **options,
+    name: str, stages: str, dtype=torch.float32, attn="sdpa", seed: int = 0, row: bool = False, **options
 ):
     """The same in PEFT: its LoRA weights are random, and with ``row`` so is the VoCo token's row."""
     model = based(name, dtype, stages, attn, **options)
