@@ -26,6 +26,7 @@ BLOCK_CONTEXTS = ("self", "prefix")
 POSITIONS = ("compact", "sequential")
 BLOCK_SINKS = ("none", "bos")
 ATTENTIONS = ("auto", "dense", "segmented", "flex", "flash")
+ADAPTER_STAGES = ("both", "compress", "separate")
 TOKEN_INITS = ("learned", "slots", "pooled")
 _LISTED = 30
 
@@ -84,6 +85,9 @@ class VoCoConfig:
         compressor_options: what the rival takes, by name.
         frozen_stage1: the model compresses without its adapter and reads with it, as ``stage1: frozen``
             trained it. A fact of a checkpoint, which the trainer writes; nothing to choose.
+        adapter_stages: which tokens LoRA acts on. ``both``: all. ``compress``: those of images (vision and
+            VoCo tokens) alone; text is read with the untouched base, in two stages and in one pass alike.
+            ``separate``: two adapters, ``compress`` for images and ``read`` for text.
         token: the text of the VoCo token.
         token_id: its id; ``None`` until a model is attached, or given where there is no tokenizer to ask.
         token_seed: seed of the new embedding rows.
@@ -103,6 +107,7 @@ class VoCoConfig:
     compressor: str = VOCO
     compressor_options: dict[str, Any] = field(default_factory=dict)
     frozen_stage1: bool = False
+    adapter_stages: str = "both"
     token: str = "<voco>"
     token_id: int | None = None
     token_seed: int = 0
@@ -114,6 +119,7 @@ class VoCoConfig:
             ("attention", ATTENTIONS),
             ("block_sink", BLOCK_SINKS),
             ("token_init", TOKEN_INITS),
+            ("adapter_stages", ADAPTER_STAGES),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -184,6 +190,18 @@ class VoCoConfig:
                     f"VoCoConfig.{name}={value!r} cannot be read by a model whose stage 1 is frozen "
                     f"(frozen_stage1): its blocks are computed apart, without the adapter; leave {name} out."
                 )
+        if self.adapter_stages == "both":
+            return
+        if self.frozen_stage1:
+            raise ValueError(
+                f"VoCoConfig.adapter_stages={self.adapter_stages!r} compresses with an adapter, and a model "
+                "whose stage 1 is frozen (frozen_stage1) compresses without; leave adapter_stages out."
+            )
+        if self.rule == "causal":
+            raise ValueError(
+                f"VoCoConfig.adapter_stages={self.adapter_stages!r} tells stage 1 from stage 2, and with "
+                "rule='causal' there is one stage alone; leave adapter_stages out."
+            )
 
     @property
     def reads_vision(self) -> bool:

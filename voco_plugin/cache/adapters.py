@@ -4,15 +4,19 @@ off, takes none: a model with it is the model without it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..core.adapter_switch import is_tuner
+from ..core.adapter_stages import COMPRESS, READ
+from ..core.model_parts import LANGUAGE, ModelParts
+from ..core.peft_layers import is_tuner
 
 WHOLE_MODULES = "modules_to_save"
 """PEFT's holder of modules that an adapter replaces: weights like the model's own."""
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
 _MARKS = ("lora_", "trainable_tokens_", "ia3_", "oft_", "vera_")
 
 
@@ -44,8 +48,25 @@ def tuners_of(model: nn.Module) -> list[Tuner]:
             on = () if layer.disable_adapters else tuple(layer.active_adapters)
             inner = getattr(layer, "token_adapter", layer)  # of a wrapper of rows, which holds the adapters
             here: set[str] = set().union(*Tuner(name, inner, on).holders.values())
+            if set(on) == {COMPRESS, READ}:  # of which each does the same in whichever order they are named
+                on = (COMPRESS, READ)
             found.append(Tuner(name, layer, tuple(adapter for adapter in on if adapter in here)))
     return found
+
+
+def reader_weights(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, bool]]:
+    """The weights that the base of ``model`` reads text with, adapters left out: the name that each has in
+    the base alone, its name here, the weight, and whether its rows are the vocabulary's.
+    """
+    parts = ModelParts(model)  # type: ignore[arg-type]
+    ends = [parts.head, *(n for n, m in model.named_modules() if m is model.get_input_embeddings())]  # type: ignore
+    for name, weight in model.named_parameters():
+        pieces = name.split(".")
+        if parts.of(name) != LANGUAGE or any(p.startswith(_MARKS) or p == WHOLE_MODULES for p in pieces):
+            continue
+        inside = any(end is not None and name.startswith(end + ".") for end in ends)
+        called = ".".join(piece for piece in pieces if piece not in _WRAPPERS)
+        yield called, name, weight, inside and weight.dim() == 2
 
 
 class Names:

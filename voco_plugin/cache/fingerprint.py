@@ -15,13 +15,15 @@ import json
 import re
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..config import VoCoConfig
+from ..core.adapter_stages import BOTH, COMPRESS
 from ..core.attachment import Attachment, unwrap
-from .adapters import Names, tuners_of
+from .adapters import Names, reader_weights, tuners_of
 from .offload import Offloaded
 from .seen import Seen
 from .settings import ConfigSettings, adapter_settings
@@ -38,9 +40,19 @@ _RULE_FIELDS = (
 )
 _NOT_READ = ("num_batches_tracked", "trainable_tokens_original")
 """Buffers that are saved and change nothing: counters, and what an adapter's rows were before."""
+_OF_THE_MAKER = (
+    "model",
+    "adapter",
+    "adapter_settings",
+    "adapter_stages",
+    "processor",
+    "token_init",
+    "compressor",
+)
+"""What says who made a block, and not who can read it, where the base reads (``adapter_stages``)."""
 _PARTS = ("settings", "adapter_settings")
 _HASH = re.compile(r"[0-9a-f]{16,}")
-_SINCE = {"compressor": "voco", "frozen_stage1": False}
+_SINCE = {"compressor": "voco", "frozen_stage1": False, "adapter_stages": BOTH}
 """What a cache is taken to be made with where it was written before this was named."""
 
 
@@ -50,10 +62,17 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _hash_tensor(sha: Any, name: str, tensor: torch.Tensor) -> None:
-    flat = _whole(tensor).reshape(-1)
-    if flat.numel() > _WHOLE:
-        flat = flat[:: flat.numel() // _SAMPLE]
+def _hash_tensor(sha: Any, name: str, tensor: torch.Tensor, without_row: int | None = None) -> None:
+    """Args:
+    without_row: a row ``(d,)`` of a matrix that counts as zeros.
+    """
+    whole = _whole(tensor)
+    flat = whole.reshape(-1)
+    step = flat.numel() // _SAMPLE if flat.numel() > _WHOLE else 1
+    flat = flat[::step]
+    if without_row is not None:
+        places = torch.arange(0, whole.numel(), step, device=flat.device)
+        flat = torch.where(places // whole.shape[1] == without_row, torch.zeros_like(flat), flat)
     sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     sha.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
 
@@ -63,15 +82,48 @@ def model_hashes(model: torch.nn.Module, voco_id: int) -> dict[str, Any]:
     part, ``settings`` (:mod:`.settings`) and, where an adapter is active, ``adapter_settings``. Weights are
     read anew only when something changed.
     """
+    weights, settings = _seen(model, voco_id)
+    return {**weights.hashes, "settings": {**settings.values, **weights.buffers}}
+
+
+def reader_hash(model: torch.nn.Module, voco_id: int) -> str:
+    """Hash of the weights that the base of ``model`` reads text with: those of the language model without
+    adapters and without the VoCo token's row. Another adapter on the same base has the same, and so has the
+    base alone.
+    """
+    weights, _ = _seen(model, voco_id)
+    if weights.reader is None:
+        weights.reader = _reader(unwrap(model), voco_id)
+    return weights.reader
+
+
+@dataclass
+class _Weights:
+    """Hashes of a model's weights as it was seen, of the buffers that it is saved with, and of what its base
+    reads with, once somebody asked.
+    """
+
+    hashes: dict[str, Any]
+    buffers: dict[str, str]
+    reader: str | None = None
+
+
+def _seen(model: torch.nn.Module, voco_id: int) -> tuple[_Weights, ConfigSettings]:
     model = unwrap(model)  # under a wrapper parameters have longer names
     seen, weights, settings = vars(model).get("_voco_hashes", (Seen(), None, None))
     if weights is None or not seen.still(model, voco_id):
-        seen, weights = Seen(model, voco_id), _hashes(model, voco_id)
+        seen, weights = Seen(model, voco_id), _Weights(*_hashes(model, voco_id))
     if settings is None or not settings.still(model.config):
         settings = ConfigSettings(model.config)
     object.__setattr__(model, "_voco_hashes", (seen, weights, settings))
-    hashes, buffers = weights
-    return {**hashes, "settings": {**settings.values, **buffers}}
+    return weights, settings
+
+
+def _reader(model: torch.nn.Module, voco_id: int) -> str:
+    kept, sha = Offloaded(model), hashlib.sha256()
+    for called, name, weight, rows in sorted(reader_weights(model), key=lambda part: part[0]):
+        _hash_tensor(sha, called, kept.value(name, weight), voco_id if rows else None)
+    return sha.hexdigest()[:32]
 
 
 def _hashes(model: torch.nn.Module, voco_id: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -161,6 +213,8 @@ def fingerprint(model: torch.nn.Module, config: VoCoConfig, processor: Any, voco
         "num_tokens": config.num_tokens,
         **{name: getattr(config, name) for name in _RULE_FIELDS},
         **({"frozen_stage1": True} if config.frozen_stage1 else {}),
+        **({"adapter_stages": config.adapter_stages} if config.adapter_stages != BOTH else {}),
+        **({"reader": reader_hash(model, voco_id)} if config.adapter_stages == COMPRESS else {}),
     }
 
 
@@ -217,6 +271,33 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
         else:
             wrong.append(f"{name} is {there!r}, not {here!r}")
     return wrong + hashes
+
+
+def as_reader(mine: dict[str, Any], model: torch.nn.Module, voco_id: int) -> dict[str, Any]:
+    """The fingerprint ``mine`` of ``model`` for :func:`differences_to_reader`: a model without an adapter is
+    the base that reads what ``adapter_stages="compress"`` made.
+    """
+    return {**mine, "reader": reader_hash(model, voco_id)} if mine["adapter"] == "none" else mine
+
+
+def differences_to_reader(mine: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """:func:`differences` of what is to be read, ``found``, and the model that reads, ``mine``."""
+    return differences(*compared(mine, found))
+
+
+def compared(mine: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of ``mine``, a model that reads, and of what it is to read must be the same. Where the base reads
+    (``adapter_stages="compress"``) that is the reader, whoever made the blocks; else it is everything.
+    """
+    if found.get("adapter_stages") == COMPRESS and "reader" in mine:
+        own, other = (
+            {name: value for name, value in made.items() if name not in _OF_THE_MAKER}
+            for made in (mine, found)
+        )
+        return own, other
+    if mine.get("adapter_stages") == COMPRESS:
+        return mine, found
+    return {name: value for name, value in mine.items() if name != "reader"}, found
 
 
 def _short(value: Any) -> str:
@@ -277,7 +358,9 @@ def check_cache(model: torch.nn.Module, state: Attachment, cache: Any) -> dict[s
     expected = of_blocks(mine)
     if state.family.prefix_lm and "attention" in cache.fingerprint:
         expected["attention"] = cache.fingerprint["attention"]  # told by stage 1's inputs, not by the model
-    wrong = differences(expected, cache.fingerprint)
+    if cache.fingerprint.get("adapter_stages") == COMPRESS:
+        expected = as_reader(expected, model, state.vocab.voco_id)
+    wrong = differences_to_reader(expected, cache.fingerprint)
     if wrong:
         raise ValueError(
             "this cache was not made by this model under this rule; compress the images again, or load the "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..core.adapter_switch import is_tuner
+from ..core.peft_layers import is_tuner
 from .offload import in_memory
 from .witness import Witness
 

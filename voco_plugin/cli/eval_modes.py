@@ -245,7 +245,7 @@ def _plain(model: Any, detach: Any) -> Any:
     Raises:
         ValueError: the adapter has changed the weights under it.
     """
-    from ..core.adapter_switch import what_changed_the_base
+    from ..core.peft_layers import what_changed_the_base
 
     if hasattr(model, "unload"):
         changed = what_changed_the_base(model.peft_config)

@@ -28,6 +28,7 @@ import torch
 from transformers import Cache
 
 from .._compat import cache_names
+from .adapter_stages import BOTH, BlockTokens, act_by_stage, reset_block_tokens, set_block_tokens
 from .attachment import Attachment
 from .block_embeddings import QUESTION_MASK, Places
 from .extension import Extension
@@ -96,12 +97,14 @@ class Running:
     Attributes:
         rule: the rule in force, or ``None``.
         places: the blocks whose embeddings are to be made, or ``None``.
+        tokens: which tokens belong to blocks, where adapters act by stage, or ``None``.
     """
 
     attachment: Attachment | None = None
     mode: ForwardMode = ONE_PASS
     rule: ActiveRule | None = None
     places: Places | None = None
+    tokens: BlockTokens | None = None
 
 
 _RUNNING: ContextVar[Running | None] = ContextVar("voco_running", default=None)
@@ -205,10 +208,11 @@ def run_forward(
     untaken = _HANDED.set(None)
     try:
         prepared = _prepare(attachment, module, args, kwargs, mode)
-        before = _RUNNING.set(prepared.running)
+        before, tokens = _RUNNING.set(prepared.running), set_block_tokens(prepared.running.tokens)
         try:
             output = call(*prepared.args, **prepared.kwargs)
         finally:
+            reset_block_tokens(tokens)
             _RUNNING.reset(before)
     finally:
         _HANDED.reset(untaken)
@@ -236,12 +240,13 @@ def _prepare(
     """Read the layout, set the positions, make the rule."""
     running = Running(attachment, mode)
     untouched = _Prepared(running, args, kwargs)
-    if mode.untouched:
-        return untouched
     named = kwargs
     if args:
         names = list(inspect.signature(module.forward).parameters)
         named = {**dict(zip(names, args, strict=False)), **kwargs}
+    if mode.untouched:
+        _stages(running, module, named)
+        return untouched
     packed = named.get(DOCUMENT_IDS) is not None
     if packed and mode.stage_one:
         raise ValueError(f"{DOCUMENT_IDS} belong to packed rows in a single pass, not to compression.")
@@ -262,8 +267,9 @@ def _prepare(
     ids = named.get("input_ids")
     ruled = mode.rule and config.rule != "causal"
     frozen = config.frozen_stage1 and not mode.stage_one
+    by_stage = config.adapter_stages != BOTH
     layout = None
-    if ids is not None and (ruled or frozen or embeddings is not None):
+    if ids is not None and (ruled or frozen or embeddings is not None or by_stage):
         mask = _mask(named.get("attention_mask"), ids, length, slots)
         # one decoded token is no block, whatever its id, and a prompt that stage 2 placed was read there
         if not (ids.shape[1] == 1 and length) and (slots is None or slots.planned is None):
@@ -275,6 +281,8 @@ def _prepare(
             "it, which one pass over image and text cannot do; use generate(**inputs), or compress and "
             "voco_cache=…"
         )
+    if by_stage:
+        _stages(running, module, named, layout, decoded=ids is not None and layout is None)
     if embeddings is not None and layout is not None:
         running.places = embeddings.places(layout, attachment.vocab, question)
     if not ruled:
@@ -302,6 +310,52 @@ def _prepare(
     if past is not None and not mode.stage_one:
         begin(past, length)
     return _under_rule(running, module, named, layout, mask, slots, blocks)
+
+
+def _stages(
+    running: Running,
+    module: torch.nn.Module,
+    named: dict[str, Any],
+    layout: SequenceLayout | None = None,
+    decoded: bool = False,
+) -> None:
+    """Where adapters act by stage, say which of the new tokens belong to blocks.
+
+    Args:
+        decoded: whether the new tokens are text, known without a layout.
+
+    Raises:
+        ValueError: there are images to compress, and no adapter that does it.
+    """
+    attachment, mode = running.attachment, running.mode
+    assert attachment is not None
+    config, ids = attachment.config, named.get("input_ids")
+    if config.adapter_stages == BOTH:
+        return
+    if decoded:
+        assert ids is not None
+        running.tokens = BlockTokens(config.adapter_stages, False, ids.shape)
+        if ids.shape[1] > 1:
+            act_by_stage(module, config.adapter_stages, attachment.vocab.voco_id)
+        return
+    if mode.stage_one and config.block_context == "self":
+        running.tokens = BlockTokens(config.adapter_stages, True)
+    elif layout is not None:
+        running.tokens = BlockTokens(config.adapter_stages, layout.block >= 0)
+    elif ids is not None:  # the plain model's forward, whose images may have no VoCo tokens
+        mask = named.get("attention_mask")
+        mask = mask if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else None
+        found = SequenceLayout.from_ids(ids, mask, attachment.vocab, require_voco=False)
+        inside = (found.kind == TokenKind.VISION) | (found.kind == TokenKind.VOCO)
+        running.tokens = BlockTokens(config.adapter_stages, inside)
+    there = act_by_stage(module, config.adapter_stages, attachment.vocab.voco_id)
+    blocks = running.tokens is not None and running.tokens.inside is not False
+    if blocks and not there and not mode.untouched:
+        raise ValueError(
+            f"adapter_stages={config.adapter_stages!r}: an adapter compresses images, and this model has "
+            "none (it reads blocks and text as its base does); load the adapter's checkpoint with "
+            "voco_plugin.load, or train one with use_peft."
+        )
 
 
 def _under_rule(
@@ -428,6 +482,7 @@ def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str,
             )
         running.places = attachment.embeddings.places(packed.blocks, attachment.vocab)
     running.rule = ActiveRule(attachment.config, packed.table)
+    _stages(running, module, packed.kwargs, packed.layout)
     given, new = packed.kwargs.get("position_ids"), packed.kwargs["attention_mask"]
     packed.kwargs["position_ids"] = _agreed(running, module, given, packed.positions, new)
     rows, tokens = new.shape

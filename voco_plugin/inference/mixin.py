@@ -13,6 +13,7 @@ from ..cache import VoCoCache
 from ..cache.compress.batching import Limits
 from ..cache.compress.stage_one import compress
 from ..cache.place.stage_two import place
+from ..core.adapter_stages import check_model
 from ..core.attachment import Attachment
 from ..core.attention import backend_for, register
 from ..core.extension import Extension
@@ -147,6 +148,7 @@ class VoCoGenerationMixin(Extension):
             ValueError: the rule does not isolate, or a limit is below what one block (or the images that
                 cannot be told apart) takes.
         """
+        check_model(self, self._voco_attachment.config.adapter_stages)
         limited = max_memory is not None or max_batch_tokens is not None
         limits = Limits(max_memory, max_batch_tokens) if limited else None
         return compress(self, self._voco_attachment, inputs, num_tokens, limits)
@@ -227,6 +229,7 @@ class VoCoGenerationMixin(Extension):
             the model's own output. With ``voco_cache``, ``logits`` has a row per stream token, ``(B, S,
             vocabulary)``; those of VoCo tokens and padding are NaN: they were computed in stage 1, or never.
         """
+        check_model(self, self._voco_attachment.config.adapter_stages)
         if training_step is not None and kwargs.get("fused_lm_head"):
             return training_step.run(self, **kwargs)
         if voco_cache is None and prefix_cache is None:

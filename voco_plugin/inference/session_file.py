@@ -20,7 +20,7 @@ from ..cache import VoCoBlock, VoCoCacheError
 from ..cache import file_format as files
 from ..cache.container import Contents, parse, to_chunks
 from ..cache.file_format import BLOCK_FIELDS, check_record
-from ..cache.fingerprint import differences
+from ..cache.fingerprint import differences_to_reader
 from ..core.kv_cache import KVSlots, VoCoKVCache
 from ..core.layout import TokenKind
 from ..core.masks import TokenTable
@@ -103,7 +103,7 @@ def read_session(path: str | os.PathLike, fingerprint: dict[str, Any], device: t
     view = memoryview(path.read_bytes())
     contents = parse(view, str(path))
     record = _record(contents, view, str(path))
-    wrong = differences(fingerprint, record["fingerprint"])
+    wrong = differences_to_reader(fingerprint, record["fingerprint"])
     if wrong:
         raise VoCoCacheError(
             f"{path} was not made by this model under this rule; load the model that made it: "

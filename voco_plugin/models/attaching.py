@@ -11,13 +11,13 @@ import torch
 
 from .._compat import patch_llama4
 from ..config import VoCoConfig
-from ..core.adapter_switch import is_tuner
 from ..core.attachment import ATTRIBUTE, Attachment, attachment, is_attached, unwrap
 from ..core.attention import backend_for, register
 from ..core.block_embeddings import NAME, BlockEmbeddings
 from ..core.extension import extend, is_extended, is_shallow_copy, restore
 from ..core.forward import TakesBlockEmbeddings, UnderRule
 from ..core.layout import TokenVocabulary, tokenizer_of
+from ..core.peft_layers import is_tuner
 from ..inference.mixin import VoCoGenerationMixin
 from .compressors import build_compressor
 from .families import family_of

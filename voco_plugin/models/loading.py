@@ -11,6 +11,7 @@ import torch
 
 from .._compat import former_names_are_fine
 from ..config import CONFIG_NAME, VoCoConfig
+from ..core.adapter_stages import BOTH, SEPARATE, act_by_stage
 from ..core.attachment import attachment, unwrap
 from ..core.block_embeddings import NAME
 from ..core.layout import TokenVocabulary
@@ -18,6 +19,7 @@ from .answer_ends import answer_end, stop_at
 from .attaching import attach
 from .compressor_weights import expected_by, load_compressor, read_compressor
 from .model_paths import base_of_adapter, check_model_path, named, note_base
+from .two_adapters import load_both
 
 
 def save_voco_config(
@@ -77,6 +79,15 @@ def _made_alike(config: VoCoConfig, saved: VoCoConfig) -> bool:
     """Whether both say the same of how the VoCo tokens' embeddings are made."""
     fields = ("compressor", "compressor_options", "token_init")
     return all(getattr(config, name) == getattr(saved, name) for name in fields)
+
+
+def _check_stages(source: str, voco: VoCoConfig, saved: VoCoConfig) -> None:
+    """Refuse to let an adapter act on other tokens than it was trained on."""
+    if voco.adapter_stages not in (BOTH, saved.adapter_stages):
+        raise ValueError(
+            f"the adapter at {source} was trained with adapter_stages={saved.adapter_stages!r}, not "
+            f"{voco.adapter_stages!r}; leave adapter_stages out, or train a new adapter on its base."
+        )
 
 
 def auto_class(source: str, **options: Any) -> Any:
@@ -167,6 +178,8 @@ def load(
     loader = auto_class(base, **remote)
     with named(source):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+    if voco is not None and saved is not None and adapter_file is not None:
+        _check_stages(source, voco, saved)
     config = voco or saved or VoCoConfig()
     if saved is not None and voco is not None:
         if voco.frozen_stage1 and not saved.frozen_stage1:
@@ -175,7 +188,8 @@ def load(
                 "frozen_stage1 out."
             )
         # facts of the weights, whatever rule they are read under
-        facts = {name: getattr(saved, name) for name in ("token", "token_id", "frozen_stage1")}
+        names = ["token", "token_id", "frozen_stage1", *(["adapter_stages"] if adapter_file else [])]
+        facts = {name: getattr(saved, name) for name in names}
         config = VoCoConfig.from_dict({**voco.to_dict(), **facts})
     same = saved is not None and _made_alike(config, saved)
     asked = config.num_tokens
@@ -203,7 +217,12 @@ def load(
         from peft import PeftModel
 
         with former_names_are_fine():
-            model = PeftModel.from_pretrained(model, adapter, **hub)
+            if config.adapter_stages == SEPARATE:
+                model = load_both(model, adapter, **hub)
+            else:
+                model = PeftModel.from_pretrained(model, adapter, **hub)
+        if config.adapter_stages != BOTH:
+            act_by_stage(unwrap(model), config.adapter_stages, attachment(model).vocab.voco_id)
         # the template it was tuned with may end answers with another token than the base's own
         end = answer_end(processor, getattr(processor, "chat_template", None))
         stop_at(unwrap(model).generation_config, None if end is None else end.token_id)

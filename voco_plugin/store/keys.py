@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..cache.container import VoCoCacheError
-from ..cache.fingerprint import block_fingerprint, differences
+from ..cache.fingerprint import as_reader, block_fingerprint, compared, differences
 from ..data.images import open_image
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -92,9 +92,13 @@ class KeysGiven:
             )
 
 
-def fingerprint_of(model: torch.nn.Module) -> dict[str, Any]:
+def fingerprint_of(model: torch.nn.Module, reads: bool = False) -> dict[str, Any]:
     """The fingerprint of what an attached model compresses, also inside PEFT, DDP or ``torch.compile``
     wrappers.
+
+    Args:
+        reads: whether it is to be compared with what the model may read, and not make
+            (:func:`~voco_plugin.cache.fingerprint.differences_to_reader`).
 
     Raises:
         ValueError: it is not attached.
@@ -102,16 +106,23 @@ def fingerprint_of(model: torch.nn.Module) -> dict[str, Any]:
     for module in model.modules():
         state = vars(module).get("_voco_attachment")
         if state is not None:
-            return block_fingerprint(module, state.config, state.processor, state.vocab.voco_id)
+            mine = block_fingerprint(module, state.config, state.processor, state.vocab.voco_id)
+            return as_reader(mine, module, state.vocab.voco_id) if reads else mine
     raise ValueError(
         f"{type(model).__name__} has no VoCo attached; call voco_plugin.attach(model, config) first."
     )
 
 
-def other_makers(store: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """In words, what tells ``found`` from the fingerprint of a store; K may differ."""
+def other_makers(store: dict[str, Any], found: dict[str, Any], reads: bool = False) -> list[str]:
+    """In words, what tells ``found`` from the fingerprint of a store; K may differ.
+
+    Args:
+        reads: whether ``found`` is a model that only reads the store.
+    """
     known = store.get("attention"), found.get("attention")
     if None in known:  # a prefix-LM's store learns it from its first block
         store = {name: value for name, value in store.items() if name != "attention"}
         found = {name: value for name, value in found.items() if name != "attention"}
+    if reads:
+        found, store = compared(found, store)
     return differences(store, found)

@@ -172,7 +172,7 @@ def _opened(
     with env.read() as txn:
         meta = StoreMeta.read(txn, env.dbs, path)
     if fingerprint is not None:
-        wrong = other_makers(meta.fingerprint, fingerprint)
+        wrong = other_makers(meta.fingerprint, fingerprint, reads=readonly)
         if wrong:
             raise VoCoCacheError(
                 f"store {path} was made otherwise; use another folder for this model: {'; '.join(wrong)}."

@@ -86,12 +86,14 @@ class VoCoCacheStore:
 
     @classmethod
     def for_model(cls, path: str | os.PathLike, model: torch.nn.Module, **options: Any) -> VoCoCacheStore:
-        """The store of what ``model`` (attached) compresses under its present weights, adapter and rule.
+        """The store of what ``model`` (attached) compresses under its present weights, adapter and rule; with
+        ``readonly=True`` also one that it can read and another adapter on its base has made
+        (``adapter_stages="compress"``).
 
         Raises:
             ValueError: the model is not attached.
         """
-        return cls(path, fingerprint=fingerprint_of(model), **options)
+        return cls(path, fingerprint=fingerprint_of(model, bool(options.get("readonly"))), **options)
 
     # -- what it is
 

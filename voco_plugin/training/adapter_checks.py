@@ -114,20 +114,24 @@ def check_adapter(
     projector: bool,
     vision_tower: bool,
     compresses: bool = True,
+    by_stage: bool = False,
 ) -> None:
     """Freeze what of a given ``PeftModel`` is not to train; refuse what it cannot train or save.
+
+    Args:
+        by_stage: whether it holds the two adapters of ``adapter_stages="separate"``.
 
     Projector and vision tower train as its adapter has it: their flags are false by default, and say nothing.
 
     Raises:
         ValueError: a part is asked for that the adapter does not hold, or there are several adapters.
     """
-    if len(model.peft_config) > 1:
+    if len(model.peft_config) > 1 and not by_stage:
         raise ValueError(
             f"the PeftModel holds the adapters {', '.join(model.peft_config)}, and a checkpoint loads as "
             "one; take the others out (delete_adapter), or merge them into the base first."
         )
-    (config,) = model.peft_config.values()
+    config, *_ = model.peft_config.values()
     if config.is_prompt_learning:
         check_prompt_learning(config, compresses, projector or vision_tower)
     check_rows_alone(model)

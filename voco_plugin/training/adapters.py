@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..core.block_embeddings import NAME
+from ..models.two_adapters import save_read
 from .adapter_checks import check_loads_again, check_prompt_learning, check_row_is_free
 from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_peft
 
@@ -244,7 +245,7 @@ def save_loose_parameters(
 @contextlib.contextmanager
 def small_checkpoints(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Inside the block, ``model.save_pretrained`` writes token rows, not embeddings, and an adapter into the
-    folder itself, whatever its name.
+    folder itself, whatever its name (of two that act by stage, the first).
 
     PEFT's own rule saves both whole embeddings of a vocabulary that differs from the base model's on disk.
     The rows that :func:`~voco_plugin.attach` adds are made again from the base model when the checkpoint is
@@ -254,13 +255,17 @@ def small_checkpoints(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     if not is_peft(model):
         yield
         return
-    (name,) = model.peft_config  # `check_adapter` refuses several
+    name, *more = model.peft_config  # `check_adapter` refuses several, but those that act by stage
     rows = getattr(model.peft_config[name], "trainable_token_indices", None) is not None
     save: Any = model.save_pretrained
     if rows:
         save = functools.partial(save, save_embedding_layers=False)
 
     def save_here(folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        if more:
+            kwargs["selected_adapters"] = [name]
+            if kwargs.get("is_main_process", True):
+                save_read(model, folder, kwargs.get("state_dict"))
         save(folder, *args, **kwargs)
         below = Path(folder) / name
         if name != "default" and below.is_dir():

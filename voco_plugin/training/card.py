@@ -30,6 +30,10 @@ _LIBRARIES = ("voco_plugin", "transformers", "trl", "peft", "torch", "accelerate
 _SECRET_KEY = re.compile(r"^--.*(hub_token|auth_token|access_token|password|secret|api_?key)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf|sk|ghp)_[A-Za-z0-9]{8,}")
 _RULE_FIELDS = ("num_tokens", "rule", "block_context", "positions", "hide_prefix", "block_sink")
+_STAGES = {
+    "compress": "the adapter acts on images alone and is never merged: text is read with the base model",
+    "separate": "two adapters, one for images and one for text (in the folder read), which are never merged",
+}
 _ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "gradient_accumulation_steps", "seed",
@@ -224,6 +228,8 @@ def extend_card(
         tokens = str(voco.num_tokens)
         if voco.frozen_stage1:
             rule.append(("frozen_stage1", "True (images are compressed without the adapter)"))
+        if voco.adapter_stages in _STAGES:
+            rule.append(("adapter_stages", f"{voco.adapter_stages} ({_STAGES[voco.adapter_stages]})"))
         if num_tokens_range:
             rule.insert(1, ("num_tokens_range", list(num_tokens_range)))
             tokens = f"{num_tokens_range[0]} to {num_tokens_range[1]}"
@@ -293,6 +299,8 @@ def _load_plain(repository: str, voco: VoCoConfig | None, method: str | None, ba
                 f'processor = AutoProcessor.from_pretrained("{repository}")',
             ]
         )
+    if voco is not None and voco.adapter_stages == "separate":
+        return _load_voco(repository, voco, method, base)  # which puts two adapters on
     lines = [
         "from peft import PeftModel",
         "from transformers import AutoModelForImageTextToText, AutoProcessor",

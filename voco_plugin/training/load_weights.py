@@ -35,7 +35,7 @@ def load_whole_weights(model: nn.Module, folder: str | os.PathLike, trust_remote
 
 _MEANING = (
     "rule", "num_tokens", "block_context", "positions", "block_sink", "hide_prefix", "token_init",
-    "compressor", "compressor_options", "frozen_stage1",
+    "compressor", "compressor_options", "frozen_stage1", "adapter_stages",
 )  # fmt: skip
 """What of a config decides what weights have learnt; how attention is computed, say, does not."""
 

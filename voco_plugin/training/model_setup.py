@@ -17,6 +17,7 @@ from ..models import attach, load
 from ..models.loading import auto_class
 from ..models.snapshot import as_given_on_failure
 from ..models.token_rows import restore_rows
+from ..models.two_adapters import activate_both
 from .config import VoCoSFTConfig, as_voco_config
 from .parts import base_of, freeze, is_peft
 from .quantization import language_model_only
@@ -55,7 +56,10 @@ def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tu
     options.setdefault("dtype", "float32")
     model, processor = load(source, voco=as_voco_config(args.voco), **options)
     if is_peft(model):  # loaded for inference: train on
-        model.set_adapter(model.active_adapter)
+        if len(model.active_adapters) > 1:
+            activate_both(model, train=True)
+        else:
+            model.set_adapter(model.active_adapter)
     return model.train(), processor
 
 

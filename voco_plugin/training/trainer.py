@@ -23,6 +23,7 @@ from .._compat import (
     patch_tied_head,
     token_rows_on_any_device,
 )
+from ..core.adapter_stages import SEPARATE
 from ..core.attachment import attachment, unwrap
 from ..core.layout import SequenceLayout, TokenKind
 from ..core.packed_rows import DOCUMENT_IDS, Documents
@@ -31,6 +32,7 @@ from ..models import save_voco_config
 from ..models.image_first import warn_of_image_first
 from ..models.model_paths import note_base
 from .adapter_checks import check_adapter
+from .adapter_stages import check_adapter_stages, load_adapters, run_by_stage, with_two_adapters
 from .adapters import (
     prepare_peft_config,
     save_loose_parameters,
@@ -207,6 +209,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         packs = args.packing and has_images(train_dataset)
         if packs:
             check_packing(args, model, self.voco, train_dataset, data_collator)
+        check_adapter_stages(self.voco, model, peft_config, args)
         self._note_start(model, args, peft_config)
         frozen = copy_of_student(args.distill, model)
         wrapped = hasattr(model, "peft_config")
@@ -223,6 +226,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 train_compressor=args.train_voco,
                 compresses=self.voco is not None,
             )
+            if self.voco is not None and self.voco.adapter_stages == SEPARATE:
+                model, peft_config = with_two_adapters(model, peft_config, args), None
         elif not wrapped:
             hold = freeze_as_asked(model, args, self._vocab)
         else:
@@ -233,6 +238,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
                 projector=args.train_projector,
                 vision_tower=args.train_vision_tower,
                 compresses=self.voco is not None,
+                by_stage=self.voco is not None and self.voco.adapter_stages == SEPARATE,
             )
         own_forward = vars(unwrap(model)).get("forward")
         with token_rows_on_any_device(), without_trls(args, packs):
@@ -250,6 +256,7 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         inner = self.accelerator.unwrap_model(self.model)
         if self.voco is not None:
             self._fused = take_off_fused_forward(unwrap(inner), own_forward, IN_TRLS_LOSS)
+            run_by_stage(unwrap(inner), self.voco)
         patch_tied_head(inner)
         if templated:
             check_answer_end(inner, self.processing_class, self.chat_template, args.train_language)
@@ -437,13 +444,24 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         """Whether checkpoints are whole models in one piece (no adapter, nothing sharded)."""
         return not (hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
+    @property
+    def _two_adapters(self) -> bool:
+        """Whether two adapters train, of which transformers would load the first."""
+        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        return whole and self.voco is not None and self.voco.adapter_stages == SEPARATE
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._two_adapters:
+            return load_adapters(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
         if not self._whole_weights:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         load_whole_weights(target, resume_from_checkpoint, self.args.trust_remote_code)
 
     def _load_best_model(self) -> None:
+        if self._two_adapters:
+            best = self.state.best_model_checkpoint
+            return load_adapters(self.accelerator.unwrap_model(self.model), best)
         if not self._whole_weights:
             return super()._load_best_model()
         target = self.accelerator.unwrap_model(self.model)

@@ -27,7 +27,7 @@ from ...core.kv_cache import KVSlots, VoCoKVCache
 from ...core.layout import TokenKind, among, on_cpu, sent
 from ...core.masks import TokenTable
 from ..cache import VoCoBlock, VoCoCache
-from ..fingerprint import check_cache, differences
+from ..fingerprint import check_cache, differences_to_reader
 from .relocation import RelocationError, relocator_for
 
 _log = logging.get_logger(__name__)
@@ -204,7 +204,7 @@ class _Past:
             raise ValueError(
                 "prefix_cache holds a KV cache of which nothing is known; make it with model.prefix_cache."
             )
-        wrong = differences(mine, before.voco_made_by or {})
+        wrong = differences_to_reader(mine, before.voco_made_by or {})
         if wrong:
             raise ValueError(
                 "prefix_cache was not made by this model under this rule; make it again with "

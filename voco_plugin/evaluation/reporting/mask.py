@@ -91,6 +91,8 @@ def caption(config: VoCoConfig) -> str:
     extra = ", hide_prefix" if config.hide_prefix else ""
     extra += "" if config.reads_vision else f", compressor={config.compressor}"
     extra += ", frozen_stage1 (compressed without the adapter)" if config.frozen_stage1 else ""
+    if config.adapter_stages != "both":
+        extra += f", adapter_stages={config.adapter_stages}"
     return f"rule={config.rule}, block_context={config.block_context}, positions={config.positions}{extra}"
 
 

@@ -21,11 +21,11 @@ from torch import nn
 
 from ..._compat import is_partitioned
 from ...config import CONFIG_NAME
-from ...core.adapter_switch import what_changed_the_base
 from ...core.attachment import attachment, evaluating, is_attached, unwrap
 from ...core.extension import Extension, extend
 from ...core.forward import UNTOUCHED
 from ...core.layout import TokenVocabulary
+from ...core.peft_layers import what_changed_the_base
 from ...models.loading import auto_class, find_file, load
 from ..parts import COMPRESSOR, ModelParts
 from .config import DistillConfig

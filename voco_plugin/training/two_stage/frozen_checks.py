@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...config import VoCoConfig
-from ...core.adapter_switch import what_changed_the_base
+from ...core.peft_layers import what_changed_the_base
 from ..model_setup import is_peft
 from ..parts import LANGUAGE, ModelParts
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ...core.adapter_stages import carried
 from ...core.extension import Extension, extend
 from ...core.forward import running_forward
 
@@ -45,7 +46,7 @@ class CheckpointedWithCache(Extension):
         if running.mode.stage_one:
             return self._as_it_is(*args, **kwargs)
         if running.mode.checkpoint_cached_layers and self.training and torch.is_grad_enabled():  # type: ignore
-            return checkpoint(self._as_it_is, *args, use_reentrant=False, **kwargs)
+            return checkpoint(carried(self._as_it_is), *args, use_reentrant=False, **kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _as_it_is(self, *args: Any, **kwargs: Any) -> Any:
