@@ -179,7 +179,8 @@ def test_studies_are_shipped_apart_from_recipes() -> None:
 
     at_scale = {"table1", "table2", "table3", "table4", "table5_6", "ablations"}
     small = {f"gridworld_{name}" for name in (*at_scale, "long", "rivals")}
-    assert set(shipped()) == at_scale | small
+    pretrained = {f"smollm2_{name}" for name in ("table1", "table2", "table4")}
+    assert set(shipped()) == at_scale | small | pretrained
     assert not set(shipped()) & set(recipe.shipped())
 
 
@@ -242,7 +243,9 @@ def test_a_shipped_study_plans_and_its_changes_are_accepted(
     [("gridworld_table1", "gridworld_table2", {"upper", "voco", "seeded", "avg_pool"}),
      ("gridworld_table1", "gridworld_ablations", {"upper", "voco"}),
      ("gridworld_table2", "gridworld_table4", {"upper", "voco"}), ("table1", "table2", {"upper", "voco"}),
-     ("table1", "ablations", {"upper", "voco"})],
+     ("table1", "ablations", {"upper", "voco"}),
+     ("smollm2_table1", "smollm2_table2", {"upper", "voco", "seeded", "avg_pool"}),
+     ("smollm2_table1", "smollm2_table4", {"upper", "voco"})],
 )  # fmt: skip
 def test_shipped_studies_share_what_they_have_in_common(
     first: str, second: str, shared: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
