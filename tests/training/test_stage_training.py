@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
 
 import voco_plugin as vp
 from trainers import LORA, losses, trainer
+from voco_plugin.cli.eval_modes import _plain
 
 STAGES = ("compress", "separate")
 
@@ -96,6 +98,18 @@ def test_it_trains_on_from_its_folder(run, data, tmp_path):
     moved = {n for n, p in more.model.named_parameters() if n in before and not torch.equal(p, before[n])}
     assert any("lora_B" in n for n in moved)
     assert stages == "compress" or any(".read." in n for n in moved)
+
+
+def test_evaluated_as_its_base_it_is_the_base(run, bases, data):
+    """Of ``voco eval --mode base``; PEFT leaves trained copies of modules where an adapter is taken off."""
+    _, made, out, _ = run
+    plain = _plain(vp.load(str(out))[0], vp.detach)
+    batch = {k: v for k, v in made.data_collator([data[0]]).items() if k != "labels"}
+    batch["attention_mask"] = batch["attention_mask"] * (batch["input_ids"] != made._vocab.voco_id)
+    base = AutoModelForImageTextToText.from_pretrained(bases("llava_llama")).eval()
+    batch["input_ids"] = batch["input_ids"].clamp_max(len(base.get_input_embeddings().weight) - 1)
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, base(**batch).logits)
 
 
 def test_the_card_says_so(run):
