@@ -86,6 +86,25 @@ def test_text_is_read_with_the_base_to_the_bit(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl"])
+def test_of_two_adapters_each_acts_on_its_own_tokens(name):
+    """One that adds nothing leaves its stage to the base."""
+    batch, text = inputs(name, ROWS, "left"), inputs(name, [["bos", "t6"]])
+    for silent in ("compress", "read"):
+        model = staged(name, "separate")
+        for weight_name, weight in model.named_parameters():
+            if f".lora_B.{silent}." in weight_name:
+                weight.zero_()
+        cache = model.compress(**batch)
+        with model.disable_adapter():
+            base, plain = model.compress(**batch), model(**text).logits
+        same = all(torch.equal(a.keys[-1], b.keys[-1]) for a, b in zip(cache, base, strict=True))
+        assert same == (silent == "compress")
+        assert torch.equal(model(**text).logits, plain) == (silent == "read")
+        assert two_stage(model, name) <= 1e-4
+
+
+@torch.no_grad()
 def test_the_row_of_a_tied_head_moves_the_voco_tokens_own_logit_and_no_other():
     for name, moved in (("llava_tied", [voco_id("llava_tied")]), ("llava_llama", [])):
         model, base = staged(name, "compress", row=True), based(name)

@@ -239,6 +239,20 @@ def set_num_tokens(model: Any, num_tokens: int) -> None:
     state.config = dataclasses.replace(state.config, num_tokens=num_tokens)
 
 
+def _wrapped_modules(model: Any) -> list[tuple[Any, str, Any]]:
+    """The modules that an adapter has trained copies of (a projector): what holds each, its name there, and
+    the module as it was.
+    """
+    from ..cache.adapters import WHOLE_MODULES
+
+    return [
+        (place, name, child.original_module)
+        for place in model.get_base_model().modules()
+        for name, child in place.named_children()
+        if hasattr(child, WHOLE_MODULES)
+    ]
+
+
 def _plain(model: Any, detach: Any) -> Any:
     """The model without VoCo: an adapter comes off too, so that what is left is what it was trained from.
 
@@ -254,5 +268,8 @@ def _plain(model: Any, detach: Any) -> Any:
                 f"modes base and blind take the adapter off, and {changed} has changed the weights under it, "
                 "so what is left is not the base model; evaluate the base model itself by its path."
             )
+        originals = _wrapped_modules(model)
         model = model.unload()
+        for place, name, original in originals:  # PEFT leaves the trained copies in their place
+            setattr(place, name, original)
     return detach(model)

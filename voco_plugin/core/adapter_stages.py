@@ -187,10 +187,10 @@ def _added(
     the other rows stay as they are, bit for bit.
     """
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    taken = x if rows is True else x.reshape(-1, x.shape[-1]).index_select(0, rows)
+    taken = x if isinstance(rows, bool) else x.reshape(-1, x.shape[-1]).index_select(0, rows)
     taken = layer._cast_input_dtype(taken, down.weight.dtype)
     part = up(down(layer.lora_dropout[adapter](taken))) * layer.scaling[adapter]
-    if rows is True:
+    if isinstance(rows, bool):
         return (result + part).to(result.dtype)
     flat = result.reshape(-1, result.shape[-1])
     summed = (flat.index_select(0, rows) + part).to(result.dtype)
@@ -266,18 +266,20 @@ def act_by_stage(root: nn.Module, stages: str, voco_id: int) -> bool:
         ValueError: an adapter does what cannot be told apart token by token; the message names it.
     """
     found, new = False, False
+    module: Any
     for module in root.modules():
-        if is_tuner(type(module)):
+        if is_tuner(module.__class__):
             found = True
             new = new or not isinstance(module, StageAdapter)
     if not new:
         return found
-    parts, extensions = ModelParts(root), []  # type: ignore[arg-type]
+    parts = ModelParts(root)  # type: ignore[arg-type]
+    extensions: list[tuple[nn.Module, type[Extension]]] = []
     for name, module in root.named_modules():
-        if is_tuner(type(module)) and not isinstance(module, StageAdapter):
+        if is_tuner(module.__class__) and not isinstance(module, StageAdapter):
             of_language = parts.of(name) == LANGUAGE
             _check_layer(name, module, stages, voco_id, parts, of_language)
-            kind = StageAdapter
+            kind: type[Extension] = StageAdapter
             if hasattr(module, "lora_A") and of_language:
                 kind = ActsByStage
             elif hasattr(module, "unload_and_optionally_merge_module"):

@@ -58,15 +58,15 @@ def staged(
 
 @torch.no_grad()
 def moves(model, name: str) -> tuple[float, float]:
-    """How far the adapter moves the logits of text behind an image, and of a row of text alone."""
-    batch = inputs(name, [["bos", "t3", "img", "c2", "t4"], ["bos", "t9"]])
-    on = model(**batch).logits
-    with model.disable_adapter():
-        off = model(**batch).logits
+    """How far the adapter moves the logits of text behind an image, and of text alone."""
     found = []
-    for row, columns in enumerate(text_columns(model, batch)):
-        later = columns[3:] if row == 0 else columns
-        found.append(float((on[row, later] - off[row, later]).abs().max()))
+    for row in (["bos", "t3", "img", "c2", "t4"], ["bos", "t9"]):
+        batch = inputs(name, [row])  # alone: an expert rounds by which tokens it is given together
+        on = model(**batch).logits
+        with model.disable_adapter():
+            off = model(**batch).logits
+        columns = text_columns(model, batch)[0][4:]  # behind the image, where there is one
+        found.append(float((on[0, columns] - off[0, columns]).abs().max()))
     return found[0], found[1]
 
 
