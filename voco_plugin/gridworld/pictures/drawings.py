@@ -1,0 +1,160 @@
+"""One vendor's drawings of the named things, out of an unpacked npm package.
+
+Two layouts are read:
+
+    img/VENDOR/64/1f436.png    emoji-datasource-google, -twitter …: PNG files of 64 pixels
+    color/svg/1F436.svg        openmoji: SVG files, drawn with the package `resvg-py`
+
+The artwork stays in the package it came in: nothing of it is copied into this one. What licence it is under
+is the package's to say; `LICENCES` holds what the packages known here say.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from voco_plugin.gridworld.pictures.vocabulary import Name
+
+_SVG_PIXELS = 144
+# of 255: less ink than this cannot be seen
+_VISIBLE = 12
+
+LICENCES = {
+    "emoji-datasource-google": "Noto Emoji, copyright Google Inc., Apache License 2.0",
+    "emoji-datasource-twitter": "Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0",
+    "openmoji": "OpenMoji (openmoji.org), the open-source emoji and icon project, CC-BY-SA 4.0",
+}
+"""What the packages say of their artwork; the licence in `package.json` may be that of the code alone."""
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """The drawings of one vendor.
+
+    Attributes:
+        label: how scenes and records call it.
+        folder: the unpacked package, with its `package.json`.
+        package, version: as `package.json` says.
+        licence: of the artwork.
+    """
+
+    label: str
+    folder: Path
+    package: str
+    version: str
+    licence: str
+    _drawn: dict[str, Image.Image] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Characters without variation selectors → file."""
+        files = [*self.folder.glob("img/*/64/*.png"), *self.folder.glob("color/svg/*.svg")]
+        return {_plain(path.stem): path for path in sorted(files)}
+
+    def has(self, name: Name) -> bool:
+        return _plain(name.code) in self._files
+
+    def draw(self, name: Name) -> Image.Image:
+        """The drawing as RGBA, square, cut to what is visible of it.
+
+        Raises:
+            ValueError: this vendor has none of it, or the file shows nothing.
+        """
+        if name.text not in self._drawn:
+            path = self._files.get(_plain(name.code))
+            if path is None:
+                raise ValueError(f"{self.folder} has no drawing of {name.text} ({name.code})")
+            self._drawn[name.text] = _cut(_opened(path), path)
+        return self._drawn[name.text]
+
+    def record(self) -> dict[str, str]:
+        """What a data set says of its source."""
+        return {"package": self.package, "version": self.version, "artwork": self.licence}
+
+
+def open_vendor(option: str) -> Vendor:
+    """The vendor that `LABEL=FOLDER` names.
+
+    Raises:
+        ValueError: it is of another form, or the folder holds no drawings.
+        FileNotFoundError: there is no such folder. ImportError: its drawings are SVG files and `resvg-py` is
+        not installed.
+    """
+    label, mark, folder = option.partition("=")
+    if not mark or not label or not folder:
+        raise ValueError(f"{option!r} is no LABEL=FOLDER: give, say, google=emoji-datasource-google")
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{label}: {path} is no folder. `npm pack emoji-datasource-google` (-twitter; openmoji) "
+            "fetches a package; unpack it there: `tar xzf FILE.tgz -C FOLDER --strip-components=1`"
+        )
+    try:
+        about = json.loads((path / "package.json").read_text(encoding="utf-8"))
+        package, version = str(about["name"]), str(about["version"])
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f"{label}: {path} is no unpacked npm package (no package.json with a name and a version in it)"
+        ) from problem
+    said = str(about.get("license") or "no licence named")
+    vendor = Vendor(label, path, package, version, LICENCES.get(package, f"see the package ({said})"))
+    if not vendor._files:
+        raise ValueError(
+            f"{label}: {path} ({package}) holds no drawings: neither img/VENDOR/64/*.png, as "
+            "emoji-datasource-google has, nor color/svg/*.svg, as openmoji has"
+        )
+    if any(file.suffix == ".svg" for file in vendor._files.values()):
+        _resvg(label)
+    return vendor
+
+
+def drawn_by_all(names: Iterable[Name], vendors: Iterable[Vendor]) -> tuple[tuple[Name, ...], list[str]]:
+    """The names that every vendor draws, and the texts of those that one does not."""
+    vendors = list(vendors)
+    kept, lost = [], []
+    for name in names:
+        if all(vendor.has(name) for vendor in vendors):
+            kept.append(name)
+        else:
+            lost.append(name.text)
+    return tuple(kept), lost
+
+
+def _plain(code: str) -> str:
+    """Vendors differ in case and in whether a variation selector is part of the file's name."""
+    return "-".join(part for part in code.upper().split("-") if part != "FE0F")
+
+
+def _opened(path: Path) -> Image.Image:
+    if path.suffix == ".svg":
+        data = _resvg(path.name).svg_to_bytes(svg_path=str(path), width=_SVG_PIXELS, skip_system_fonts=True)
+        return Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    with Image.open(path) as image:
+        return image.convert("RGBA")
+
+
+def _resvg(what: str):
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ImportError(f"{what} is drawn in SVG, which needs resvg-py: pip install resvg-py") from error
+    return resvg_py
+
+
+def _cut(image: Image.Image, path: Path) -> Image.Image:
+    """The visible part, in the middle of a square."""
+    box = image.getchannel("A").point(lambda alpha: 255 if alpha >= _VISIBLE else 0).getbbox()
+    if box is None:
+        raise ValueError(f"{path} shows nothing: all of it is transparent")
+    part = image.crop(box)
+    side = max(part.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
+    return square
