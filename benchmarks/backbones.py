@@ -117,7 +117,9 @@ def main() -> None:
     for name, error in refusals().items():
         page += f"| {name} | {error} |\n"
     if args.out:
-        args.out.write_text(page, encoding="utf-8")
+        before = args.out.read_text(encoding="utf-8") if args.out.is_file() else ""
+        real = before.find("\n## Real weights\n")  # benchmarks/real_weights.py writes that section
+        args.out.write_text(page + (before[real:] if real >= 0 else ""), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Writes that are whole or not there: a temporary file or folder beside the target, flushed, then renamed."""
+"""Writes that are whole or not there: a temporary file or folder beside the target, flushed, then renamed.
+And where an installed package lies that carries files.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -61,3 +64,18 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, target)  # takes the place of an empty folder
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+PACKAGE = "package:"
+"""Before the import name of an installed package that carries weights or data."""
+
+
+def package_folders(package: str) -> list[Path] | None:
+    """The folders of an installed package, found without running anything of it; ``None`` where there is none
+    of that name.
+    """
+    spec = None
+    if package.isidentifier():
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(package)
+    return None if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]

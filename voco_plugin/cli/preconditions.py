@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.easy_vqa import easy_vqa_folder
+from ..files import PACKAGE
 from ..models.model_paths import check_model_path, looks_local
 
 _DATA = (".json", ".jsonl", ".csv", ".parquet")
@@ -39,7 +41,7 @@ def check_inputs(
 
     Raises:
         FileNotFoundError: it names the key's value and the commands.
-        ValueError: a model is a file, or of a kind that is not read.
+        ValueError: a model is a file, or a model or package of a kind that is not read.
     """
     made = "; ".join(f"`{command}`" for command in before)
     hint = f" What comes before: {made}." if made else ""
@@ -52,7 +54,9 @@ def check_inputs(
     for key, names in data.items():
         for name in str(names).split(",") if isinstance(names, str) else ():
             name = name.strip()
-            if (looks_local(name) or name.endswith(_DATA)) and not Path(name).expanduser().exists():
+            if name.startswith(PACKAGE):
+                easy_vqa_folder(name)  # raises where it is not installed, or holds none
+            elif (looks_local(name) or name.endswith(_DATA)) and not Path(name).expanduser().exists():
                 raise FileNotFoundError(
                     f"{key} {name} does not exist; write it, or give {fix.format(key)}.{hint}"
                 )

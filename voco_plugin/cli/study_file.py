@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import nearest
 from ..evaluation.study.definition import Study
+from ..files import PACKAGE
 from . import recipe_values
 from .recipe import load, recipe_folder
 from .recipe_values import RecipeError, Text, plain
@@ -92,7 +93,7 @@ def count_rows(data: str, split: str | None = None, before: Sequence[str] = ()) 
     from ..data.loaders import load_vision_dataset, read_records
 
     path = Path(data).expanduser()
-    if not path.exists():
+    if not path.exists() and not data.startswith(PACKAGE):
         made = f" ({'; '.join(before)})" if before else ""
         raise RecipeError(
             f"search.last counts the rows of the training set, and {data} is not there; write it{made}, or "

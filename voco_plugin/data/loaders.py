@@ -1,4 +1,5 @@
-"""``load_vision_dataset``: LLaVA JSON, a saved folder, local files or a hub id, in TRL's vision format.
+"""``load_vision_dataset``: LLaVA JSON, a saved folder, local files, easy-VQA or a hub id, in TRL's vision
+format.
 
 The result is a `datasets.Dataset` whose rows have
 
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from voco_plugin.data.easy_vqa import easy_vqa_folder, read_easy_vqa
 from voco_plugin.data.llava_format import (
     check_count,
     llava_to_dataset,
@@ -45,7 +47,8 @@ def load_vision_dataset(
 
     Args:
         path_or_name: a LLaVA `.json`/`.jsonl` file, a folder made by `save_to_disk`, a folder of parquet or
-            other files that `datasets.load_dataset` reads, or a hub id.
+            other files that `datasets.load_dataset` reads, easy-VQA's folder or `package:easy_vqa`
+            (`easy_vqa.py`), or a hub id.
         split: which split; None takes the only one, or `train`. A LLaVA file has no splits.
         image_folder: where a LLaVA file's image names start; default: beside the file, or its `images/`.
         missing_images: whether a LLaVA file may name images that do not exist; they are found missing when
@@ -54,6 +57,7 @@ def load_vision_dataset(
     Raises:
         ValueError: the source does not exist, has no such split or is in neither format; a record is
             malformed or its image is missing (the message names the record).
+        FileNotFoundError: a `package:NAME` is not installed.
     """
     path = Path(path_or_name).expanduser()
     if path.is_file() and path.suffix.lower() in (".json", ".jsonl"):
@@ -64,6 +68,10 @@ def load_vision_dataset(
             return llava_to_dataset(records, path, image_folder, missing_images=missing_images)
     if image_folder is not None:
         warnings.warn("image_folder is ignored: it applies to LLaVA files only", stacklevel=2)
+    published = easy_vqa_folder(path_or_name)
+    if published is not None:
+        records, images = read_easy_vqa(published, split, missing_images=missing_images)
+        return llava_to_dataset(records, published, images, missing_images=missing_images)
     return _normalise(load_plain(path, str(path_or_name), split), str(path_or_name))
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PACKAGE = "package:"
+from ..files import PACKAGE, package_folders
+
 _PIECE = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -39,19 +40,17 @@ def gguf_file(name: str) -> Path | None:
 
 
 def _package_files(package: str) -> list[Path]:
-    spec = None
-    if package.isidentifier():
-        with contextlib.suppress(ImportError, ValueError):
-            spec = importlib.util.find_spec(package)
-    if spec is None:
+    folders = package_folders(package)
+    if folders is None:
         raise FileNotFoundError(
             f"llm {PACKAGE}{package}: no package of that name is installed; install it (its import name goes "
             "here), or give the path of a GGUF file."
         )
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     found = sorted(path for folder in folders for path in folder.rglob("*.gguf"))
     if not found:
-        raise FileNotFoundError(f"llm {PACKAGE}{package}: the package {package} holds no GGUF file.")
+        pieces = sorted(path.name for folder in folders for path in folder.rglob("*.gguf.*"))
+        fix = f", but {pieces[0]}: join the pieces into one file, and give its path" if pieces else ""
+        raise FileNotFoundError(f"llm {PACKAGE}{package}: the package {package} holds no GGUF file{fix}.")
     return found
 
 

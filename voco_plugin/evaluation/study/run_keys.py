@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import VoCoConfig
+from ...files import PACKAGE, package_folders
 
 IGNORED = (
     "output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "logging_dir", "logging_steps",
@@ -54,10 +55,14 @@ def _hash_file(sha: Any, path: Path) -> None:
 
 @functools.lru_cache(maxsize=256)
 def fingerprint(source: str) -> str:
-    """Of what ``source`` names: a file's or folder's content, or the name itself where it is neither.
+    """Of what ``source`` names: the content of a file, a folder or an installed package (``package:NAME``),
+    or the name itself where it is none of these.
 
     A folder's pictures count by name and size, checkpoints of a training in it and hidden files not at all.
     """
+    if source.startswith(PACKAGE):
+        folders = package_folders(source.removeprefix(PACKAGE))
+        return digest([fingerprint(str(folder)) for folder in folders]) if folders else f"name:{source}"
     path = Path(source).expanduser()
     sha = hashlib.sha256()
     if path.is_file():
@@ -66,7 +71,7 @@ def fingerprint(source: str) -> str:
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
-            hidden = any(part.startswith((".", "checkpoint-", "_sav")) for part in inside.parts)
+            hidden = any(part.startswith((".", "checkpoint-", "_sav", "__pycache__")) for part in inside.parts)
             if hidden or not file.is_file() or file.name in ("README.md", "train_results.json"):
                 continue
             sha.update(f"|{inside.as_posix()}|".encode())
@@ -107,12 +112,14 @@ def training_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_fingerprints(value: Any, fingerprint: Fingerprint) -> Any:
-    """``value`` with each path in it, of a file or folder that is there, replaced by its fingerprint."""
+    """``value`` with each path in it, of a file, folder or package that is there, replaced by its
+    fingerprint.
+    """
     if isinstance(value, Mapping):
         return {key: with_fingerprints(inner, fingerprint) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [with_fingerprints(inner, fingerprint) for inner in value]
-    if isinstance(value, str) and (os.sep in value or "/" in value):
+    if isinstance(value, str) and (os.sep in value or "/" in value or value.startswith(PACKAGE)):
         return fingerprint(value)
     return value
 
