@@ -10,6 +10,7 @@ QFORMER = {"layers": 2, "hidden_size": 16, "heads": 2}
 KINDS = {
     "pooled": {"token_init": "pooled"},
     "slots": {"token_init": "slots"},
+    "queries": {"token_init": "queries", "compressor_options": {"hidden_size": 16, "heads": 2}},
     "avg_pool": {"compressor": "avg_pool"},
     "qformer": {"compressor": "qformer", "compressor_options": QFORMER},
     "llama_vid": {"compressor": "llama_vid"},

@@ -1,7 +1,8 @@
 """Compressors: what a block's K tokens are when they enter the language model; one per file.
 
     inside the LLM    voco            the VoCo token's row; vision is read by attention (the paper's)
-                      + token_init    slots: a row for each slot; pooled: seeded with the mean of the image
+                      + token_init    slots: a row for each slot; pooled: seeded with the mean of the image;
+                                      queries: seeded with what learned queries read off it
     outside it        avg_pool  qformer  llama_vid  pixel_shuffle  token_merge  matryoshka
 
 A compressor outside the LLM (a baseline) makes K embeddings of the vision tokens, which stand where the VoCo
