@@ -28,7 +28,8 @@ def positions(n: int, size: int, device: torch.device | None = None) -> torch.Te
     square = side * side == n
     steps = side if square else n
     along = (torch.arange(steps, device=device) + 0.5) / steps
-    cycles = torch.logspace(*(math.log2(c) for c in _CYCLES), steps=size // 4, base=2, device=device)
+    slow, fast = (math.log2(c) for c in _CYCLES)
+    cycles = torch.logspace(slow, fast, steps=size // 4, base=2, device=device)
     angles = 2 * math.pi * along[:, None] * cycles
     waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side or n, size / 2)
     if square:
