@@ -21,6 +21,7 @@ KINDS = {
     },
     "token_merge": {"compressor": "token_merge"},
     "matryoshka": {"compressor": "matryoshka"},
+    "downsample": {"compressor": "downsample", "num_tokens": 4},
 }
 """For LLaVA with 9 vision tokens an image."""
 

@@ -24,7 +24,7 @@ from voco_plugin.models.compressors.base import regions
 from voco_plugin.models.compressors.pixel_shuffle import shuffle
 from voco_plugin.models.compressors.token_merge import merge
 
-REUSABLE = [n for n in OPTIONS if n not in ("llama_vid", "pixel_shuffle")]
+REUSABLE = [n for n in OPTIONS if n not in ("llama_vid", "pixel_shuffle", "downsample")]
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -257,7 +257,7 @@ def test_stage_one_of_a_rival_leaves_the_vision_tokens_out(name, monkeypatch):
 
 
 @pytest.mark.parametrize("context", ["self", "prefix"])
-@pytest.mark.parametrize("option", ["avg_pool", "qformer", "token_merge", "matryoshka"])
+@pytest.mark.parametrize("option", ["avg_pool", "qformer", "token_merge", "matryoshka", "downsample"])
 def test_a_rival_is_a_plain_model_that_reads_its_embeddings(option, context):
     compressors.a_rival_is_a_plain_model_that_reads_its_embeddings(option, context)
 

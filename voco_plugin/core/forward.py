@@ -276,7 +276,7 @@ def _prepare(
             "voco_cache=…"
         )
     if embeddings is not None and layout is not None:
-        running.places = embeddings.places(layout, attachment.vocab, question)
+        running.places = embeddings.places(layout, attachment.vocab, question, named)
     if not ruled:
         return untouched if named is kwargs else _Prepared(running, (), named)
     if ids is None:
@@ -426,7 +426,7 @@ def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str,
                 "packed "
                 "rows do not keep apart; train it without packing."
             )
-        running.places = attachment.embeddings.places(packed.blocks, attachment.vocab)
+        running.places = attachment.embeddings.places(packed.blocks, attachment.vocab, inputs=kwargs)
     running.rule = ActiveRule(attachment.config, packed.table)
     given, new = packed.kwargs.get("position_ids"), packed.kwargs["attention_mask"]
     packed.kwargs["position_ids"] = _agreed(running, module, given, packed.positions, new)

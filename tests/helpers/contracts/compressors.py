@@ -25,6 +25,7 @@ OPTIONS = {
         "compressor_options": {"layers": 2, "hidden_size": 16, "heads": 2},
     },
     "llama_vid": {"compressor": "llama_vid", "num_tokens": 2},
+    "downsample": {"compressor": "downsample", "num_tokens": 4},
     "pixel_shuffle": {
         "compressor": "pixel_shuffle",
         "num_tokens": 3,
