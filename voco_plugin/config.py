@@ -27,7 +27,7 @@ POSITIONS = ("compact", "sequential")
 BLOCK_SINKS = ("none", "bos")
 ATTENTIONS = ("auto", "dense", "segmented", "flex", "flash")
 ADAPTER_STAGES = ("both", "compress", "separate")
-TOKEN_INITS = ("learned", "slots", "pooled")
+TOKEN_INITS = ("learned", "slots", "pooled", "queries")
 _LISTED = 30
 
 
@@ -78,11 +78,12 @@ class VoCoConfig:
             VoCo token (the system prompt included).
         token_init: how the VoCo tokens' input embeddings are made. ``learned``: one trained row (the
             paper's). ``slots``: a trained offset for each of the K slots on top of it. ``pooled``: the row
-            plus a linear map, at zero when training starts, of the mean image feature of K regions; what
-            else happens is unchanged, and so is what the cache can be used for.
+            plus a linear map, at zero when training starts, of the mean image feature of K regions.
+            ``queries``: the row plus such a map of what K learned queries read off the image, place by
+            place. What else happens is unchanged, and so is what the cache can be used for.
         compressor: ``voco``, or a rival of the registry of compressors, whose K embeddings of the image stand
             where the VoCo tokens stand: the rule then hides the vision tokens from these too.
-        compressor_options: what the rival takes, by name.
+        compressor_options: what the rival takes, by name, or ``token_init="queries"``.
         frozen_stage1: the model compresses without its adapter and reads with it, as ``stage1: frozen``
             trained it. A fact of a checkpoint, which the trainer writes; nothing to choose.
         adapter_stages: which tokens LoRA acts on. ``both``: all. ``compress``: those of images (vision and
@@ -165,6 +166,12 @@ class VoCoConfig:
         self.compressor_options = {} if self.compressor_options is None else self.compressor_options
         if not isinstance(self.compressor_options, dict):
             raise ValueError(f"VoCoConfig.compressor_options={self.compressor_options!r} must be a mapping.")
+        if self.reads_vision and self.token_init == "learned" and self.compressor_options:
+            raise ValueError(
+                f"VoCoConfig.compressor_options={self.compressor_options!r} would go unused: "
+                "compressor='voco' with token_init='learned' has no options; name a compressor or "
+                "token_init='queries', or leave them out."
+            )
         if not self.reads_vision and self.rule != "isolated":
             raise ValueError(
                 f"VoCoConfig.compressor={self.compressor!r} makes its tokens outside the LLM, where "
@@ -175,10 +182,10 @@ class VoCoConfig:
                 f"VoCoConfig.token_init={self.token_init!r} is about VoCo tokens, and "
                 f"compressor={self.compressor!r} makes embeddings of its own; leave token_init out."
             )
-        if self.rule == "causal" and self.token_init == "pooled":
+        if self.rule == "causal" and self.token_init != "learned":
             raise ValueError(
-                "VoCoConfig.token_init='pooled' seeds tokens that text must read the image from; with "
-                "rule='causal' it reads the image itself: use token_init='learned'."
+                f"VoCoConfig.token_init={self.token_init!r} is about tokens that text must read the image "
+                "from; with rule='causal' it reads the image itself: use token_init='learned'."
             )
 
     def _check_frozen(self) -> None:

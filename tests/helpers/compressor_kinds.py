@@ -10,6 +10,7 @@ QFORMER = {"layers": 2, "hidden_size": 16, "heads": 2}
 KINDS = {
     "pooled": {"token_init": "pooled"},
     "slots": {"token_init": "slots"},
+    "queries": {"token_init": "queries", "compressor_options": {"hidden_size": 16, "heads": 2}},
     "avg_pool": {"compressor": "avg_pool"},
     "qformer": {"compressor": "qformer", "compressor_options": QFORMER},
     "llama_vid": {"compressor": "llama_vid"},
@@ -20,6 +21,7 @@ KINDS = {
     },
     "token_merge": {"compressor": "token_merge"},
     "matryoshka": {"compressor": "matryoshka"},
+    "downsample": {"compressor": "downsample", "num_tokens": 4},
 }
 """For LLaVA with 9 vision tokens an image."""
 

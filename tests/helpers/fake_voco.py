@@ -101,6 +101,7 @@ def evaluate(words: list[str]) -> None:
     found = {
         "scores": scores, "images": 10, "questions": limit, "types": types,
         "rows": [q // 4 for q in range(limit)], "environment": ENVIRONMENT,
+        **({"turns": [q % 4 + 1 for q in range(limit)]} if "--turns" in words else {}),
     }  # fmt: skip
     target = Path(given["--out"])
     target.parent.mkdir(parents=True, exist_ok=True)

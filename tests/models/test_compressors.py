@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ from voco_plugin.models.compressors.base import regions
 from voco_plugin.models.compressors.pixel_shuffle import shuffle
 from voco_plugin.models.compressors.token_merge import merge
 
-REUSABLE = [n for n in OPTIONS if n not in ("llama_vid", "pixel_shuffle")]
+REUSABLE = [n for n in OPTIONS if n not in ("llama_vid", "pixel_shuffle", "downsample")]
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -154,9 +155,48 @@ def test_qformer_is_blip2s():
         compressor(vision, draw(4, 6))
 
 
+@pytest.mark.parametrize("n", [9, 7, 1])
+def test_queries_read_the_image_by_content_and_place(n):
+    compressor = made(token_init="queries", num_tokens=3, compressor_options={"hidden_size": 8, "heads": 2})
+    vision, rows, side = draw(2, n, 6), draw(2, 6), math.isqrt(n)
+    features = torch.nn.functional.layer_norm(
+        vision, (6,), compressor.norm.weight, compressor.norm.bias, compressor.norm.eps
+    )
+    steps, expected = side if side**2 == n else n, torch.zeros(2, 2, 8, dtype=torch.float64)
+    for block, token, head in itertools.product(range(2), range(2), range(2)):
+        keys, values = [], []
+        for i in range(n):
+            place = []
+            for at in (i // side, i % side) if side**2 == n else (i, None):
+                turns = [] if at is None else [2 * math.pi * (at + 0.5) / steps * c for c in (0.5, 16)]
+                place += [math.sin(t) for t in turns] + [math.cos(t) for t in turns] or [0.0] * 4
+            for found, weight in ((keys, compressor.key.weight), (values, compressor.value.weight)):
+                found.append((weight @ features[block, i] + torch.tensor(place))[4 * head : 4 * head + 4])
+        scores = torch.stack([compressor.queries[token, head] @ key / 2 for key in keys]).softmax(0)
+        expected[block, token, 4 * head : 4 * head + 4] = scores @ torch.stack(values)
+    found = compressor(vision, rows)
+    # sinusoids are drawn in fp32
+    torch.testing.assert_close(found, rows + expected @ compressor.seed.weight.T, rtol=1e-5, atol=1e-5)
+    if n > 1:  # an order that a mean does not know
+        assert (compressor(vision.flip(1), rows) - found).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="made for num_tokens=3"):
+        compressor(vision, draw(4, 6))
+
+
+def test_the_first_of_queries_are_what_fewer_tokens_would_be():
+    name = "llava_llama"
+    model = attached(name, **OPTIONS["queries"]).eval()
+    three = inputs(name, [["bos", "t3", "img", "c3", "t4"]])
+    with torch.no_grad():
+        cut, fewer = model.compress(**three).first(2), model.compress(**three, num_tokens=2)
+    one, other = cut.blocks[0], fewer.blocks[0]
+    for a, b in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def test_new_weights_change_nothing_of_the_papers_token():
     vision, rows = draw(2, 9, 6), draw(1, 6).expand(2, 6)
-    for init in ("slots", "pooled"):
+    for init in ("slots", "pooled", "queries"):
         new = build_compressor(vp.VoCoConfig(num_tokens=2, token_init=init), 6).double()
         assert torch.equal(new(vision, rows), rows.expand(2, 2, 6))
     torch.testing.assert_close(
@@ -167,7 +207,7 @@ def test_new_weights_change_nothing_of_the_papers_token():
 # -- in a model
 
 
-@pytest.mark.parametrize(("name", "option"), in_turn(NAMES, ["pooled", "slots", "avg_pool"]))
+@pytest.mark.parametrize(("name", "option"), in_turn(NAMES, ["pooled", "slots", "queries", "avg_pool"]))
 def test_only_voco_slots_are_written_and_from_their_own_image(name, option):
     compressors.only_voco_slots_are_written_and_from_their_own_image(name, option)
 
@@ -217,7 +257,7 @@ def test_stage_one_of_a_rival_leaves_the_vision_tokens_out(name, monkeypatch):
 
 
 @pytest.mark.parametrize("context", ["self", "prefix"])
-@pytest.mark.parametrize("option", ["avg_pool", "qformer", "token_merge", "matryoshka"])
+@pytest.mark.parametrize("option", ["avg_pool", "qformer", "token_merge", "matryoshka", "downsample"])
 def test_a_rival_is_a_plain_model_that_reads_its_embeddings(option, context):
     compressors.a_rival_is_a_plain_model_that_reads_its_embeddings(option, context)
 
@@ -268,7 +308,7 @@ def test_a_question_is_read_and_answers_are_not():
     assert torch.equal(made, again)
 
 
-@pytest.mark.parametrize("option", ["pooled", "avg_pool", "slots"])
+@pytest.mark.parametrize("option", ["pooled", "queries", "avg_pool", "slots"])
 def test_packed_rows_are_as_alone(option):
     compressors.packed_rows_are_as_alone(option)
 
@@ -303,7 +343,7 @@ def test_learned_tokens_bring_no_module():
     assert not hasattr(model, "voco_compressor") and vp.attachment(model).embeddings is None
 
 
-@pytest.mark.parametrize("option", ["pooled", "qformer", "slots"])
+@pytest.mark.parametrize("option", ["pooled", "queries", "qformer", "slots"])
 def test_a_saved_model_comes_back(option, tmp_path):
     name = "llava_llama"
     model = attached(name, **OPTIONS[option]).eval()
@@ -360,6 +400,12 @@ def test_a_cache_of_another_compressor_is_refused():
         ({"compressor": "avg_pool", "rule": "star"}, "use rule='isolated'"),
         ({"compressor": "avg_pool", "token_init": "pooled"}, "leave token_init out"),
         ({"rule": "causal", "token_init": "pooled"}, "use token_init='learned'"),
+        ({"rule": "causal", "token_init": "slots"}, "use token_init='learned'"),
+        ({"compressor_options": {"layers": 2}}, "would go unused"),
+        ({"token_init": "pooled", "compressor_options": {"heads": 2}}, "'pooled' has no option 'heads'"),
+        ({"token_init": "queries", "compressor_options": {"head": 2}}, "did you mean 'heads'"),
+        ({"token_init": "queries", "compressor_options": {"heads": 3}}, "256 with 3 heads"),
+        ({"token_init": "queries", "compressor_options": {"heads": 0}}, "at least 1, not 0"),
         ({"compressor": "llama_vid"}, "must be at least 2"),
         ({"compressor": "pixel_shuffle", "num_tokens": 2}, "needs compressor_options"),
         (

@@ -33,7 +33,7 @@ def test_lora_trains_the_compressor_beside_its_adapters(kind, bases, data, tmp_p
 
 
 @pytest.mark.parametrize("peft", [False, True])
-@pytest.mark.parametrize("kind", ["pooled", "slots", "qformer"])
+@pytest.mark.parametrize("kind", ["pooled", "slots", "queries", "qformer"])
 def test_a_checkpoint_loads_by_its_path_and_a_run_resumes(kind, peft, bases, data, tmp_path, monkeypatch):
     said: list[str] = []
     handler = logging.Handler()

@@ -153,6 +153,7 @@ def test_a_recipe_trains_what_it_says(name: str, bases, recipe_data, tmp_path) -
 
 RIVALS = {
     "pooled": {"token_init": "pooled"},
+    "queries": {"token_init": "queries", "compressor_options": {"hidden_size": 16, "heads": 2}},
     "avg_pool": {"compressor": "avg_pool"},
     "qformer": {
         "compressor": "qformer",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import voco_plugin as vp
+from compressor_kinds import voco
 from trainers import losses, snapshot, trainer
 
 
@@ -52,6 +53,7 @@ WAYS = {
     "accumulated": {"gradient_accumulation_steps": 4},
     "no-checkpointing": {"gradient_checkpointing": False},
     "pooled": {"voco": vp.VoCoConfig(num_tokens=2, token_init="pooled")},
+    "queries": {"voco": voco("queries")},
     "sequential": {"voco": vp.VoCoConfig(num_tokens=2, positions="sequential"), "stage1_chunk": 1},
     "elastic": {"num_tokens_range": [1, 4]},
 }

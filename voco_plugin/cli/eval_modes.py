@@ -89,10 +89,11 @@ def evaluate_modes(
     """
     from ..core.attachment import is_attached
     from ..evaluation.metrics import evaluate, questions_of
+    from ..evaluation.text_before import read_text_before
     from ..models import detach
 
     opened = [name for name in ("images", "times") if name in dataset.column_names]
-    questions = questions_of(dataset.remove_columns(opened) if opened else dataset)
+    questions = questions_of(dataset.remove_columns(opened) if opened else dataset, turns=args.turns)
     if not questions:
         raise ValueError(f"{args.data} holds no question with an answer.")
     is_video = getattr(dataset, "is_video", False)  # then only reading a video tells how many frames it gives
@@ -103,6 +104,7 @@ def evaluate_modes(
     ways = {"voco": "cache", "lower": "cache", "single": "images", "base": "images", "blind": "blind"}
     if "voco" in modes and is_attached(model) and reads_question(model):
         ways["voco"] = "images"  # such tokens are made anew for each question
+    text_before = None if args.text_before is None else read_text_before(args.text_before)
     scores: dict[str, Any] = {}
     for mode in sorted(modes, key=lambda m: m in ("base", "blind")):
         if mode in ("base", "blind") and is_attached(model):
@@ -124,6 +126,7 @@ def evaluate_modes(
                     caches=caches.of(k) if ways[mode] == "cache" and reuse else None,
                     max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, tick=bar.update,
                     frames=frames, seed=args.shuffle_seed, match=getattr(dataset, "match", None),
+                    text_before=text_before,
                 )  # fmt: skip
             shown = k or (own_num_tokens(model) if takes_k else None)
             made = (caches.compressed_with or shown) if ways[mode] == "cache" else shown
@@ -136,11 +139,17 @@ def evaluate_modes(
                 scores[name]["judge"] = judged(judge, questions, found.answers, name, quiet)
     if len(set(lengths)) > 1:
         for entry in scores.values():
-            entry["by_frames"] = by_frames(entry["correct"], [lengths[q.row] for q in questions])
+            entry["by_frames"] = accuracy_by(entry["correct"], [lengths[q.row] for q in questions])
+    asked: dict[str, Any] = {} if text_before is None else {"text_before": text_before}
+    if args.turns:
+        asked["turns"] = [question.turn for question in questions]
+        for entry in scores.values():
+            entry["by_turn"] = accuracy_by(entry["correct"], asked["turns"])
     order = sorted(scores, key=lambda name: modes.index(scores[name]["mode"]))
     return {
         "model": args.model, "data": args.data, "images": len(dataset), "questions": len(questions),
         "types": [question.type for question in questions], "rows": [question.row for question in questions],
+        **asked,
         "scores": {name: scores[name] for name in order},
     }  # fmt: skip
 
@@ -153,12 +162,12 @@ def frame_counts(dataset: Any) -> list[int]:
     return [len(image_times(row["messages"])) for row in rows]
 
 
-def by_frames(correct: str, lengths: list[int]) -> dict[int, float]:
-    """Number of frames → accuracy over the questions about videos of that many."""
+def accuracy_by(correct: str, numbers: list[int]) -> dict[int, float]:
+    """Accuracy over the questions of each number: of their video's frames, or their turn."""
     hits: dict[int, list[int]] = {}
-    for hit, length in zip(correct, lengths, strict=True):
-        hits.setdefault(length, []).append(int(hit))
-    return {length: sum(found) / len(found) for length, found in sorted(hits.items())}
+    for hit, number in zip(correct, numbers, strict=True):
+        hits.setdefault(number, []).append(int(hit))
+    return {number: sum(found) / len(found) for number, found in sorted(hits.items())}
 
 
 class CutCaches:

@@ -131,14 +131,16 @@ def judged(judge: Any, questions: Any, answers: list[str], name: str, quiet: boo
     return found
 
 
-def by_frames_table(scores: dict[str, Any]) -> str:
-    """Accuracy by number of frames, in per cent; empty where all videos have as many."""
-    timed = {name: entry["by_frames"] for name, entry in scores.items() if "by_frames" in entry}
-    if not timed:
+def numbers_table(scores: dict[str, Any], by: str) -> str:
+    """Accuracy ``by`` number of ``frames`` or ``turn`` of the conversation, in per cent; empty where it was
+    not told apart.
+    """
+    found = {name: entry[f"by_{by}"] for name, entry in scores.items() if f"by_{by}" in entry}
+    if not found:
         return ""
-    lengths = list(next(iter(timed.values())))
-    lines = [[name, *(100 * found[length] for length in lengths)] for name, found in timed.items()]
-    return output.table(lines, ("frames", *map(str, lengths)))
+    numbers = list(next(iter(found.values())))
+    lines = [[name, *(100 * shares[number] for number in numbers)] for name, shares in found.items()]
+    return output.table(lines, (by, *map(str, numbers)))
 
 
 def judge_table(scores: dict[str, Any]) -> str:

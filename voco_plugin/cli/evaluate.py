@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.text_before import read_text_before
 from ..models.model_paths import ADAPTER
 from . import eval_video, output
 from .eval_modes import MODES, check_lower, evaluate_modes, voco_of
@@ -29,6 +30,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--frames all,single,shuffled\n"
         "  voco eval runs/video --data MSVD-QA/test_qa.json --video-qa msvd --videos MSVD-QA/videos "
         "--judge http://localhost:8000/v1 --judge-model judge\n"
+        "  voco eval runs/gridworld_voco --data runs/gridworld/test.json --turns --mode voco --mode base\n"
         "  voco eval runs/upper --data runs/gridworld/train.json --rows=-500: --mode single\n",
     )
     add_model_options(parser)
@@ -49,6 +51,16 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         type=counts,
         metavar="K[,K…]",
         help="compress into --num-tokens, read the first K of each image only: one row each",
+    )
+    parser.add_argument(
+        "--turns",
+        action="store_true",
+        help="ask each question after the turns before it, with their reference answers; accuracy by turn",
+    )
+    parser.add_argument(
+        "--text-before",
+        metavar="TEXT|FILE",
+        help="text that stands before the image in the message: what text in front costs",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N images only")
     parser.add_argument(
@@ -156,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
     check_counts(args, modes)
     check_target(args.out, "--out")
     eval_video.check(args)
+    if args.text_before is not None:
+        read_text_before(args.text_before)  # before a model is loaded
     judge = eval_video.judge_of(args)
     folders = checkpoints(args)
     for folder in folders.values():
@@ -195,7 +209,9 @@ def run(args: argparse.Namespace) -> int:
         output.emit_json(result)
         return 0
     output.emit(_table(result, args))
-    for more in (eval_video.by_frames_table(result["scores"]), eval_video.judge_table(result["scores"])):
+    scores = result["scores"]
+    numbered = (eval_video.numbers_table(scores, by) for by in ("frames", "turn"))
+    for more in (*numbered, eval_video.judge_table(scores)):
         if more:
             output.emit(f"\n{more}")
     if skipped:

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import nearest
 from ..evaluation.study.definition import Study
 from ..evaluation.study.runner import matches
+from ..evaluation.text_before import read_text_before
 from . import output
 from .evaluate import positive
 from .preconditions import check_inputs, commands_before
@@ -178,6 +179,9 @@ def check_files(study: Study, path: Path) -> None:
         key: getattr(study, key) or study.overrides.get(name) or own[name] for key, name in changed.items()
     }
     sets = {"data": named["data"]} | {f"eval_data.{n}": s.data for n, s in study.eval_data.items()}
+    for one in study.eval_data.values():
+        if one.text_before is not None:
+            read_text_before(one.text_before)
     if study.search is not None:
         sets["search.data"] = study.search.data
     before = commands_before(path) or commands_before(recipe)

@@ -10,8 +10,9 @@ of each, ``D`` width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -31,12 +32,14 @@ class Places:
         vision: per block, its row and the columns of its image features ``(n,)``.
         voco: per block, the columns of its VoCo tokens ``(k,)``.
         question: per block, the columns of the question behind it; empty where nothing reads it.
+        pixels: per block its image, ``(blocks, C, S, S)``; ``None`` where nothing reads it.
         written: whether that was done.
     """
 
     vision: list[tuple[int, torch.Tensor]]
     voco: list[torch.Tensor]
     question: list[torch.Tensor]
+    pixels: torch.Tensor | None = None
     written: bool = False
 
 
@@ -44,10 +47,12 @@ class MakesEmbeddings(Protocol):
     """What a forward asks of a compressor (:class:`~voco_plugin.models.compressors.Compressor`)."""
 
     reads_question: bool
+    reads_pixels: bool
 
     def __call__(
         self, vision: torch.Tensor, rows: torch.Tensor, question: list[torch.Tensor] | None = None
     ) -> torch.Tensor: ...
+    def features(self, model: Any, pixels: torch.Tensor, n: int, k: int) -> torch.Tensor: ...
 
 
 class BlockEmbeddings:
@@ -67,15 +72,18 @@ class BlockEmbeddings:
         layout: SequenceLayout,
         vocab: TokenVocabulary,
         question: torch.Tensor | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> Places | None:
         """The blocks of ``layout``; ``None`` where there are none.
 
         Args:
+            inputs: the forward's arguments, with the pixels.
             question: ``(B, N)``, which tokens are the question's; ``None``: all text behind a block.
 
         Raises:
             ValueError: the compressor reads the question, the model trains, and no one says which tokens
-                are the question's (an answer would be read with it).
+                are the question's (an answer would be read with it); or it reads pixels, and these are not
+                one image a block.
         """
         if not layout.spans:
             return None
@@ -98,7 +106,21 @@ class BlockEmbeddings:
                 _columns(text[span.row], span, span.stop, layout.num_tokens) if reads else torch.arange(0)
             )
             asked.append(behind)
-        return Places(vision, voco, asked)
+        return Places(vision, voco, asked, self._pixels(len(voco), inputs or {}))
+
+    def _pixels(self, blocks: int, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Each block's image, where the compressor reads it: listed as the blocks stand, row by row."""
+        if not self.compressor.reads_pixels:
+            return None
+        pixels = inputs.get("pixel_values")
+        if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or len(pixels) != blocks:
+            given = "none" if pixels is None else f"of shape {tuple(getattr(pixels, 'shape', ()))}"
+            raise ValueError(
+                f"this compressor reads the pixels of one image a block, and for {blocks} block(s) "
+                f"pixel_values are {given}; give them as the processor lists them, and generate in two "
+                "stages (the default), as one pass gets images that are encoded already."
+            )
+        return pixels
 
     def write(self, places: Places, embeddings: torch.Tensor) -> torch.Tensor:
         """``(B, N, D)`` with every block's VoCo slots written anew."""
@@ -115,7 +137,13 @@ class BlockEmbeddings:
             if self.compressor.reads_question:
                 question = [embeddings[places.vision[m][0], places.question[m].to(device)] for m in members]
             own = embeddings[row[0], slots[0]]
-            new = self.compressor(embeddings[row, seen], own, question)
+            if places.pixels is None:
+                vision = embeddings[row, seen]
+            else:
+                pixels = places.pixels[torch.tensor(members, device=places.pixels.device)]
+                vision = self.compressor.features(self.model, pixels, seen.shape[1], slots.shape[1])
+                vision = vision.to(embeddings.device, embeddings.dtype)
+            new = self.compressor(vision, own, question)
             rows.append(row.expand_as(slots).reshape(-1))
             columns.append(slots.reshape(-1))
             made.append(new.reshape(-1, new.shape[-1]).to(embeddings.dtype))

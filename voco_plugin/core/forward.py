@@ -284,7 +284,7 @@ def _prepare(
     if by_stage:
         _stages(running, module, named, layout, decoded=ids is not None and layout is None)
     if embeddings is not None and layout is not None:
-        running.places = embeddings.places(layout, attachment.vocab, question)
+        running.places = embeddings.places(layout, attachment.vocab, question, named)
     if not ruled:
         return untouched if named is kwargs else _Prepared(running, (), named)
     if ids is None:
@@ -480,7 +480,7 @@ def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str,
                 "packed "
                 "rows do not keep apart; train it without packing."
             )
-        running.places = attachment.embeddings.places(packed.blocks, attachment.vocab)
+        running.places = attachment.embeddings.places(packed.blocks, attachment.vocab, inputs=kwargs)
     running.rule = ActiveRule(attachment.config, packed.table)
     _stages(running, module, packed.kwargs, packed.layout)
     given, new = packed.kwargs.get("position_ids"), packed.kwargs["attention_mask"]

@@ -38,40 +38,75 @@ from .ratios import retention as retention
 @dataclass(frozen=True)
 class Question:
     """One question of a data set: the row it belongs to, its text, the exact answer, and its type (or
-    ``all``)."""
+    ``all``).
+
+    Attributes:
+        before: the questions and reference answers that it is asked after; none where it is asked alone.
+    """
 
     row: int
     text: str
     answer: str
     type: str = "all"
+    before: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def turn(self) -> int:
+        """Which turn of its conversation it is asked as, from 1."""
+        return len(self.before) + 1
 
 
 def questions_of(
-    dataset: Iterable[Mapping[str, Any]], skip_types: Iterable[str] = ("describe",)
+    dataset: Iterable[Mapping[str, Any]], skip_types: Iterable[str] = ("describe",), *, turns: bool = False
 ) -> list[Question]:
     """Each user turn that an assistant turn answers, as a question of its own (see ``gridworld/dataset.py``).
-    Time texts of frames are not part of it.
+    Time texts of frames and system messages are not part of it.
 
     Args:
         dataset: rows in TRL's vision format (``messages``; the labels in ``types``, where it has them).
-        skip_types: types left out.
+        skip_types: types left out; under ``turns`` they are not asked, and later questions come after them.
+        turns: each question comes after the turns before it, with their reference answers.
+
+    Raises:
+        ValueError: with ``turns``, a row is no conversation of question and answer in turn, or shows an image
+            after its first turn.
     """
     skip = set(skip_types)
     found: list[Question] = []
     for row, sample in enumerate(dataset):
         types = list(sample.get("types") or [])
         asked, number = None, -1
+        before: tuple[tuple[str, str], ...] = ()
         for message in sample["messages"]:
             text = _text(message["content"])
+            if turns:
+                _check_turn(row, message, asked, len(before))
             if message["role"] == "user":
                 asked = text
             elif message["role"] == "assistant" and asked is not None:
                 number += 1
                 kind = types[number] if number < len(types) else "all"
                 if kind not in skip:
-                    found.append(Question(row, asked, text, kind))
+                    found.append(Question(row, asked, text, kind, before))
+                if turns:
+                    before = (*before, (asked, text))
                 asked = None
     return found
+
+
+def _check_turn(row: int, message: Mapping[str, Any], asked: str | None, answered: int) -> None:
+    """Refuse a message that the turns of a conversation, asked one after the other, have no place for."""
+    role, content = message["role"], message["content"]
+    if role == ("assistant" if asked is None else "user"):
+        raise ValueError(
+            f"row {row} has {'an answer without a question' if asked is None else 'two questions in a row'}; "
+            "to ask in turns, give conversations of question and answer."
+        )
+    if answered and not isinstance(content, str) and any(part["type"] == "image" for part in content):
+        raise ValueError(
+            f"row {row} shows an image in turn {answered + 1}; to ask in turns, all images of a row stand in "
+            "its first."
+        )
 
 
 def _text(content: Any) -> str:
@@ -200,6 +235,7 @@ def evaluate(
     frames: str = "all",
     seed: int = 0,
     match: Callable[[str, str], bool] | None = None,
+    text_before: str | None = None,
 ) -> Score:
     """Ask ``questions`` about the images of ``dataset``'s rows.
 
@@ -215,6 +251,7 @@ def evaluate(
             blocks are put in that order: nothing is compressed again.
         seed: of ``shuffled``.
         match: as for :func:`score`.
+        text_before: stands before the images of every question.
 
     Raises:
         ValueError: the mode is unknown, or the model cannot do it.
@@ -234,7 +271,7 @@ def evaluate(
     for begin in range(0, len(questions), batch_size):  # no more rows are open than a batch needs
         asked = questions[begin : begin + batch_size]
         more: dict[str, Any] = {} if mode == "blind" else {"times": []}
-        for question in asked if more else ():
+        for question in asked if mode != "blind" else ():
             if question.row != last[0]:
                 row = dataset[question.row] if mode == "images" else light(dataset, question.row)
                 shown: Any = images_of(row) if mode == "images" else (joined or {})[question.row]
@@ -246,7 +283,7 @@ def evaluate(
             more["times"].append(last[2])
         answers += answer(
             model, processor, [q.text for q in asked], max_new_tokens=max_new_tokens, batch_size=batch_size,
-            tick=tick, **more,
+            tick=tick, before=[q.before for q in asked], text_before=text_before, **more,
         )  # fmt: skip
     found = score(questions, answers, time.perf_counter() - start, match)
     found.cache = size

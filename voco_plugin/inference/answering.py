@@ -16,7 +16,7 @@ import torch
 from ..cache import VoCoCache
 from ..core.attachment import evaluating, input_device, is_attached
 from ..data.images import BadImageError, find_refused
-from .prompts import Messages, ask, check_times, encode, stream_of
+from .prompts import Messages, ask, check_text_before, check_times, encode, stream_of
 
 Tick = Callable[[int], Any]
 
@@ -98,6 +98,8 @@ def answer(
     images: Sequence[Sequence[Any]] | None = None,
     caches: Sequence[VoCoCache] | None = None,
     times: Sequence[Sequence[str | None]] | None = None,
+    before: Sequence[Sequence[tuple[str, str]]] | None = None,
+    text_before: str | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 32,
     tick: Tick | None = None,
@@ -111,15 +113,19 @@ def answer(
             token.
         caches: instead of images: per question the cache of its images, which are not opened again.
         times: per question the time text before each image (frames of a video), or ``None``.
+        before: per question the questions and answers of its conversation that come first; the images stand
+            before the first.
+        text_before: stands before the images of every question.
         generate: passed to ``model.generate``.
 
     Raises:
         ValueError: images and caches are both given, their number is not that of the questions, a plain
-            model is to answer from a cache, or the chat template does not keep times before their images.
+            model is to answer from a cache, or the chat template does not keep times or the text before their
+            images.
     """
     if images is not None and caches is not None:
         raise ValueError("give images or caches, not both.")
-    for name, given in (("images", images), ("caches", caches), ("times", times)):
+    for name, given in (("images", images), ("caches", caches), ("times", times), ("before", before)):
         if given is not None and len(given) != len(questions):
             raise ValueError(
                 f"{len(given)} {name} for {len(questions)} questions; give one entry per question."
@@ -130,13 +136,15 @@ def answer(
         )
     if times is not None and any(when is not None for row in times for when in row):
         check_times(processor)
+    if text_before is not None and (images is not None or caches is not None):
+        check_text_before(processor, text_before)
     generate.setdefault("do_sample", False)
     out: list[str] = []
     with evaluating(model):
         for start in range(0, len(questions), batch_size):
             part = slice(start, start + batch_size)
-            shown = (_part(images, part), _part(caches, part), _part(times, part))
-            inputs = prompt(model, processor, questions[part], *shown)
+            shown = (_part(images, part), _part(caches, part), _part(times, part), _part(before, part))
+            inputs = prompt(model, processor, questions[part], *shown, text_before)
             ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)
             fresh = ids[:, inputs["input_ids"].shape[1] :]
             out += [text.strip() for text in processor.batch_decode(fresh, skip_special_tokens=True)]
@@ -152,26 +160,35 @@ def prompt(
     images: Sequence[Sequence[Any]] | None = None,
     caches: Sequence[VoCoCache] | None = None,
     times: Sequence[Sequence[str | None]] | None = None,
+    before: Sequence[Sequence[tuple[str, str]]] | None = None,
+    text_before: str | None = None,
 ) -> dict[str, Any]:
     """The arguments of ``model(...)`` or ``model.generate(...)`` for a batch of questions; see
     :func:`answer`."""
     if caches is not None:
         stacked = VoCoCache.stack(caches)
-        batch = _asked(questions, caches, times)
+        batch = _asked(questions, caches, times, before, text_before)
         return on_device(model, {**stream_of(model, processor, batch, stacked), "voco_cache": stacked})
     if images is None:
-        return on_device(model, encode(processor, [ask(q, 0) for q in questions], None))
-    batch = _asked(questions, images, times)
+        batch = _asked(questions, [()] * len(questions), None, before, text_before)
+        return on_device(model, encode(processor, batch, None))
+    batch = _asked(questions, images, times, before, text_before)
     inputs = encode(processor, batch, images)
     return on_device(
         model, model.insert_voco_tokens(inputs, padding_side="left") if is_attached(model) else inputs
     )
 
 
-def _asked(questions: Sequence[str], shown: Sequence[Any], times: Any) -> list[Messages]:
-    """Each question after its images (or cached ones)."""
+def _asked(
+    questions: Sequence[str], shown: Sequence[Any], times: Any, before: Any, text_before: str | None
+) -> list[Messages]:
+    """Each question after its images (or cached ones) and the turns before it."""
     told = [None] * len(questions) if times is None else times
-    return [ask(q, len(row), when) for q, row, when in zip(questions, shown, told, strict=True)]
+    turns = [()] * len(questions) if before is None else before
+    return [
+        ask(q, len(row), when, before=first, text_before=text_before)
+        for q, row, when, first in zip(questions, shown, told, turns, strict=True)
+    ]
 
 
 def _part(items: Any, part: slice) -> Any:

@@ -27,11 +27,20 @@ _MARK = "\ue001"  # private use: in no prompt
 _IMAGES_AT_ONCE = 32  # in a prompt that the processor runs on
 
 
-def ask(question: str, num_images: int = 1, times: Sequence[str | None] | None = None) -> Messages:
-    """One user turn: the images, then the question.
+def ask(
+    question: str,
+    num_images: int = 1,
+    times: Sequence[str | None] | None = None,
+    *,
+    before: Sequence[tuple[str, str]] = (),
+    text_before: str | None = None,
+) -> Messages:
+    """A user's turn, the images and then the question; or a conversation that ends with the question.
 
     Args:
         times: per image the time text before it, or ``None``.
+        before: questions and answers that come first; the images then stand before the first of these.
+        text_before: text that stands before the images.
 
     Raises:
         ValueError: not as many times as images.
@@ -43,7 +52,16 @@ def ask(question: str, num_images: int = 1, times: Sequence[str | None] | None =
         if times is not None and times[number] is not None:
             content.append({"type": "text", "text": times[number]})
         content.append({"type": "image"})
-    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    asked = [*(said for said, _ in before), question]
+    if text_before is not None and content:
+        content.insert(0, {"type": "text", "text": text_before})
+    elif text_before is not None:  # nothing stands between the two but a line break
+        asked[0] = f"{text_before}\n{asked[0]}"
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": asked[0]}]}]
+    for (_, answer), following in zip(before, asked[1:], strict=True):
+        for role, said in (("assistant", answer), ("user", following)):
+            messages.append({"role": role, "content": [{"type": "text", "text": said}]})
+    return messages
 
 
 def encode(
@@ -250,6 +268,24 @@ def check_times(processor: Any) -> None:
             "this processor's chat template writes all images before all text, so no time text stands before "
             "its frame; leave time texts out, or give a template that writes parts in order."
         )
+
+
+def check_text_before(processor: Any, text: str) -> None:
+    """Refuse a text before the images that would not stand there, or would be read as an image.
+
+    Raises:
+        ValueError: the chat template writes all images first, or the text holds an image's placeholder.
+    """
+    if not keeps_order(processor):
+        raise ValueError(
+            "this processor's chat template writes all images before all text, so no text stands before an "
+            "image; leave the text before it out, or give a template that writes parts in order."
+        )
+    for mark in ("<image>", getattr(processor, "image_token", None)):
+        if isinstance(mark, str) and mark and mark in text:
+            raise ValueError(
+                f"the text before the image holds {mark!r}, which is read as an image; take it out."
+            )
 
 
 def keeps_order(processor: Any) -> bool:

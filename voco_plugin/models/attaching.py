@@ -187,5 +187,6 @@ def _block_embeddings(model: torch.nn.Module, config: VoCoConfig) -> BlockEmbedd
     """Give ``model`` the compressor that ``config`` names, with new weights."""
     weight = model.get_input_embeddings().weight
     made = build_compressor(config, model.config.get_text_config().hidden_size)
+    made.check_model(model)
     model.add_module(NAME, made.to(weight.device, weight.dtype))
     return BlockEmbeddings(model)

@@ -11,6 +11,11 @@ from voco_plugin.core.layout import TokenKind
 OPTIONS = {
     "slots": {"token_init": "slots", "num_tokens": 3},
     "pooled": {"token_init": "pooled"},
+    "queries": {
+        "token_init": "queries",
+        "num_tokens": 3,
+        "compressor_options": {"hidden_size": 16, "heads": 2},
+    },
     "avg_pool": {"compressor": "avg_pool"},
     "matryoshka": {"compressor": "matryoshka"},
     "token_merge": {"compressor": "token_merge"},
@@ -20,6 +25,7 @@ OPTIONS = {
         "compressor_options": {"layers": 2, "hidden_size": 16, "heads": 2},
     },
     "llama_vid": {"compressor": "llama_vid", "num_tokens": 2},
+    "downsample": {"compressor": "downsample", "num_tokens": 4},
     "pixel_shuffle": {
         "compressor": "pixel_shuffle",
         "num_tokens": 3,

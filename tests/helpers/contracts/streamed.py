@@ -29,6 +29,11 @@ RULES = {
     "hide-prefix": {"hide_prefix": True},
     "bos-sink": {"block_sink": "bos"},
     "pooled": {"token_init": "pooled"},
+    "queries": {
+        "token_init": "queries",
+        "num_tokens": 2,
+        "compressor_options": {"hidden_size": 16, "heads": 2},
+    },
     "segmented": {"attention": "segmented"},
 }
 

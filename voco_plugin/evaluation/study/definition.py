@@ -22,15 +22,21 @@ class EvalSet:
         data: LLaVA JSON, ``datasets`` folder or hub id.
         image_folder: where the image names of a LLaVA file start.
         split: of a set that has splits.
+        turns: each question is asked after the turns of its conversation before it.
+        text_before: a text, or a file of one, that stands before the image.
     """
 
     data: str
     image_folder: str | None = None
     split: str | None = None
+    turns: bool = False
+    text_before: str | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            text(field.name, getattr(self, field.name))
+        for name in ("data", "image_folder", "split", "text_before"):
+            text(name, getattr(self, name))
+        if not isinstance(self.turns, bool):
+            raise ValueError(f"turns={self.turns!r} must be true or false.")
 
 
 @dataclasses.dataclass
@@ -160,7 +166,7 @@ class Study:
 
     Args:
         recipe: a path, or the name of a shipped recipe.
-        eval_data: the test set; or several, ``name: {data:, image_folder:, split:}``.
+        eval_data: the test set; or several, ``name: {data:, …}``, keys of :class:`EvalSet`.
         methods: name → overrides of the recipe and keys of :class:`Method`.
         model: the base; ``None`` takes the recipe's.
         data: the training set; ``None`` takes the recipe's.

@@ -282,9 +282,29 @@ class Figures:
                 at.setdefault(entry["step"], []).append(entry["accuracy"])
         return {key: dict(sorted(steps.items())) for key, steps in found.items()}
 
+    def by_turn(self) -> dict[str, list[tuple[Row, dict[int, float]]]]:
+        """Of each set whose questions were asked in turns: each row's accuracy by turn, over all seeds."""
+        found = {}
+        for name in self.sets:
+            turns = np.asarray(self.questions[name].get("turns", ()))
+            if turns.size:
+                matrices = [(row, self._matrix(self._key(row), name)) for row in self.rows]
+                found[name] = [
+                    (row, {int(turn): float(right[:, turns == turn].mean()) for turn in np.unique(turns)})
+                    for row, right in matrices
+                ]
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ``results.json``."""
+        turns = {
+            name: [
+                {"method": row.method, "num_tokens": row.num_tokens, "accuracy": found} for row, found in rows
+            ]
+            for name, rows in self.by_turn().items()
+        }
         return {
+            **({"by_turn": turns} if turns else {}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "differences": [dataclasses.asdict(one) for one in self.differences],
             "curves": [

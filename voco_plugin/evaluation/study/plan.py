@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..text_before import content_of
 from .definition import EvalSet, Method, Study
 from .run_keys import Fingerprint, digest, training_key, training_values
 
@@ -282,17 +283,21 @@ class Planner:
         if tokens is not None:
             options["num-tokens"] = ",".join(map(str, tokens))
         more: dict[str, Any] = {"split": data.split, "rows": rows}
+        more |= {"turns": data.turns or None, "text-before": data.text_before}
         if curve:
             more |= {"steps": ",".join(map(str, study.curve or ())), "limit": study.curve_images}
         options |= {name: value for name, value in more.items() if value is not None}
         source = self.fingerprint(model) if training is None else training.key
-        key = digest([source, self.fingerprint(data.data), options])
+        keyed = dict(options)
+        if data.text_before is not None:
+            keyed["text-before"] = content_of(data.text_before)  # a file counts by what it holds
+        key = digest([source, self.fingerprint(data.data), keyed])
         out = self.work / "read" / f"{key}.json"
         words = ["eval", model, "--data", data.data]
         folder = data.image_folder or self.image_folder
         if folder is not None:
             words += ["--image-folder", folder]
-        words += [f"--{name}={value}" for name, value in options.items()]
+        words += [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
         words += ["--batch-size", str(study.batch_size), "--out", str(out)]
         return Reading(key, tuple(words), out, set_name, training, curve)
 

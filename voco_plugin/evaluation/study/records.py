@@ -104,13 +104,16 @@ def record(run: Run) -> dict[str, Any]:
 
 
 def questions(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-    """Of each set: the type and the row of each question, in the order they were asked."""
+    """Of each set: the type and the row of each question, in the order they were asked, and which turn it was
+    where it was asked in a conversation.
+    """
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
         for reading in run.readings:
             if not reading.curve and reading.set_name not in found and was_read(reading):
                 read = read_json(reading.out)
-                found[reading.set_name] = {"types": read["types"], "rows": read["rows"]}
+                kept = ("types", "rows", "turns")
+                found[reading.set_name] = {key: read[key] for key in kept if key in read}
     return found
 
 

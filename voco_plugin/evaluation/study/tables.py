@@ -70,6 +70,7 @@ def page(
     _main(report, study, figures)
     report.text(_caption(study, figures))
     _by_column(report, figures)
+    _by_turn(report, figures)
     _differences(report, figures)
     _curves(report, study, figures)
     _search(report, search)
@@ -116,8 +117,9 @@ def _caption(study: Study, figures: Figures) -> str:
     count = sum(len(figures.questions[name]["rows"]) for name in figures.sets)
     what = "whole images, with all their questions," if study.resample == "images" else "questions"
     text = (
-        f"{count:,} questions, each asked alone, exact match. raw ratio = x / upper; retention = (x − lower) "
-        "/ (upper − lower) (paper, Sec. 4.2); the bounds are those of the same K where the study has them, "
+        f"{count:,} questions, {_asked(study, figures)}, exact match. "
+        "raw ratio = x / upper; retention = (x − lower) / (upper − lower) (paper, Sec. 4.2); the bounds are "
+        "those of the same K where the study has them, "
         f"else of their smallest. Intervals: 2.5 and 97.5 percentiles of a bootstrap over {what} (the same "
         "draw for every method) and over the seeds of each method; a ratio is taken within each draw. With "
         "three seeds they are somewhat narrow for what seeds add; one seed says nothing of others."
@@ -129,6 +131,34 @@ def _caption(study: Study, figures: Figures) -> str:
     if any(row.cache_bytes is not None and row.bound in ("upper", "base") for row in figures.rows):
         text += " The upper bound's bytes are those of the keys and values of its vision tokens."
     return text
+
+
+def _asked(study: Study, figures: Figures) -> str:
+    """How the sets' questions were put."""
+    sets = {name: study.eval_data[name] for name in figures.sets}
+    turns = [name for name, one in sets.items() if one.turns]
+    text = "each asked alone"
+    if turns:
+        where = "" if len(turns) == len(sets) else f" (those of {', '.join(turns)})"
+        text = (
+            f"each asked{' alone or' if where else ''} after the turns of its conversation before it{where}"
+        )
+    front = [name for name, one in sets.items() if one.text_before is not None]
+    if front:
+        where = "" if len(front) == len(sets) else f" in {', '.join(front)}"
+        text += f", with a text before the image{where}"
+    return text
+
+
+def _by_turn(report: Report, figures: Figures) -> None:
+    for name, rows in figures.by_turn().items():
+        turns = list(rows[0][1]) if rows else []
+        report.heading("By turn" if len(figures.sets) == 1 else f"By turn: {name}")
+        report.text("Accuracy %, by which question of its conversation it was; mean over seeds.")
+        report.table(
+            ["method", "K", *map(str, turns)],
+            [[row.label, tokens(row), *(percent(found[turn]) for turn in turns)] for row, found in rows],
+        )
 
 
 def _by_column(report: Report, figures: Figures) -> None:

@@ -7,6 +7,7 @@ Shapes: ``G`` blocks of one size, ``n`` vision tokens (image features) of each, 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +19,15 @@ class Compressor(nn.Module):
     Attributes:
         reads_question: whether it looks at the question first; what it makes then holds for that question
             only, and cannot be cached for others.
+        reads_pixels: whether it looks at the image itself: ``vision`` is then what its own ``features`` makes
+            of the pixels.
 
     A subclass takes ``(width, num_tokens, **options)``: D, the K of the config, and
     ``VoCoConfig.compressor_options``.
     """
 
     reads_question = False
+    reads_pixels = False
 
     def __init__(self, width: int, num_tokens: int) -> None:
         super().__init__()
@@ -42,6 +46,19 @@ class Compressor(nn.Module):
 
         Returns:
             ``(G, k, D)``.
+        """
+        raise NotImplementedError
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that it cannot work in; called when it is attached."""
+
+    def features(self, model: Any, pixels: torch.Tensor, n: int, k: int) -> torch.Tensor:
+        """Where ``reads_pixels``: what ``forward`` gets for ``vision``, ``(G, …, D)``.
+
+        Args:
+            pixels: of each block's image, ``(G, C, S, S)``.
+            n: the vision tokens of a block.
+            k: the tokens that are made of it.
         """
         raise NotImplementedError
 

@@ -1,4 +1,7 @@
-"""VoCo tokens: the language model itself compresses (paper, Sec. 3.2); what differs is how a token starts."""
+"""VoCo tokens: the language model itself compresses (paper, Sec. 3.2); what differs is how a token starts.
+
+One more start is in ``queries.py``.
+"""
 
 from __future__ import annotations
 
