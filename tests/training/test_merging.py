@@ -56,10 +56,10 @@ def test_what_cannot_be_merged_is_refused_in_a_line(bases, data, tmp_path, capsy
     assert main(["merge", str(out), str(tmp_path / "there")]) == 2
     assert "exists" in capsys.readouterr().err
     config = json.loads((out / "voco_config.json").read_text())
-    reader = {**config, "frozen_stage1": True}
-    (out / "voco_config.json").write_text(json.dumps(reader))
-    assert main(["merge", str(out), str(tmp_path / "a")]) == 2
-    assert "frozen_stage1" in capsys.readouterr().err
+    for change in ({"frozen_stage1": True}, {"adapter_stages": "compress"}):
+        (out / "voco_config.json").write_text(json.dumps({**config, **change}))
+        assert main(["merge", str(out), str(tmp_path / "a")]) == 2
+        assert next(iter(change)) in capsys.readouterr().err
     (out / "voco_config.json").write_text(json.dumps(config))
     assert main(["merge", str(out), str(tmp_path / "a"), "--dtype", "bfloat16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["merged"] == str(tmp_path / "a")

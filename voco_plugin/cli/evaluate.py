@@ -34,7 +34,12 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "  voco eval runs/upper --data runs/gridworld/train.json --rows=-500: --mode single\n",
     )
     add_model_options(parser)
-    parser.add_argument("--data", required=True, metavar="SET", help="LLaVA JSON, datasets folder or hub id")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="SET",
+        help="LLaVA JSON, datasets folder, hub id or package:easy_vqa",
+    )
     parser.add_argument("--split", help="its split")
     parser.add_argument("--image-folder", help="where the image names of a LLaVA file start")
     parser.add_argument(

@@ -38,7 +38,8 @@ class RecipeArguments:
         model: the section ``model: {encoder:, llm:, projector:, …}`` composes a model, in place of
             ``model_name_or_path``: the arguments of :func:`voco_plugin.compose`.
         plugin: Python files that register encoders, LLMs, projectors or families.
-        dataset_name: LLaVA JSON file, ``datasets`` folder, local files or hub id to train on.
+        dataset_name: LLaVA JSON file, ``datasets`` folder, local files, hub id or ``package:easy_vqa`` to
+            train on.
         dataset_train_split: its split; ``None`` takes the only one, or ``train``. A LLaVA file has none.
         image_folder: where the image names of a LLaVA file start.
         video_folder: where the video names of a WebVid CSV, Video-ChatGPT or LLaVA JSON start;

@@ -1,6 +1,6 @@
 """easy-VQA as published (Victor Zhou, 2019, MIT): coloured shapes of 64 pixels, questions answered in a word.
 
-    easy_vqa/data/                    the folder itself, one that holds it as ``data``, or ``package:easy_vqa``
+    easy_vqa/data/                    this folder, one that holds it as ``data``, or ``package:easy_vqa``
       train/  test/                   38,575 questions about 4,000 images; 9,673 about 1,000
         questions.json                [["what is the blue shape?", "rectangle", 0], …]: 0 is images/0.png
         images/0.png …
@@ -22,8 +22,8 @@ SPLITS = ("train", "test")
 
 
 def easy_vqa_folder(name: str | Path) -> Path | None:
-    """The folder of ``train`` and ``test`` that ``name`` stands for; ``None`` where it stands for another kind
-    of set. Opens no file.
+    """The folder of ``train`` and ``test`` that ``name`` stands for; ``None`` where it stands for a set of
+    another kind. Opens no file.
 
     Raises:
         FileNotFoundError: a ``package:NAME`` is not installed.
@@ -78,7 +78,9 @@ def read_easy_vqa(
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(asked, list) or not asked:
-        raise ValueError(f"{path} holds no list of questions: easy-VQA's are [question, answer, image number]")
+        raise ValueError(
+            f"{path} holds no list of questions: easy-VQA's are [question, answer, image number]"
+        )
     known = _answers(folder / "answers.txt")
     turns: dict[int, list[tuple[str, str]]] = {}
     for number, entry in enumerate(asked):

@@ -66,6 +66,11 @@ def _check_stages(source: str, config: VoCoConfig) -> None:
             f"the adapter at {source} reads and does not compress (frozen_stage1): merged, it would compress "
             "too, into other blocks. Keep it an adapter."
         )
+    if config.adapter_stages != "both":
+        raise ValueError(
+            f"the adapter at {source} acts by stage (adapter_stages={config.adapter_stages!r}): merged, it "
+            "would act on every token. Keep it an adapter."
+        )
 
 
 def _plain(source: str, adapter_file: str, dtype: str | None) -> tuple[Any, Any]:

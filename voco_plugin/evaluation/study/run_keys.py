@@ -71,7 +71,9 @@ def fingerprint(source: str) -> str:
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             inside = file.relative_to(path)
-            hidden = any(part.startswith((".", "checkpoint-", "_sav", "__pycache__")) for part in inside.parts)
+            hidden = any(
+                part.startswith((".", "checkpoint-", "_sav", "__pycache__")) for part in inside.parts
+            )
             if hidden or not file.is_file() or file.name in ("README.md", "train_results.json"):
                 continue
             sha.update(f"|{inside.as_posix()}|".encode())
