@@ -480,7 +480,7 @@ def _prepare_packed(running: Running, module: torch.nn.Module, kwargs: dict[str,
                 "packed "
                 "rows do not keep apart; train it without packing."
             )
-        running.places = attachment.embeddings.places(packed.blocks, attachment.vocab, inputs=kwargs)
+        running.places = attachment.embeddings.places(packed.blocks, attachment.vocab, None, kwargs)
     running.rule = ActiveRule(attachment.config, packed.table)
     _stages(running, module, packed.kwargs, packed.layout)
     given, new = packed.kwargs.get("position_ids"), packed.kwargs["attention_mask"]
