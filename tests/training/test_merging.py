@@ -57,7 +57,8 @@ def test_what_cannot_be_merged_is_refused_in_a_line(bases, data, tmp_path, capsy
     assert "exists" in capsys.readouterr().err
     config = json.loads((out / "voco_config.json").read_text())
     for change in ({"frozen_stage1": True}, {"adapter_stages": "compress"}):
-        (out / "voco_config.json").write_text(json.dumps({**config, **change}))
+        changed = {**config, "voco": {**config["voco"], **change}}
+        (out / "voco_config.json").write_text(json.dumps(changed))
         assert main(["merge", str(out), str(tmp_path / "a")]) == 2
         assert next(iter(change)) in capsys.readouterr().err
     (out / "voco_config.json").write_text(json.dumps(config))
