@@ -20,6 +20,7 @@ TWINS = {
     "runs/gridworld_study_init": "llava_llama",
     "runs/gridworld_study_base": "llava_llama",
     "runs/smollm2_gridworld_merged": "llava_llama",
+    "runs/smollm2_pictures_merged": "llava_llama",
     "runs/videos_image": "llava_llama",
 }
 
