@@ -42,12 +42,13 @@ LINES = (
     ("other picture", "with another picture"),
     ("two-stage", "two-stage, fp32"),
     ("two-stage fp64", "two-stage, fp64"),
+    ("two-stage fp64 norms", "the same, with Gemma's norms in fp64 too, which come in fp32"),
     ("relocated", "blocks moved and reordered, fp32"),
     ("batched", "a row of a left-padded batch against the row alone, fp32"),
     ("segmented", "segmented against dense, fp32"),
     ("far back", "two-stage, 640 words after the image, fp32"),
     ("far back own error", "the single pass itself there, fp32 against fp64"),
-    ("far back fp64", "two-stage there, fp64"),
+    ("far back fp64 norms", "two-stage there, fp64, norms too"),
     ("int8", "blocks in int8"),
 )
 TAIL = (
