@@ -58,6 +58,16 @@ def test_video_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         assert long["compress"]["peak_bytes"] < 1.05 * short["compress"]["peak_bytes"]
 
 
+def test_a_section_of_real_weights_is_put_in_the_place_of_the_last(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    real = importlib.import_module("real_weights")
+    (one, two) = (real.HEADING + text for text in ("\nold\n", "\nnew\n"))
+    page = "# A\n\ntext\n"
+    assert real.put(page, one) == page + one
+    assert real.put(page + one + "\n## Next\n", two) == page + two + "\n## Next\n"
+    assert real.put(page + one, two) == page + two
+
+
 def test_video_stage_counts_what_was_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Accuracies by hand: two videos of 8 and 16 frames, of each two questions of order and one count."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

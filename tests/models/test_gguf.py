@@ -74,6 +74,9 @@ def test_one_inside_an_installed_package(folder, tmp_path, monkeypatch):
         resolve_llm("package:not_there")
     with pytest.raises(FileNotFoundError, match="the package json holds no GGUF file"):
         resolve_llm("package:json")
+    (package / "a.gguf").rename(package / "a.gguf.part00")
+    with pytest.raises(FileNotFoundError, match="no GGUF file, but a.gguf.part00: join the pieces into one"):
+        resolve_llm("package:weights_of_it")
     for odd in ("package:", "package:a-b", "package:../x", "package:a.b"):
         with pytest.raises(FileNotFoundError, match="no package of that name"):
             resolve_llm(odd)

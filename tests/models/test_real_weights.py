@@ -38,7 +38,8 @@ def test_what_the_contracts_promise_holds(found):
     assert found["other picture"] > 1, "the picture must matter"
     for name in ("two-stage", "relocated", "batched", "segmented"):
         assert found[name] <= 1e-4, name
-    for name in ("two-stage fp64", "far back fp64"):
+    assert found["two-stage fp64"] <= 1e-5  # Gemma's norms compute in fp32 even there
+    for name in ("two-stage fp64 norms", "far back fp64 norms"):
         assert found[name] <= 1e-9, name
     # far from the sink, the model itself turns fp32's rounding into more than 1e-4
     assert found["far back"] <= 1e-4 + 2 * found["far back own error"]
