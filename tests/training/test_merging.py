@@ -45,6 +45,27 @@ def test_merged_weights_give_the_adapters_logits(bases, data, tmp_path, base, vo
     assert torch.isfinite(logits(*vp.load(tmp_path / "again"))).all()
 
 
+def test_the_base_of_an_adapter_without_voco_is_the_vlm_it_makes(bases, data, recipe_data, tmp_path) -> None:
+    """``voco eval --mode base`` took it off, as it does one that was trained with VoCo."""
+    out = tmp_path / "lora"
+    trained = trainer(bases("llava_llama"), out, data, voco=None, max_steps=3, learning_rate=3e-2)
+    trained.train()
+    trained.save_model()
+    folders = {
+        "adapter": out,
+        "merged": merge_adapter(out, tmp_path / "merged"),
+        "start": bases("llava_llama"),
+    }
+    answers = {}
+    for name, folder in folders.items():
+        words = ["--data", str(recipe_data), "--mode", "base", "--mode", "blind", "--max-new-tokens", "4"]
+        told = tmp_path / f"{name}.json"
+        assert main(["eval", str(folder), *words, "--out", str(told), "--json"]) == 0
+        scores = json.loads(told.read_text())["scores"]
+        answers[name] = scores["base"]["answers"] + scores["blind"]["answers"]
+    assert answers["adapter"] == answers["merged"] != answers["start"]
+
+
 def test_what_cannot_be_merged_is_refused_in_a_line(bases, data, tmp_path, capsys) -> None:
     out = tmp_path / "lora"
     trainer(bases("llava_llama"), out, data, max_steps=1).save_model(str(out))

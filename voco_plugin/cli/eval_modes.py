@@ -81,10 +81,12 @@ def evaluate_modes(
     *,
     quiet: bool,
     judge: Any = None,
+    plain_adapter: bool = False,
 ) -> dict[str, Any]:
     """The scores of each mode, those that need VoCo attached first: ``base`` and ``blind`` take it off.
 
     Args:
+        plain_adapter: the model holds an adapter that was trained without VoCo (:func:`is_plain_adapter`).
         judge: a :class:`~voco_plugin.evaluation.judge.Judge` of the answers, in addition to the match.
     """
     from ..core.attachment import is_attached
@@ -108,7 +110,7 @@ def evaluate_modes(
     scores: dict[str, Any] = {}
     for mode in sorted(modes, key=lambda m: m in ("base", "blind")):
         if mode in ("base", "blind") and is_attached(model):
-            model = _plain(model, detach)
+            model = _plain(model, detach, keep_adapter=plain_adapter)
         takes_k = mode in K_MODES
         listed = (args.first or args.num_tokens) if takes_k else None
         caches = CutCaches(model, processor, dataset, questions, args)
@@ -262,15 +264,31 @@ def _wrapped_modules(model: Any) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _plain(model: Any, detach: Any) -> Any:
+def is_plain_adapter(source: str) -> bool:
+    """Whether ``source`` is an adapter that was trained without VoCo (``voco: null``): it makes its base the
+    plain VLM that is asked about, where one with VoCo is what is compared with that.
+    """
+    from ..config import CONFIG_NAME
+    from ..models.loading import find_file
+    from ..models.model_paths import ADAPTER
+
+    return find_file(source, ADAPTER) is not None and find_file(source, CONFIG_NAME) is None
+
+
+def _plain(model: Any, detach: Any, *, keep_adapter: bool) -> Any:
     """The model without VoCo: an adapter comes off too, so that what is left is what it was trained from.
+
+    Args:
+        keep_adapter: it was trained without VoCo, and is part of the plain model.
 
     Raises:
         ValueError: the adapter has changed the weights under it.
     """
     from ..core.peft_layers import what_changed_the_base
 
-    if hasattr(model, "unload"):
+    if keep_adapter and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    elif hasattr(model, "unload"):
         changed = what_changed_the_base(model.peft_config)
         if changed is not None:
             raise ValueError(

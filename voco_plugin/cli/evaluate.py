@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation.text_before import read_text_before
 from ..models.model_paths import ADAPTER
 from . import eval_video, output
-from .eval_modes import MODES, check_lower, evaluate_modes, voco_of
+from .eval_modes import MODES, check_lower, evaluate_modes, is_plain_adapter, voco_of
 from .inputs import add_bad_sample_option, add_model_options, load_model, positive
 from .preconditions import check_target
 
@@ -187,7 +187,10 @@ def run(args: argparse.Namespace) -> int:
         if args.on_bad_sample == "skip" and not result:
             skipped = bad_rows(dataset, processor)
             dataset = without(dataset, skipped, args.data)
-        found = evaluate_modes(model, processor, dataset, modes, args, quiet=args.json, judge=judge)
+        found = evaluate_modes(
+            model, processor, dataset, modes, args, quiet=args.json, judge=judge,
+            plain_adapter=is_plain_adapter(folder),
+        )  # fmt: skip
         if step is not None:
             found["scores"] = {f"{k} at {step}": {**v, "step": step} for k, v in found["scores"].items()}
         result = {**found, "scores": {**result.get("scores", {}), **found["scores"]}}
