@@ -37,6 +37,18 @@ def trainer(model, out, data, peft=True, voco=True, **options):
         return vp.VoCoSFTTrainer(model, args=config, train_dataset=data, peft_config=peft, **more)
 
 
+def logits(model, processor) -> torch.Tensor:
+    """Of one question about a picture, VoCo tokens put in where the model is attached."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=picture(1), text=text, return_tensors="pt")
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if vp.is_attached(model):
+        inputs = inner.insert_voco_tokens(inputs)
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
 def losses(made) -> list[float]:
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 

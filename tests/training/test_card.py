@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, metadata_load
 
 import voco_plugin as vp
-from trainers import picture, trainer
+from trainers import logits, trainer
 from voco_plugin.training.card import extend_card, hub_id, last_metrics, launch_command, license_of
 
 
@@ -30,17 +30,6 @@ def run_snippet(code: str, **places: str) -> dict:
     scope: dict = {}
     exec(code, scope)
     return scope
-
-
-def logits(model, processor) -> torch.Tensor:
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it"}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=picture(1), text=text, return_tensors="pt")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if vp.is_attached(model):
-        inputs = inner.insert_voco_tokens(inputs)
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 def check_metadata(folder: Path) -> dict:

@@ -6,11 +6,10 @@ import json
 
 import pytest
 import torch
-from test_card import logits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import voco_plugin as vp
-from trainers import trainer
+from trainers import logits, trainer
 from voco_plugin.cli import main
 from voco_plugin.models.merging import merge_adapter
 
