@@ -11,6 +11,7 @@ import torch
 
 from drawing_packages import write_packages
 from voco_plugin.cli import main
+from voco_plugin.gridworld.pictures.drawing_changes import changed
 from voco_plugin.gridworld.pictures.lite0_weights import ARCHITECTURE, load_lite0, weights_file
 from voco_plugin.gridworld.pictures.picture_canvases import IGNORED, NOTHING, Classes
 from voco_plugin.gridworld.pictures.picture_dataset import open_sources
@@ -159,3 +160,29 @@ def test_what_a_user_of_the_tower_gets_wrong_is_one_line(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_drawing_keeps_its_size_and_is_seldom_the_same() -> None:
+    from drawing_packages import drawing
+
+    given = drawing("apple", "one")
+    made = [changed(given, 50, np.random.default_rng(seed)) for seed in range(40)]
+    assert {(image.mode, image.size) for image in made} == {("RGBA", (50, 50))}
+    assert len({image.tobytes() for image in made}) == 40
+    assert all(np.asarray(image.getchannel("A")).mean() > 60 for image in made), "the thing is still there"
+    assert changed(given, 50, np.random.default_rng(3)).tobytes() == made[3].tobytes()
+
+
+def test_some_changed_drawings_have_a_dark_outline() -> None:
+    """A pale square without one: dark pixels come at its edge alone, and in some of its changes."""
+    from PIL import Image
+
+    plain = Image.new("RGBA", (64, 64), (250, 240, 230, 255))
+    dark = []
+    for seed in range(60):
+        pixels = np.asarray(changed(plain, 60, np.random.default_rng(seed))).astype(int)
+        inked = (pixels[..., :3].max(-1) < 60) & (pixels[..., 3] > 200)
+        dark.append(inked.sum())
+        if inked.any():
+            assert not inked[25:35, 25:35].any(), "nothing meets in its middle"
+    assert 15 < sum(number > 20 for number in dark) < 50

@@ -46,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
     from ..gridworld.pictures.picture_tower import write_picture_tower
 
     weights = weights_file(args.weights)
+    sources = open_sources(args.draw, args.unseen)
+    output.note(sources.counted())
     record = write_picture_tower(
         args.out,
-        open_sources(args.draw, args.unseen),
+        sources,
         weights,
         steps=args.steps,
         batch_size=args.batch_size,
