@@ -31,7 +31,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="ImageNet weights (%(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=400, help="0: ImageNet's features as they are, measured (%(default)s)"
+        "--steps", type=int, default=600, help="0: ImageNet's features as they are, measured (%(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=12, help="canvases a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the tower (%(default)s)")
