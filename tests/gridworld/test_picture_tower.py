@@ -169,7 +169,7 @@ def test_a_changed_drawing_keeps_its_size_and_is_seldom_the_same() -> None:
     made = [changed(given, 50, np.random.default_rng(seed)) for seed in range(40)]
     assert {(image.mode, image.size) for image in made} == {("RGBA", (50, 50))}
     assert len({image.tobytes() for image in made}) == 40
-    assert all(np.asarray(image.getchannel("A")).mean() > 60 for image in made), "the thing is still there"
+    assert all(np.asarray(image.getchannel("A")).mean() > 30 for image in made), "the thing is still there"
     assert changed(given, 50, np.random.default_rng(3)).tobytes() == made[3].tobytes()
 
 

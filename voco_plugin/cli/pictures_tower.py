@@ -47,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
 
     weights = weights_file(args.weights)
     sources = open_sources(args.draw, args.unseen)
-    output.note(sources.counted())
     record = write_picture_tower(
         args.out,
         sources,
@@ -62,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         output.emit_json({"out": args.out, **record})
         return 0
     output.emit(f"{args.out}: {record['tokens']} tokens a picture, {record['names']} names")
+    output.emit(sources.counted())
     for split, figures in record["accuracy"].items():
         said = ", ".join(f"{key} {100 * value:.1f} %" for key, value in figures.items())
         output.emit(f"{split}: {said}")
