@@ -173,16 +173,23 @@ def test_a_changed_drawing_keeps_its_size_and_is_seldom_the_same() -> None:
     assert changed(given, 50, np.random.default_rng(3)).tobytes() == made[3].tobytes()
 
 
-def test_some_changed_drawings_have_a_dark_outline() -> None:
-    """A pale square without one: dark pixels come at its edge alone, and in some of its changes."""
+def test_lines_come_around_a_drawing_and_where_its_colours_meet() -> None:
+    """A square of two pale halves: in some of its changes ink lies around it, in some along its middle."""
     from PIL import Image
 
-    plain = Image.new("RGBA", (64, 64), (250, 240, 230, 255))
-    dark = []
-    for seed in range(60):
-        pixels = np.asarray(changed(plain, 60, np.random.default_rng(seed))).astype(int)
+    from voco_plugin.gridworld.pictures.drawing_changes import _styled
+
+    plain = Image.new("RGBA", (60, 60))
+    plain.paste((250, 240, 230, 255), (10, 10, 30, 50))
+    plain.paste((120, 200, 250, 255), (30, 10, 50, 50))
+    around = inside = 0
+    for seed in range(80):
+        pixels = np.asarray(_styled(plain, np.random.default_rng(seed))).astype(int)
         inked = (pixels[..., :3].max(-1) < 60) & (pixels[..., 3] > 200)
-        dark.append(inked.sum())
-        if inked.any():
-            assert not inked[25:35, 25:35].any(), "nothing meets in its middle"
-    assert 15 < sum(number > 20 for number in dark) < 50
+        outside = inked.copy()
+        outside[10:50, 10:50] = False
+        assert outside.any() == (pixels[..., 3][~np.pad(np.ones((40, 40), bool), 10)] > 0).any()
+        around += outside[:, 8:10].any() and outside[8:10].any()
+        inside += inked[20:40, 27:33].any()
+        assert not inked[20:40, 15:25].any(), "nothing meets in a half"
+    assert 25 < around < 65 and 15 < inside < 65
