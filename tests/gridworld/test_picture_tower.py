@@ -11,6 +11,7 @@ import torch
 
 from drawing_packages import write_packages
 from voco_plugin.cli import main
+from voco_plugin.gridworld.pictures.drawing_changes import changed
 from voco_plugin.gridworld.pictures.lite0_weights import ARCHITECTURE, load_lite0, weights_file
 from voco_plugin.gridworld.pictures.picture_canvases import IGNORED, NOTHING, Classes
 from voco_plugin.gridworld.pictures.picture_dataset import open_sources
@@ -159,3 +160,36 @@ def test_what_a_user_of_the_tower_gets_wrong_is_one_line(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_drawing_keeps_its_size_and_is_seldom_the_same() -> None:
+    from drawing_packages import drawing
+
+    given = drawing("apple", "one")
+    made = [changed(given, 50, np.random.default_rng(seed)) for seed in range(40)]
+    assert {(image.mode, image.size) for image in made} == {("RGBA", (50, 50))}
+    assert len({image.tobytes() for image in made}) == 40
+    assert all(np.asarray(image.getchannel("A")).mean() > 30 for image in made), "the thing is still there"
+    assert changed(given, 50, np.random.default_rng(3)).tobytes() == made[3].tobytes()
+
+
+def test_lines_come_around_a_drawing_and_where_its_colours_meet() -> None:
+    """A square of two pale halves: in some of its changes ink lies around it, in some along its middle."""
+    from PIL import Image
+
+    from voco_plugin.gridworld.pictures.drawing_changes import _styled
+
+    plain = Image.new("RGBA", (60, 60))
+    plain.paste((250, 240, 230, 255), (10, 10, 30, 50))
+    plain.paste((120, 200, 250, 255), (30, 10, 50, 50))
+    around = inside = 0
+    for seed in range(80):
+        pixels = np.asarray(_styled(plain, np.random.default_rng(seed))).astype(int)
+        inked = (pixels[..., :3].max(-1) < 60) & (pixels[..., 3] > 200)
+        outside = inked.copy()
+        outside[10:50, 10:50] = False
+        assert outside.any() == (pixels[..., 3][~np.pad(np.ones((40, 40), bool), 10)] > 0).any()
+        around += outside[:, 8:10].any() and outside[8:10].any()
+        inside += inked[20:40, 27:33].any()
+        assert not inked[20:40, 15:25].any(), "nothing meets in a half"
+    assert 25 < around < 65 and 15 < inside < 65

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from drawing_packages import KINDS as STAND_INS
 from drawing_packages import drawing, write_package, write_packages
 from voco_plugin.cli import main
 from voco_plugin.data.loaders import load_vision_dataset
@@ -220,7 +221,8 @@ def test_no_combination_of_names_and_places_is_in_training_and_in_the_test() -> 
 
     def drawn(split: str | None, seed: int) -> set:
         rng = np.random.default_rng(seed)
-        found = (sample_scene(rng, two, ["one"], split) for _ in range(200))
+        draw = {name.text: ["one"] for name in two}
+        found = (sample_scene(rng, two, draw, split) for _ in range(200))
         return {tuple((thing.cell, thing.name) for thing in scene.shown) for scene in found}
 
     assert drawn(None, 1) & drawn(None, 2), "without the rule they meet"
@@ -340,6 +342,9 @@ def test_the_command_writes_the_set_and_says_whose_drawings(packages, tmp_path, 
     assert "left out" in said and "zebra" in said, "the stand-ins draw no animals"
     text = (out / "ATTRIBUTION.md").read_text()
     assert text.count("emoji-datasource-") == 3 and "see the package (MIT)" in text
+    drawn = sum(name.kind in STAND_INS for name in NAMES)
+    assert f"of {len(NAMES)} names, one draws {drawn}, two {drawn}, three {drawn}" in said
+    assert json.loads((out / "meta.json").read_text())["unseen"]["three"]["names"] == drawn
     assert main(made) == 2 and "--overwrite" in capsys.readouterr().err
     assert main([*made, "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["num_train"] == 3
@@ -361,7 +366,7 @@ def test_the_licence_of_known_artwork_is_named(tmp_path) -> None:
         ({"--unseen": "one={one}"}, "one is given twice"),
         ({"--draw": "new={empty}"}, "is no unpacked npm package"),
         ({"--draw": "new={bare}"}, "holds no drawings"),
-        ({"--draw": "new={few}"}, "too few for a set"),
+        ({"--unseen": "new={few}"}, "new draws 1 of the names that test_drawings shows, too few for a set"),
         ({"--num-train": "0"}, "--num-train 0 is out of range: give 1"),
         ({"--questions": "21"}, "--questions 21 is out of range"),
     ],

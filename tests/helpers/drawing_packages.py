@@ -1,4 +1,4 @@
-"""Small stand-ins for npm packages of drawings: a few named things as coloured shapes, two layouts."""
+"""Small stand-ins for npm packages of drawings: a few named things as coloured shapes, and icons."""
 
 from __future__ import annotations
 
@@ -41,6 +41,30 @@ def write_package(
             drawing(name.text, label).save(images / f"{code_name(name.code)}.png")
     about = {"name": package or f"emoji-datasource-{label}", "version": "16.0.0", "license": "MIT"}
     (folder / "package.json").write_text(json.dumps(about))
+    return folder
+
+
+INFO = {
+    "name": "Fake Emoji",
+    "author": {"name": "A. Drawer", "url": "https://example.org/drawer"},
+    "license": {"title": "CC BY 4.0", "spdx": "CC-BY-4.0"},
+}
+
+
+def icon(color: str, **shape: float) -> dict[str, object]:
+    """An icon of 32 units: a bar across its middle."""
+    return {"body": f'<path fill="{color}" d="M4 12h24v8H4z"/>', **shape}
+
+
+def write_icons(folder: Path, icons: dict[str, object], info: dict | None = INFO, **more: object) -> Path:
+    """An unpacked `@iconify-json/…` package of these icons; `more` goes into `icons.json`, `chars` apart."""
+    folder.mkdir(parents=True)
+    chars = more.pop("chars", {})
+    whole = {"prefix": "fake", "icons": icons, "width": 32, "height": 32, **more}
+    about = {"name": "@iconify-json/fake", "version": "1.2.0", "license": "CC-BY-4.0"}
+    files = {"icons": whole, "chars": chars, "package": about} | ({"info": info} if info else {})
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 

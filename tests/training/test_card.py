@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, metadata_load
 
 import voco_plugin as vp
-from trainers import logits, trainer
+from trainers import logits, picture, trainer
 from voco_plugin.training.card import extend_card, hub_id, last_metrics, launch_command, license_of
 
 

@@ -18,13 +18,14 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="LABEL=FOLDER",
-        help="an unpacked npm package of drawings to train on; several: each picture is of any",
+        help="an unpacked npm package of drawings to train on; several: each picture is of any that draws "
+        "the thing (emoji-datasource-google, -twitter; @iconify-json/fluent-emoji-flat …)",
     )
     parser.add_argument(
         "--unseen",
         required=True,
         metavar="LABEL=FOLDER",
-        help="the package whose drawings training never shows (openmoji's are SVG: pip install resvg-py)",
+        help="the package whose drawings training never shows, openmoji say (SVG: pip install resvg-py)",
     )
 
 
@@ -39,7 +40,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         epilog="example:\n  voco pictures runs/pictures --draw google=PKG --draw twitter=PKG "
         "--unseen openmoji=PKG\n"
         "where each PKG is an unpacked package:\n"
-        "  npm pack emoji-datasource-google      (-twitter; openmoji)\n"
+        "  npm pack emoji-datasource-google      (-twitter; openmoji; @iconify-json/…)\n"
         "  mkdir google && tar xzf emoji-datasource-google-*.tgz -C google --strip-components=1\n",
     )
     parser.add_argument("out", metavar="OUT", help="folder to make")
@@ -79,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     output.emit(f"{args.out}: {args.num_train} training and 3 x {args.num_test} held-out images")
     output.emit(f"{len(meta['names'])} names, {len(meta['held_out_names'])} held out")
+    output.emit(sources.counted())
     if sources.missing:
-        output.emit(f"left out, since a vendor does not draw them: {', '.join(sources.missing)}")
+        output.emit(f"left out, since no vendor of --draw draws them: {', '.join(sources.missing)}")
     blind = meta["blind_accuracy"]
     said = ", ".join(f"{split} {100 * figures['all']:.1f} %" for split, figures in blind.items())
     output.emit(f"a guesser who sees no image gets {said} of the questions right")

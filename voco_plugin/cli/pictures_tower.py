@@ -31,7 +31,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="ImageNet weights (%(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=400, help="0: ImageNet's features as they are, measured (%(default)s)"
+        "--steps", type=int, default=600, help="0: ImageNet's features as they are, measured (%(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=12, help="canvases a step (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the tower (%(default)s)")
@@ -46,9 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from ..gridworld.pictures.picture_tower import write_picture_tower
 
     weights = weights_file(args.weights)
+    sources = open_sources(args.draw, args.unseen)
     record = write_picture_tower(
         args.out,
-        open_sources(args.draw, args.unseen),
+        sources,
         weights,
         steps=args.steps,
         batch_size=args.batch_size,
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         output.emit_json({"out": args.out, **record})
         return 0
     output.emit(f"{args.out}: {record['tokens']} tokens a picture, {record['names']} names")
+    output.emit(sources.counted())
     for split, figures in record["accuracy"].items():
         said = ", ".join(f"{key} {100 * value:.1f} %" for key, value in figures.items())
         output.emit(f"{split}: {said}")

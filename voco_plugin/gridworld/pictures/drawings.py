@@ -1,9 +1,10 @@
 """One vendor's drawings of the named things, out of an unpacked npm package.
 
-Two layouts are read:
+Three layouts are read:
 
     img/VENDOR/64/1f436.png    emoji-datasource-google, -twitter …: PNG files of 64 pixels
     color/svg/1F436.svg        openmoji: SVG files, drawn with the package `resvg-py`
+    icons.json                 @iconify-json/…: SVG in one file (`icon_collections`), drawn likewise
 
 The artwork stays in the package it came in: nothing of it is copied into this one. What licence it is under
 is the package's to say; `LICENCES` holds what the packages known here say.
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
 
-from voco_plugin.gridworld.pictures.vocabulary import Name
+from voco_plugin.gridworld.pictures.icon_collections import is_collection, read_collection
+from voco_plugin.gridworld.pictures.vocabulary import NAMES, Name
 
 _SVG_PIXELS = 144
 # of 255: less ink than this cannot be seen
@@ -50,13 +51,15 @@ class Vendor:
     package: str
     version: str
     licence: str
+    _icons: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _drawn: dict[str, Image.Image] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        """Characters without variation selectors → file."""
+    def _files(self) -> dict[str, Path | str]:
+        """Characters without variation selectors → file, or the text of an SVG."""
         files = [*self.folder.glob("img/*/64/*.png"), *self.folder.glob("color/svg/*.svg")]
-        return {_plain(path.stem): path for path in sorted(files)}
+        icons = {_plain(code): svg for code, svg in self._icons.items()}
+        return {**icons, **{_plain(path.stem): path for path in sorted(files)}}
 
     def has(self, name: Name) -> bool:
         return _plain(name.code) in self._files
@@ -71,12 +74,18 @@ class Vendor:
             path = self._files.get(_plain(name.code))
             if path is None:
                 raise ValueError(f"{self.folder} has no drawing of {name.text} ({name.code})")
-            self._drawn[name.text] = _cut(_opened(path), path)
+            what = f"{self.folder}: {name.text}" if isinstance(path, str) else str(path)
+            self._drawn[name.text] = _cut(_opened(path, what), what)
         return self._drawn[name.text]
 
-    def record(self) -> dict[str, str]:
+    def drawn(self) -> int:
+        """How many of the vocabulary's names it draws."""
+        return sum(self.has(name) for name in NAMES)
+
+    def record(self) -> dict[str, str | int]:
         """What a data set says of its source."""
-        return {"package": self.package, "version": self.version, "artwork": self.licence}
+        about: dict[str, str | int] = {"package": self.package, "version": self.version}
+        return {**about, "artwork": self.licence, "names": self.drawn()}
 
 
 def open_vendor(option: str) -> Vendor:
@@ -103,28 +112,24 @@ def open_vendor(option: str) -> Vendor:
         raise ValueError(
             f"{label}: {path} is no unpacked npm package (no package.json with a name and a version in it)"
         ) from problem
+    icons, artwork = read_collection(path) if is_collection(path) else ({}, None)
     said = str(about.get("license") or "no licence named")
-    vendor = Vendor(label, path, package, version, LICENCES.get(package, f"see the package ({said})"))
+    licence = LICENCES.get(package) or artwork or f"see the package ({said})"
+    vendor = Vendor(label, path, package, version, licence, icons)
+    if is_collection(path) and not vendor._files:
+        raise ValueError(
+            f"{label}: {path} ({package}) has icons, none of a thing that is named here: give a collection "
+            "of emoji, say @iconify-json/fluent-emoji-flat"
+        )
     if not vendor._files:
         raise ValueError(
             f"{label}: {path} ({package}) holds no drawings: neither img/VENDOR/64/*.png, as "
-            "emoji-datasource-google has, nor color/svg/*.svg, as openmoji has"
+            "emoji-datasource-google has, nor color/svg/*.svg, as openmoji has, nor icons.json, as "
+            "@iconify-json/… has"
         )
-    if any(file.suffix == ".svg" for file in vendor._files.values()):
+    if any(isinstance(file, str) or file.suffix == ".svg" for file in vendor._files.values()):
         _resvg(label)
     return vendor
-
-
-def drawn_by_all(names: Iterable[Name], vendors: Iterable[Vendor]) -> tuple[tuple[Name, ...], list[str]]:
-    """The names that every vendor draws, and the texts of those that one does not."""
-    vendors = list(vendors)
-    kept, lost = [], []
-    for name in names:
-        if all(vendor.has(name) for vendor in vendors):
-            kept.append(name)
-        else:
-            lost.append(name.text)
-    return tuple(kept), lost
 
 
 def _plain(code: str) -> str:
@@ -132,12 +137,16 @@ def _plain(code: str) -> str:
     return "-".join(part for part in code.upper().split("-") if part != "FE0F")
 
 
-def _opened(path: Path) -> Image.Image:
-    if path.suffix == ".svg":
-        data = _resvg(path.name).svg_to_bytes(svg_path=str(path), width=_SVG_PIXELS, skip_system_fonts=True)
-        return Image.open(io.BytesIO(bytes(data))).convert("RGBA")
-    with Image.open(path) as image:
-        return image.convert("RGBA")
+def _opened(file: Path | str, what: str) -> Image.Image:
+    if isinstance(file, Path) and file.suffix != ".svg":
+        with Image.open(file) as image:
+            return image.convert("RGBA")
+    source = {"svg_string": file} if isinstance(file, str) else {"svg_path": str(file)}
+    try:
+        data = _resvg(what).svg_to_bytes(**source, width=_SVG_PIXELS, skip_system_fonts=True)
+    except ValueError as problem:
+        raise ValueError(f"{what} is no SVG that can be painted ({problem})") from problem
+    return Image.open(io.BytesIO(bytes(data))).convert("RGBA")
 
 
 def _resvg(what: str):
@@ -148,11 +157,11 @@ def _resvg(what: str):
     return resvg_py
 
 
-def _cut(image: Image.Image, path: Path) -> Image.Image:
+def _cut(image: Image.Image, what: str) -> Image.Image:
     """The visible part, in the middle of a square."""
     box = image.getchannel("A").point(lambda alpha: 255 if alpha >= _VISIBLE else 0).getbbox()
     if box is None:
-        raise ValueError(f"{path} shows nothing: all of it is transparent")
+        raise ValueError(f"{what} shows nothing: all of it is transparent")
     part = image.crop(box)
     side = max(part.size)
     square = Image.new("RGBA", (side, side))

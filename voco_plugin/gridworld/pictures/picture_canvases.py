@@ -1,7 +1,7 @@
 """Canvases to train and measure a picture tower on: pixels, and what each of their tokens is to tell.
 
-Training canvases are fuller than a data set's, and each drawing on them is mirrored, turned, stretched and
-recoloured at random. They show the training vendors' drawings of the training names alone.
+Training canvases are fuller than a data set's, and each drawing on them is changed at random
+(`drawing_changes`). They show the training vendors' drawings of the training names alone.
 
 Shapes: `B` canvases, `S` pictures on one, `T` tokens (64).
 """
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 
+from voco_plugin.gridworld.pictures.drawing_changes import changed
 from voco_plugin.gridworld.pictures.lite0_weights import MEAN, STD
 from voco_plugin.gridworld.pictures.picture_dataset import SPLITS, Sources
 from voco_plugin.gridworld.pictures.picture_scenes import (
@@ -72,16 +73,14 @@ class Classes:
 
     def test(self, split: str, number: int, seed: int) -> Canvases:
         """Canvases as a data set's split has them, other scenes than its own."""
-        names, labels, _ = self.sources.of_split(split)
+        names, draw, _ = self.sources.of_split(split)
         rng = np.random.default_rng([seed, 100 + SPLITS.index(split)])
-        scenes = [
-            sample_scene(rng, names, labels, "test" if split == "test" else None) for _ in range(number)
-        ]
+        scenes = [sample_scene(rng, names, draw, "test" if split == "test" else None) for _ in range(number)]
         return self._of(scenes, [paint(scene, self.sources.vendors, self.by_text) for scene in scenes])
 
     def training(self, number: int, rng: np.random.Generator) -> Canvases:
         """Full canvases of changed drawings: every name and vendor as likely."""
-        known, labels, _ = self.sources.of_split("train")
+        known, draw, _ = self.sources.of_split("train")
         scenes, images = [], []
         for _ in range(number):
             cells = sorted(rng.permutation(len(PLACES))[: int(rng.integers(6, len(PLACES) + 1))].tolist())
@@ -90,7 +89,7 @@ class Classes:
             shown = []
             for cell in cells:
                 name = known[int(rng.integers(len(known)))]
-                label = labels[int(rng.integers(len(labels)))]
+                label = draw[name.text][int(rng.integers(len(draw[name.text])))]
                 size = int(rng.integers(SMALLEST, LARGEST + 1))
                 left, top = (
                     int(rng.integers(i * SIDE // GRID, (i + 1) * SIDE // GRID - size + 1))
@@ -134,31 +133,3 @@ def _covered(left: float, top: float, width: float, height: float) -> torch.Tens
         return (edges[1:].clamp(max=start + length) - edges[:-1].clamp(min=start)).clamp(min=0) / STRIDE
 
     return (along(top, height)[:, None] * along(left, width)[None]).flatten()
-
-
-def changed(drawing: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """A drawing, mirrored, turned, stretched and recoloured at random, `size` pixels a side."""
-    if int(rng.integers(2)):
-        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if int(rng.integers(2)):
-        drawing = drawing.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR, expand=True)
-    width, height = size, size
-    if int(rng.integers(2)):
-        shorter = int(size * rng.uniform(0.75, 1.0))
-        width, height = (shorter, size) if int(rng.integers(2)) else (size, shorter)
-    small = drawing.resize((width, height), Image.Resampling.BILINEAR)
-    drawing = Image.new("RGBA", (size, size))
-    drawing.paste(small, ((size - width) // 2, (size - height) // 2))
-    alpha = drawing.getchannel("A")
-    color = drawing.convert("RGB")
-    if int(rng.integers(2)):
-        hue, saturation, value = color.convert("HSV").split()
-        turn = int(rng.integers(-40, 41)) if int(rng.integers(4)) else int(rng.integers(256))
-        hue = hue.point([(level + turn) % 256 for level in range(256)])
-        color = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    if int(rng.integers(2)):
-        color = ImageEnhance.Color(color).enhance(float(rng.uniform(0.0, 1.8)))
-        color = ImageEnhance.Brightness(color).enhance(float(rng.uniform(0.6, 1.4)))
-        color = ImageEnhance.Contrast(color).enhance(float(rng.uniform(0.6, 1.6)))
-    color.putalpha(alpha)
-    return color

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from voco_plugin.gridworld.pictures.drawings import Vendor, drawn_by_all, open_vendor
+from voco_plugin.gridworld.pictures.drawings import Vendor, open_vendor
 from voco_plugin.gridworld.pictures.picture_questions import (
     NAMELESS,
     PICTURE_TYPES,
@@ -52,8 +52,8 @@ class Sources:
     Attributes:
         drawn: the vendors of training, by label.
         unseen: the vendor that only `test_drawings` shows, by label.
-        names: those that all of them draw.
-        missing: those that one of them does not.
+        names: those that one of the vendors of training draws at least.
+        missing: those that none of these does.
     """
 
     drawn: Mapping[str, Vendor]
@@ -65,6 +65,12 @@ class Sources:
     def vendors(self) -> dict[str, Vendor]:
         return {**self.drawn, **self.unseen}
 
+    def counted(self) -> str:
+        """How many of the names each vendor draws, as one line."""
+        first, *others = self.vendors.items()
+        said = [f"{first[0]} draws {first[1].drawn()}", *(f"{label} {v.drawn()}" for label, v in others)]
+        return f"of {len(NAMES)} names, {', '.join(said)}"
+
     def known(self) -> tuple[Name, ...]:
         """The names that training shows."""
         out = held_out(self.names)
@@ -75,11 +81,15 @@ class Sources:
         out = held_out(self.names)
         return tuple(name for name in self.names if name.text in out)
 
-    def of_split(self, split: str) -> tuple[tuple[Name, ...], tuple[str, ...], tuple[str, ...]]:
-        """Names, vendors' labels and question types of a split."""
-        names = self.unknown() if split == "test_names" else self.known()
-        labels = tuple(self.unseen if split == "test_drawings" else self.drawn)
-        return names, labels, NAMELESS if split == "test_names" else tuple(PICTURE_TYPES)
+    def of_split(self, split: str) -> tuple[tuple[Name, ...], dict[str, tuple[str, ...]], tuple[str, ...]]:
+        """Names, each name's vendors by label, and question types of a split."""
+        vendors = self.unseen if split == "test_drawings" else self.drawn
+        draw = {
+            name.text: tuple(label for label, vendor in vendors.items() if vendor.has(name))
+            for name in (self.unknown() if split == "test_names" else self.known())
+        }
+        names = tuple(name for name in self.names if draw.get(name.text))
+        return names, draw, NAMELESS if split == "test_names" else tuple(PICTURE_TYPES)
 
 
 def open_sources(draw: Sequence[str], unseen: str) -> Sources:
@@ -90,7 +100,7 @@ def open_sources(draw: Sequence[str], unseen: str) -> Sources:
         unseen: `LABEL=FOLDER` of the vendor held out.
 
     Raises:
-        ValueError: a label comes twice, a folder holds no drawings, or the vendors share too few names.
+        ValueError: a label comes twice, a folder holds no drawings, or the vendors draw too few names.
         FileNotFoundError: there is no such folder.
     """
     if not draw:
@@ -104,13 +114,17 @@ def open_sources(draw: Sequence[str], unseen: str) -> Sources:
             )
         drawn[vendor.label] = vendor
     held = {vendor.label: drawn.pop(vendor.label)}
-    names, missing = drawn_by_all(NAMES, [*drawn.values(), *held.values()])
-    sources = Sources(drawn, held, names, tuple(missing))
-    if len({name.kind for name in sources.known()}) < 2 or not sources.unknown():
-        raise ValueError(
-            f"{', '.join(sources.vendors)} draw {len(names)} of {len(NAMES)} names in common, too few for a "
-            "set: are these the whole packages?"
-        )
+    names = tuple(name for name in NAMES if any(vendor.has(name) for vendor in drawn.values()))
+    missing = tuple(name.text for name in NAMES if name not in names)
+    sources = Sources(drawn, held, names, missing)
+    for split, vendors in (("train", drawn), ("test_drawings", held), ("test_names", drawn)):
+        shown = sources.of_split(split)[0]
+        if not shown or (split != "test_names" and len({name.kind for name in shown}) < 2):
+            says = "draws" if len(vendors) == 1 else "draw"
+            raise ValueError(
+                f"{', '.join(vendors)} {says} {len(shown)} of the names that {split} shows, too few for a "
+                "set: are these the whole packages?"
+            )
     return sources
 
 
@@ -193,13 +207,13 @@ def make_items(
     split: str, indices: Sequence[int], seed: int, sources: Sources, num_questions: int
 ) -> Iterator[tuple[PictureScene, list[Turn], bytes]]:
     """Items of a split: the scene, its questions, and the image as PNG bytes."""
-    names, labels, types = sources.of_split(split)
+    names, draw, types = sources.of_split(split)
     world = World(names)
     by_text = {name.text: name for name in sources.names}
     for index in indices:
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
         # only these two show the same names by the same vendors
-        scene = sample_scene(rng, names, labels, split if split in ("train", "test") else None)
+        scene = sample_scene(rng, names, draw, split if split in ("train", "test") else None)
         asked = ask(scene, rng, num_questions, world, types)
         buffer = io.BytesIO()
         paint(scene, sources.vendors, by_text).save(buffer, format="PNG")

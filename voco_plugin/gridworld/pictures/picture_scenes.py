@@ -115,14 +115,17 @@ def in_split(scene: PictureScene, split: str) -> bool:
 
 
 def sample_scene(
-    rng: np.random.Generator, names: Sequence[Name], vendors: Sequence[str], split: str | None = None
+    rng: np.random.Generator,
+    names: Sequence[Name],
+    vendors: Mapping[str, Sequence[str]],
+    split: str | None = None,
 ) -> PictureScene:
     """Draws a scene of one to nine pictures, every number as likely.
 
     Args:
         rng: its state is all that the scene depends on.
         names: what it may show. A kind comes as often as the square root of its number of names says.
-        vendors: labels; each picture is of any, each as likely.
+        vendors: a name's text → labels of those who draw it; a picture is of any, each as likely.
         split: `train` or `test`: only combinations that belong to it; `None`: any.
     """
     by_kind: dict[str, list[Name]] = {}
@@ -141,7 +144,7 @@ def kind_weights(by_kind: Mapping[str, Sequence[Name]]) -> dict[str, int]:
 
 
 def _sample(
-    rng: np.random.Generator, by_kind: Mapping[str, list[Name]], vendors: Sequence[str]
+    rng: np.random.Generator, by_kind: Mapping[str, list[Name]], vendors: Mapping[str, Sequence[str]]
 ) -> PictureScene:
     number = int(rng.integers(1, len(PLACES) + 1))
     cells = sorted(int(cell) for cell in rng.permutation(len(PLACES))[:number])
@@ -164,8 +167,9 @@ def _sample(
         size = int(rng.integers(SMALLEST, LARGEST + 1))
         left = _within(rng, cell % GRID, size)
         top = _within(rng, cell // GRID, size)
-        vendor = vendors[int(rng.integers(len(vendors)))]
         name = chosen[int(index)]
+        labels = vendors[name.text]
+        vendor = labels[int(rng.integers(len(labels)))]
         shown.append(Shown(cell, name.text, name.kind, vendor, left, top, size))
     return PictureScene(tuple(shown), sample_background(rng))
 

@@ -42,7 +42,7 @@ def write_picture_tower(
     sources: Sources,
     weights: Path,
     *,
-    steps: int = 400,
+    steps: int = 600,
     batch_size: int = 12,
     learning_rate: float = 1e-3,
     seed: int = 0,
