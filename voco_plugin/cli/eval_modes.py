@@ -275,7 +275,7 @@ def is_plain_adapter(source: str) -> bool:
     return find_file(source, ADAPTER) is not None and find_file(source, CONFIG_NAME) is None
 
 
-def _plain(model: Any, detach: Any, *, keep_adapter: bool) -> Any:
+def _plain(model: Any, detach: Any, *, keep_adapter: bool = False) -> Any:
     """The model without VoCo: an adapter comes off too, so that what is left is what it was trained from.
 
     Args:
