@@ -14,6 +14,7 @@ pytest.importorskip(
 )
 
 import voco_plugin as vp
+from loud_vlm import save_loud_vlm
 from studies import journal, planner, prepare, run
 from voco_plugin.cli import main
 from voco_plugin.data.lazy_images import undecoded
@@ -21,7 +22,6 @@ from voco_plugin.data.loaders import load_vision_dataset
 from voco_plugin.evaluation.metrics import Question, compress_rows, evaluate, images_of, questions_of
 from voco_plugin.evaluation.text_before import content_of, read_text_before
 from voco_plugin.gridworld.dataset import write_gridworld
-from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
 from voco_plugin.inference import answering
 from voco_plugin.inference.answering import prompt
 from voco_plugin.inference.prompts import ask, render
@@ -34,15 +34,7 @@ DATA = ["--data", "set/test.json", "--image-folder", "set/images"]
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talks")
     write_gridworld(folder / "set", num_train=1, num_test=2)
-    model, processor = build_tiny_vlm(
-        image_size=32, patch_size=8, vision_width=32, vision_layers=2, text_width=32, text_layers=2,
-        text_heads=2,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # at the usual 0.02 every prompt reads the same
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_loud_vlm(folder / "base")
     (folder / "text.txt").write_text(f"{TEXT}\n")
     before = os.getcwd()
     os.chdir(folder)

@@ -17,13 +17,13 @@ pytest.importorskip(
 
 import voco_plugin as vp
 from judge_server import Server
+from loud_vlm import save_loud_vlm
 from voco_plugin.cli import main
 from voco_plugin.data.lazy_images import undecoded
 from voco_plugin.data.loaders import load_vision_dataset
 from voco_plugin.evaluation import metrics
 from voco_plugin.evaluation.frame_order import frame_order, picture_key, row_times, shown_times
 from voco_plugin.evaluation.metrics import Question, compress_rows, evaluate, questions_of
-from voco_plugin.gridworld.tiny_vlm import build_tiny_vlm
 from voco_plugin.gridworld.video_dataset import VideoWorld, write_gridworld_video
 from voco_plugin.inference import answering, prompts
 from voco_plugin.inference.answering import prompt
@@ -36,15 +36,7 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     world = VideoWorld(num_train=2, num_test=3, num_frames=(6, 9), num_questions=3, hf=False)
     write_gridworld_video(folder / "set", world)
-    model, processor = build_tiny_vlm(
-        image_size=32, patch_size=8, vision_width=32, vision_layers=2, text_width=32, text_layers=2,
-        text_heads=2, question_set="words", video=True,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # at the usual 0.02 every picture reads the same
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_loud_vlm(folder / "base", question_set="words", video=True)
     before = os.getcwd()
     os.chdir(folder)
     yield folder

@@ -32,7 +32,7 @@ import numpy as np
 
 from voco_plugin.gridworld.levels import level_of, question_types
 from voco_plugin.gridworld.questions import QUESTION_TYPES, QuestionType, Turn, ask, blind_accuracy, describe
-from voco_plugin.gridworld.row_files import MARKER, llava_row, prepare_folder, save_hf, write_json
+from voco_plugin.gridworld.row_files import MARKER, prepare_folder, save_hf, write_json, write_split
 from voco_plugin.gridworld.scenes import (
     COLORS,
     SPLITS,
@@ -101,22 +101,13 @@ def write_gridworld(
         "caption": caption, "boxes": boxes,
     }  # fmt: skip
     scenes: dict[str, Any] = {}
-    turns: dict[str, list[Turn]] = {split: [] for split in SPLITS}
+    turns: dict[str, list[Turn]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for split, number in zip(SPLITS, (num_train, num_test), strict=True):
-        (out / "images" / split).mkdir(parents=True)
-        rows[split] = []
-        for index in range(number):
-            scene, asked, png = make_item(split, index, seed, **world, types=types, boxes=boxes)
-            turns[split] += asked
-            if caption and split == "train":
-                asked = [*asked, describe(scene)]
-            name = f"{split}/{index:06d}.png"
-            (out / "images" / name).write_bytes(png)
-            row_id = f"{split}-{index:06d}"
-            scenes[row_id] = scene.as_json()
-            rows[split].append({"id": row_id, "image": name, "turns": asked, "png": png})
-        write_json(out / f"{split}.json", [llava_row(row) for row in rows[split]])
+        items = (make_item(split, index, seed, **world, types=types, boxes=boxes) for index in range(number))
+        told = describe if caption and split == "train" else None
+        found, rows[split], turns[split] = write_split(out, split, items, told)
+        scenes |= found
     write_json(out / "scenes.json", scenes)
     save_hf(out / "hf", rows)
     blind = blind_accuracy(turns["train"], turns["test"])

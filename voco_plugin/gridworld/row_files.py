@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,33 @@ def prepare_folder(
         for name in (*files, MARKER):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+
+
+def write_split(
+    out: Path, split: str, items: Iterable[tuple[Any, list[Any], bytes]], caption: Callable[[Any], Any] | None
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[Any]]:
+    """Writes the images of one split, as they come, and its LLaVA JSON.
+
+    Args:
+        items: scene (with `as_json()`), its turns, and its picture as PNG.
+        caption: the turn that ends each conversation; `None`: none.
+
+    Returns:
+        row id → scene as JSON, the rows, and their turns without captions.
+    """
+    (out / "images" / split).mkdir(parents=True)
+    scenes: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    turns: list[Any] = []
+    for index, (scene, asked, png) in enumerate(items):
+        turns += asked
+        told = asked if caption is None else [*asked, caption(scene)]
+        row_id, name = f"{split}-{index:06d}", f"{split}/{index:06d}.png"
+        (out / "images" / name).write_bytes(png)
+        scenes[row_id] = scene.as_json()
+        rows.append({"id": row_id, "image": name, "turns": told, "png": png})
+    write_json(out / f"{split}.json", [llava_row(row) for row in rows])
+    return scenes, rows, turns
 
 
 def llava_row(row: dict[str, Any]) -> dict[str, Any]:

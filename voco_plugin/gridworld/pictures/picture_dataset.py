@@ -37,7 +37,7 @@ from voco_plugin.gridworld.pictures.picture_questions import (
 from voco_plugin.gridworld.pictures.picture_scenes import SIDE, PictureScene, paint, sample_scene
 from voco_plugin.gridworld.pictures.vocabulary import NAMES, Name, held_out
 from voco_plugin.gridworld.questions import Turn
-from voco_plugin.gridworld.row_files import MARKER, llava_row, prepare_folder, save_hf, write_json
+from voco_plugin.gridworld.row_files import MARKER, prepare_folder, save_hf, write_json, write_split
 
 FORMAT = "pictures"
 FORMAT_VERSION = 1
@@ -164,24 +164,14 @@ def write_pictures(
     files = (*(f"{split}.json" for split in SPLITS), "scenes.json", ATTRIBUTION)
     prepare_folder(out, overwrite, FORMAT, files, ("images", "hf"))
     scenes: dict[str, Any] = {}
-    turns: dict[str, list[Turn]] = {split: [] for split in SPLITS}
+    turns: dict[str, list[Turn]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for split in SPLITS:
-        (out / "images" / split).mkdir(parents=True)
-        rows[split] = []
         number = num_train if split == "train" else num_test
-        for index, (scene, asked, png) in enumerate(
-            make_items(split, range(number), seed, sources, num_questions)
-        ):
-            turns[split] += asked
-            if caption and split == "train":
-                asked = [*asked, describe(scene)]
-            name = f"{split}/{index:06d}.png"
-            (out / "images" / name).write_bytes(png)
-            row_id = f"{split}-{index:06d}"
-            scenes[row_id] = scene.as_json()
-            rows[split].append({"id": row_id, "image": name, "turns": asked, "png": png})
-        write_json(out / f"{split}.json", [llava_row(row) for row in rows[split]])
+        items = make_items(split, range(number), seed, sources, num_questions)
+        told = describe if caption and split == "train" else None
+        found, rows[split], turns[split] = write_split(out, split, items, told)
+        scenes |= found
     write_json(out / "scenes.json", scenes)
     (out / ATTRIBUTION).write_text(attribution(sources), encoding="utf-8")
     save_hf(out / "hf", rows)
