@@ -145,12 +145,16 @@ class VideoFile:
         """
         av = pyav()
         self.reached = after
-        damage, good, packet = "", not (joined or self.live), None
+        damage, good, due = "", not (joined or self.live), None
         try:
             for packet in self.container.demux(self.stream):
                 if packet.is_corrupt and good:
-                    damage = "a packet of it is damaged or cut off"
+                    damage, due = "a packet of it is damaged or cut off", _due(packet)
                     break
+                if not packet.size and (missing := self.missing()) is not None:
+                    damage, due = "it is cut off: the rest of what its index lists is missing", missing
+                    break
+                due = _due(packet)
                 for frame in packet.decode():
                     if frame.is_corrupt:
                         if not good:
@@ -161,17 +165,27 @@ class VideoFile:
         except av.FFmpegError as error:
             damage = _reason(error)
         if damage:
-            yield from self._frames_left(packet)
+            yield from self._frames_left(due)
             raise self.broken(damage)
 
-    def _frames_left(self, packet: Any) -> Iterator[Any]:
+    def missing(self) -> int | None:
+        """When the first packet is due that the container's index lists and the file is too short for, in
+        ticks. FFmpeg marks a packet that is cut in two; a cut between two looks like the end of the video.
+
+        Only where the index came before the pictures (MP4) and PyAV tells it (17 and later).
+        """
+        size = self.container.size
+        entries = () if self.live or size <= 0 else getattr(self.stream, "index_entries", ())
+        lost = [entry.timestamp for entry in entries if entry.pos + entry.size > size]
+        return min(lost, default=None)
+
+    def _frames_left(self, due: int | None) -> Iterator[Any]:
         """Frames from before the damage that the decoder still holds.
 
         It holds frames that are shown later than one that is lost, too (B-frames are decoded after those
-        between which they stand). Nothing that comes after ``packet``, the last one that was read, is shown
-        before it is due to be decoded.
+        between which they stand). Nothing that is lost is shown before ``due``, when the last packet that was
+        read, or the first that is lost, is to be decoded.
         """
-        due = None if packet is None else packet.pts if packet.dts is None else packet.dts
         with contextlib.suppress(pyav().FFmpegError):
             for frame in self.stream.codec_context.decode(None):
                 if frame.is_corrupt or due is None or frame.pts is None or frame.pts >= due:
@@ -250,6 +264,11 @@ class VideoFile:
         if self.rate is None:
             raise self.broken("its frames carry no time and it names no frame rate")
         return index / self.rate
+
+
+def _due(packet: Any) -> int | None:
+    """When a packet is to be decoded, in ticks: what it holds is shown no earlier."""
+    return packet.pts if packet.dts is None else packet.dts
 
 
 def slack_of(tick: Fraction) -> Fraction:

@@ -96,6 +96,7 @@ def packet_table(video: VideoFile) -> PacketTable:
     timed = len(pts) == count
     duration = end - int(shown[0]) * video.tick if timed else count * step
     distinct = bool((np.diff(shown) > 0).all())
+    whole = whole and video.missing() is None
     sound = whole and timed and distinct and video.codec in _ONE_FRAME_A_PACKET
     return PacketTable(shown, np.asarray(keys, dtype=bool)[order], video.tick, duration, sound)
 
