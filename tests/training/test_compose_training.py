@@ -12,6 +12,7 @@ import voco_plugin as vp
 from voco_plugin.cli import main
 from voco_plugin.gridworld.dataset import write_gridworld
 from voco_plugin.gridworld.tiny_parts import ENCODERS, LLMS, write_tiny_encoder, write_tiny_llm
+from voco_plugin.training.trainer import VoCoSFTTrainer
 
 pytest.importorskip("timm", reason="timm is in the extra `backbones`")
 pytest.importorskip("open_clip", reason="open_clip is in the extra `backbones`")
@@ -79,9 +80,32 @@ def test_lora_names_the_composed_model_as_its_base(world, tmp_path, monkeypatch,
     assert vp.attachment(model).config.num_tokens == 2
 
 
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["whole", "lora"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_composed_model_computes_as_the_recipe_says(world, tmp_path, monkeypatch, lora, attention):
+    """LoRA's base is saved and loaded once more, under the recipe's settings."""
+    seen = []
+    real = VoCoSFTTrainer.train
+
+    def watched(self, *arguments, **keywords):
+        seen.extend(
+            (p.dtype, self.model.config.text_config._attn_implementation) for p in self.model.parameters()
+        )
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(VoCoSFTTrainer, "train", watched)
+    settings = ["--attn_implementation", attention, "--dtype", "bfloat16", "--voco", "null", *lora]
+    output = ["--output_dir", str(tmp_path), "--bf16", "true"]
+    assert main(["train", "gridworld_compose", *settings, *SHORT, *output]) == 0
+    frozen = {(torch.bfloat16, attention)}
+    assert frozen <= set(seen) <= frozen | {(torch.float32, attention)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model_init_kwargs.attn_implementation", "eager"], "are keys of the recipe itself"),
         (["--model.encoder", "runs/parts/gone"], "encoder runs/parts/gone: there is no config.json"),
         (["--model", "null"], "has no model_name_or_path: add it"),
         (["--use_peft", "--load_in_4bit"], "a model section and quantization exclude each other"),

@@ -146,6 +146,11 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
                 "a model section and quantization exclude each other: save the composed model first "
                 "(vp.compose(…), save_pretrained), and name its folder as model_name_or_path."
             )
+        if config.model_init_kwargs:
+            raise RecipeError(
+                f"model_init_kwargs ({', '.join(config.model_init_kwargs)}) are of a model that is loaded, "
+                "and a model section makes one: dtype and attn_implementation are keys of the recipe itself."
+            )
     # before anything loads: without bitsandbytes its config alone raises
     adapted = model_config.use_peft or (source and (Path(source) / "adapter_config.json").is_file())
     check_quantization(model_config, bool(adapted))
@@ -181,8 +186,11 @@ def train(recipe: Recipe, typed: list[str] | None = None) -> dict[str, Any]:
     }
     processor = None
     if arguments.model:
-        config.model_init_kwargs = None
         source, processor = _compose(arguments.model, model_config, config)
+        if isinstance(source, str):
+            del config.model_init_kwargs["revision"]
+        else:  # made as wanted
+            config.model_init_kwargs = None
     trainer = VoCoSFTTrainer(
         model=source,
         args=config,

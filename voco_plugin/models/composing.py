@@ -80,6 +80,7 @@ def compose(
     with torch.no_grad():
         before = language(input_ids=ids.to(language.device)).logits.float()
 
+    attention = language.config._attn_implementation
     config = _config(tower, language, tokenizer, chosen)
     config.composed_of = {
         "encoder": _shown(encoder),
@@ -88,6 +89,8 @@ def compose(
         "fixed_layers": [f"multi_modal_projector.{layer}" for layer in chosen.fixed],
     }
     model = _assembled(config, tower, language, chosen, seed)
+    # the LLM's config is a part of the whole one, whose class put its default in
+    model.config.text_config._attn_implementation = attention
     with torch.no_grad():
         after = model(input_ids=ids.to(language.device), attention_mask=torch.ones_like(ids)).logits.float()
     _compare_heads(llm, language.config, before, after)
