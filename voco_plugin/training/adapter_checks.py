@@ -3,14 +3,18 @@ training."""
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
+from ..core.attachment import attachment
 from .parts import LANGUAGE, PROJECTOR, VISION, ModelParts, base_of, is_token_row
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def check_loads_again(config: Any) -> None:
@@ -148,6 +152,12 @@ def check_adapter(
             parameter.requires_grad_(False)
         else:
             held.add(part)
+    if voco and compresses and not any(is_token_row(n) for n, _ in base.named_parameters()):
+        if attachment(base).config.reads_vision:
+            logger.warning(
+                "the PeftModel holds no row for the VoCo token (trainable_token_indices): the token keeps "
+                "the embedding it starts from. Give the adapter's folder as model, which adds the row."
+            )
     for asked, part, key in (
         (projector, PROJECTOR, "train_projector"),
         (vision_tower, VISION, "train_vision_tower"),

@@ -90,7 +90,7 @@ def prepare_peft_config(
         if not hasattr(config, "trainable_token_indices"):
             raise ValueError(f"PEFT method {method} cannot train the VoCo token's row alone; use LoRA.")
         check_row_is_free(model, config)
-        config.trainable_token_indices = _with_token(model, config.trainable_token_indices, token_id)
+        config.trainable_token_indices = with_token(model, config.trainable_token_indices, token_id)
     return config
 
 
@@ -104,12 +104,12 @@ def _refuse_language(model: PreTrainedModel, parts: ModelParts, pattern: str) ->
             )
 
 
-def _with_token(model: PreTrainedModel, given: Any, token_id: int) -> Any:
+def with_token(model: PreTrainedModel, given: Any, token_id: int) -> Any:
     """``trainable_token_indices`` that hold the VoCo token among whatever the user gave."""
     if isinstance(given, dict):
         embeddings = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
         key = next((k for k in given if embeddings == k or embeddings.endswith("." + k)), embeddings)
-        return {**given, key: _with_token(model, given.get(key), token_id)}
+        return {**given, key: with_token(model, given.get(key), token_id)}
     return list(dict.fromkeys([*(given or []), token_id]))
 
 

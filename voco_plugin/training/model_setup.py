@@ -13,12 +13,13 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from ..config import CONFIG_NAME, VoCoConfig
 from ..core.attachment import attachment, is_attached, unwrap
 from ..core.layout import TokenVocabulary
-from ..models import attach, load
+from ..models import attach, detach, load
 from ..models.loading import auto_class
 from ..models.snapshot import as_given_on_failure
 from ..models.token_rows import restore_rows
 from ..models.two_adapters import activate_both
 from .config import VoCoSFTConfig, as_voco_config
+from .grown_adapters import grown
 from .parts import base_of, freeze, is_peft
 from .quantization import language_model_only
 from .rows import HoldRows
@@ -37,7 +38,8 @@ def as_voco_args(args: Any, model: Any) -> VoCoSFTConfig:
 
 
 def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tuple[Any, Any]:
-    """The model at ``source``; its processor too where this package saved it (else ``None``)."""
+    """The model at ``source``; its processor too where this package saved it, or it is an adapter (else
+    ``None``)."""
     options = _init_kwargs(args)
     if quantization_config is not None:
         if "quantization_config" in options:
@@ -48,19 +50,29 @@ def load_model(source: str, args: VoCoSFTConfig, quantization_config: Any) -> tu
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    if not os.path.isfile(os.path.join(source, CONFIG_NAME)):
-        if args.voco is not None and not os.path.isfile(os.path.join(source, "adapter_config.json")):
+    of_ours = os.path.isfile(os.path.join(source, CONFIG_NAME))
+    if not of_ours and not os.path.isfile(os.path.join(source, "adapter_config.json")):
+        if args.voco is not None:
             known = {k: options[k] for k in ("revision", "trust_remote_code") if options.get(k)}
             auto_class(source, **known)  # refuses a model that sees no images
         return create_model_from_path(source, **options), None
     options.setdefault("dtype", "float32")
     model, processor = load(source, voco=as_voco_config(args.voco), **options)
+    if not of_ours:
+        model = _of_another_trainer(model, args)
     if is_peft(model):  # loaded for inference: train on
         if len(model.active_adapters) > 1:
             activate_both(model, train=True)
         else:
             model.set_adapter(model.active_adapter)
     return model.train(), processor
+
+
+def _of_another_trainer(model: Any, args: VoCoSFTConfig) -> Any:
+    """An adapter that was made without VoCo, loaded with it: as the run needs it."""
+    if args.voco is None:  # to be trained on as it is
+        return detach(model)
+    return grown(model) if args.train_voco else model
 
 
 def _init_kwargs(args: VoCoSFTConfig) -> dict[str, Any]:
