@@ -48,6 +48,11 @@ _load, _ = lazy_names(__name__, _NAMES)
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(_MODULES[name], __name__)
+    if _NAMES.get(name, "").startswith(".training"):
+        from .training.trl_floor import NEED_IT, check_trl
+
+        if name in NEED_IT:
+            check_trl(name)
     return _load(name)
 
 

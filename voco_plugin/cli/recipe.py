@@ -317,7 +317,14 @@ def _check_distill(given: dict[str, Any], where: Mapping[str, str]) -> None:
 
 
 def schema() -> dict[str, tuple[Any, Any]]:
-    """Every key of a recipe → (type hint, allowed values or ``None``). Imports torch, and loads no model."""
+    """Every key of a recipe → (type hint, allowed values or ``None``). Imports torch, and loads no model.
+
+    Raises:
+        ImportError: TRL, whose arguments most of them are, is missing.
+    """
+    from ..training.trl_floor import check_trl
+
+    check_trl()
     from trl import ModelConfig
 
     from ..training.config import VoCoSFTConfig

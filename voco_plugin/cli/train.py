@@ -46,6 +46,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..training.trl_floor import check_trl
+
     overrides = list(args.overrides)
     if "-h" in overrides or "--help" in overrides:
         args.parser.print_help()
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if flag in overrides:
             overrides.remove(flag)
             setattr(args, flag[2:], True)
+    check_trl()
     if args.plugin:
         overrides += ["--plugin", *args.plugin]
     if not args.check:

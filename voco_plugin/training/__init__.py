@@ -10,16 +10,24 @@ what surrounds a run: ``launch`` (which launches are refused), ``checkpoints``, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..registry import lazy_names
+from .trl_floor import NEED_IT, check_trl
 
 __all__ = ["DistillConfig", "VoCoSFTConfig", "VoCoSFTTrainer"]
 
-__getattr__, __dir__ = lazy_names(
+_load, __dir__ = lazy_names(
     __name__,
     {"DistillConfig": ".distillation.config", "VoCoSFTConfig": ".config", "VoCoSFTTrainer": ".trainer"},
 )
+
+
+def __getattr__(name: str) -> Any:
+    if name in NEED_IT:
+        check_trl(name)
+    return _load(name)
+
 
 if TYPE_CHECKING:
     from .config import VoCoSFTConfig
