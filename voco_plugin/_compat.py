@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from .core.extension import Extension, extend
@@ -34,6 +35,21 @@ def cache_names() -> tuple[str, ...]:
 
     renamed = any(field.name == "cache" for field in dataclasses.fields(BaseModelOutputWithPast))
     return ("cache", "past_key_values") if renamed else ("past_key_values",)
+
+
+@functools.cache
+def chunks_forget_the_cache() -> bool:
+    """Whether ``generate(prefill_chunk_size=…)`` counts its chunks from zero where a KV cache is given, and
+    cuts the attention mask wrongly, as transformers before 5.21. Remove when 5.21 is the oldest supported.
+    """
+    return _transformers() < Version("5.21")
+
+
+@functools.cache
+def _transformers() -> Version:
+    import transformers
+
+    return Version(transformers.__version__)
 
 
 class _GivesImageOutputs(Extension):

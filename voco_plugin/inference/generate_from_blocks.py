@@ -259,16 +259,22 @@ def read_placed(read: Any, placed: Placed, chunk: int | None, **kwargs: Any) -> 
 
 
 def head_start(
-    model: Any, state: Attachment, placed: Placed, types: torch.Tensor | None, read: Any
+    model: Any,
+    state: Attachment,
+    placed: Placed,
+    types: torch.Tensor | None,
+    read: Any,
+    chunk: int | None = None,
 ) -> dict[str, Any]:
     """Read the prompt under the rule; what ``generate`` goes on from: ``input_ids`` ``(B, P + T)`` (any text
     id stands for a slot of a block), ``attention_mask`` and the KV cache up to the last token.
 
     Args:
         read: the model's forward, given the mode it runs in.
+        chunk: tokens to read at a time; ``None``: as many as their mask may have.
     """
     more = {} if types is None else {"token_type_ids": types}
-    output = read_placed(read, placed, prefill_chunk(placed), logits_to_keep=1, **more)
+    output = read_placed(read, placed, chunk or prefill_chunk(placed), logits_to_keep=1, **more)
     past = cache_of(output)
     past.crop(-1)
     slots = placed.attention_mask.shape[1] - placed.input_ids.shape[1]

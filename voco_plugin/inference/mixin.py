@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from .._compat import cache_names
+from .._compat import cache_names, chunks_forget_the_cache
 from ..cache import VoCoCache
 from ..cache.compress.batching import Limits
 from ..cache.compress.stage_one import compress
@@ -371,9 +371,15 @@ class VoCoGenerationMixin(Extension):
         if types is not None:
             types = types.gather(1, placed.columns.clamp_min(0))
         times = expansion(self, args, kwargs)
-        if static is not None or assisted:
+        cut = setting(self, args, kwargs, "prefill_chunk_size")
+        cut_here = chunks_forget_the_cache() and (cut or prefill_chunk(placed)) is not None
+        if static is not None or assisted or cut_here:
             with without_rope_deltas(self):
-                start = head_start(self, state, placed, types, self._read)
+                start = head_start(self, state, placed, types, self._read, cut)
+            if cut is not None:  # its last token is left
+                change(args, kwargs, prefill_chunk_size=None)
+                if self.generation_config.prefill_chunk_size is not None:  # it would be filled in
+                    kwargs["prefill_chunk_size"] = None
         else:
             start = {
                 "input_ids": placed.input_ids,
