@@ -168,7 +168,7 @@ def test_order_and_company_change_nothing() -> None:
 
 
 def test_spaces_and_merged_tokens_at_the_boundary() -> None:
-    """The tiny vocabulary merges `` red``, and the template ends with a space: it goes to the continuation."""
+    """The tiny vocabulary merges `` red``; the space that the template ends with goes to the continuation."""
     model, tools = made("llava_llama")
     assert render(tools, [ask("What?", 0)])[0].endswith("ASSISTANT: ")
     (row,) = vp.log_likelihood(model, tools, ["What?"], [["red", "q"]])

@@ -280,8 +280,8 @@ def _score(
 
 
 def _judged(logits: torch.Tensor, ids: list[int]) -> tuple[float, bool]:
-    """The summed log-probability of ``ids`` ``(t,)`` under ``logits`` ``(t, vocabulary)``; whether each is the
-    likeliest.
+    """The summed log-probability of ``ids`` ``(t,)`` under ``logits`` ``(t, vocabulary)``; whether each is
+    the likeliest.
     """
     logits = logits.float()
     wanted = torch.tensor(ids, device=logits.device)
