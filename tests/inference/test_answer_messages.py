@@ -171,6 +171,14 @@ def test_a_template_that_drops_the_system_turn_is_refused() -> None:
         vp.answer(model, tools, messages=[[{"role": "system", "content": "Be brief."}, user(text("a"))]])
 
 
+def test_iterators_are_lists_and_a_plain_model_compresses_nothing() -> None:
+    model, tools = made("llava_llama")
+    asked = [user(text("a"))]
+    assert vp.answer(model, tools, messages=iter([asked]), **NEW) == vp.answer(model, tools, iter("a"), **NEW)
+    with pytest.raises(ValueError, match="has no VoCo attached"):
+        list(vp.compress_images(build("llava_llama"), tools, pictures(1)))
+
+
 def test_what_was_half_hidden_is_public() -> None:
     for name in ("answer", "compress_images", "stream_of", "insert_voco_tokens", "log_likelihood"):
         assert name in vp.__all__ and callable(getattr(vp, name))

@@ -87,7 +87,7 @@ def test_text_alone_and_plain_models_give_the_plain_forwards_sums(pair, attached
     model, tools = pair
     plain = build(type_of(model)) if not attached else model
     talks = [ask(q, 0) for q in QUESTIONS]
-    found = vp.log_likelihood(plain, tools, QUESTIONS, ENDS)
+    found = vp.log_likelihood(plain, tools, iter(QUESTIONS), ENDS, batch_size=2)  # several forks of a prompt
     agree(found, expected(plain, tools, talks, ENDS, [[]] * 3))
     if not attached:
         images = [[one] for one in pictures(3)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..cache import VoCoCache
-from ..core.attachment import evaluating, input_device, is_attached
+from ..core.attachment import attachment, evaluating, input_device, is_attached
 from ..data.images import BadImageError, find_refused
 from .messages import check_per_prompt, conversations
 from .prompts import Messages, ask, check_text_before, check_times, encode, stream_of
@@ -48,8 +48,9 @@ def compress_images(
 
     Raises:
         BadImageError: the image processor does not take an image.
-        ValueError: ``max_memory`` is below what one image takes.
+        ValueError: ``max_memory`` is below what one image takes, or the model is not attached.
     """
+    attachment(model)
     before = 0
     for whole in _chunks(images, batch_size):
         chunk, inputs = _encode_images(processor, whole, before, refused)
@@ -146,7 +147,7 @@ def answer(
         check_text_before(processor, text_before)
     talks: list[Messages] | None = None
     if messages is not None:
-        talks, images = conversations(messages, images, caches, processor=processor)
+        talks, images = conversations(asked, images, caches, processor=processor)
     generate.setdefault("do_sample", False)
     out: list[str] = []
     with evaluating(model):
@@ -176,6 +177,7 @@ def _check_asked(questions: Any, messages: Any, times: Any, before: Any, text_be
     if (questions is None) == (messages is None):
         raise ValueError("give questions or messages=, one of the two.")
     if messages is None:
+        questions = questions if isinstance(questions, str) or hasattr(questions, "__len__") else [*questions]
         if isinstance(questions, str):
             raise ValueError("questions is one string; give a list of questions: [question].")
         odd = next((q for q in questions if not isinstance(q, str)), None)
@@ -187,7 +189,8 @@ def _check_asked(questions: Any, messages: Any, times: Any, before: Any, text_be
     for name, given in (("times", times), ("before", before), ("text_before", text_before)):
         if given is not None:
             raise ValueError(f"{name} belongs to questions; write it into the conversations (messages=).")
-    if isinstance(messages, (str, dict)) or (len(messages) and isinstance(messages[0], dict)):
+    messages = messages if isinstance(messages, (str, dict)) else list(messages)
+    if isinstance(messages, (str, dict)) or (messages and isinstance(messages[0], dict)):
         raise ValueError("messages is one conversation; give a list of conversations: [messages].")
     return messages
 

@@ -67,6 +67,8 @@ def log_likelihood(
     processor itself writes something after the prompt (PaliGemma's line break), the continuation is
     tokenized by itself.
 
+    A compressor that reads the question reads the prompt, and no continuation.
+
     Args:
         prompts: per prompt a question, which stands after its images, or chat messages (see
             :func:`~voco_plugin.inference.answering.answer`).
@@ -83,6 +85,7 @@ def log_likelihood(
         ValueError: the lists do not match, a continuation is empty or holds an image or VoCo token, a plain
             model is given caches, or a prompt ends with an image.
     """
+    prompts, continuations = _listed(prompts), _listed(continuations)
     _check(prompts, continuations, batch_size)
     if caches is not None and not is_attached(model):
         raise ValueError("a model without VoCo attached cannot read a cache; load it with voco_plugin.load.")
@@ -163,6 +166,11 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _listed(items: Any) -> Any:
+    """What an iterable gives; one prompt that stands in the place of several stays what it is."""
+    return items if isinstance(items, (str, dict)) else list(items)
 
 
 def _check(prompts: Any, continuations: Any, batch_size: int) -> None:
@@ -310,7 +318,7 @@ def _forked(past: Any, rows: list[int]) -> Any:
     """A KV cache of its own for each of ``rows``; ``past`` stays as it is."""
     fork = copy.copy(past)
     fork.layers = [copy.copy(layer) for layer in past.layers]
-    fork.batch_select_indices(torch.tensor(rows, device=past.layers[0].keys.device))
+    fork.batch_select_indices(torch.tensor(rows))  # on the CPU: layers may be on several devices
     return fork
 
 
