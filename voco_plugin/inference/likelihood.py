@@ -201,11 +201,10 @@ def _check(prompts: Any, continuations: Any, batch_size: int) -> None:
 
 def _check_ids(model: Any, work: Sequence[_Work | None]) -> None:
     """Refuse continuations that would be read as images."""
+    refused: set[Any] = {getattr(model.config, name, None) for name in _IMAGE_IDS} - {None}
     if is_attached(model):
         vocab = attachment(model).vocab
         refused = {vocab.voco_id, *vocab.placeholders}
-    else:
-        refused = {getattr(model.config, name, None) for name in _IMAGE_IDS} - {None}
     for number, one in enumerate(work):
         for ending in [] if one is None else one.endings:
             found = refused.intersection(ending.ids)
