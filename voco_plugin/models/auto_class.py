@@ -32,8 +32,9 @@ class AttachedModel:
         source = os.fspath(pretrained_model_name_or_path)
         if model_args:
             raise ValueError("from_pretrained takes the folder alone by position; give options by name.")
-        kwargs.pop("_from_auto", None)
-        kwargs.pop("trust_remote_code", None)  # of the model inside, which is transformers' own
+        # the auto class's own; the model inside is transformers' code
+        for name in ("_from_auto", "_commit_hash", "code_revision", "trust_remote_code"):
+            kwargs.pop(name, None)
         adapter = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         if adapter is not None:
             raise ValueError(
