@@ -33,6 +33,11 @@ _NAMES = {
     "VoCoCacheStore": ".store",
     "VoCoGenerationMixin": ".inference.mixin",
     "VoCoSession": ".inference.session",
+    "answer": ".inference.answering",
+    "compress_images": ".inference.answering",
+    "log_likelihood": ".inference.likelihood",
+    "stream_of": ".inference.prompts",
+    "insert_voco_tokens": ".core.injection",
     "VoCoDataCollator": ".training.collator",
     "DistillConfig": ".training",
     "VoCoSFTConfig": ".training",
@@ -67,8 +72,12 @@ if TYPE_CHECKING:
     from .cache import VoCoBlock, VoCoCache, VoCoCacheError
     from .config import VoCoConfig
     from .core.attachment import attachment, is_attached
+    from .core.injection import insert_voco_tokens
     from .core.layout import LayoutError, SequenceLayout, TokenVocabulary
+    from .inference.answering import answer, compress_images
+    from .inference.likelihood import log_likelihood
     from .inference.mixin import VoCoGenerationMixin
+    from .inference.prompts import stream_of
     from .inference.session import VoCoSession
     from .models import attach, compose, detach, load, save_voco_config
     from .store import VoCoCacheStore

@@ -86,3 +86,34 @@ def test_what_cannot_be_merged_is_refused_in_a_line(bases, data, tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["merged"] == str(tmp_path / "a")
     assert vp.load(tmp_path / "a")[0].dtype == torch.bfloat16
     assert not list(tmp_path.glob("*partial*"))
+
+
+def test_merged_and_trained_whole_weights_have_it_and_adapters_do_not(bases, data, tmp_path) -> None:
+    out = tmp_path / "lora"
+    trained = trainer(bases("llava_llama"), out, data, max_steps=1)
+    trained.train()
+    trained.save_model()
+    assert not (out / "modeling_voco.py").exists()
+    merged = merge_adapter(out, tmp_path / "merged")
+    found = AutoModelForImageTextToText.from_pretrained(merged, trust_remote_code=True)
+    tools = AutoProcessor.from_pretrained(merged)
+    assert (logits(found, tools) - logits(*vp.load(out))).abs().max() < 1e-4
+    second = trainer(str(merged), tmp_path / "second", data, max_steps=1)  # an adapter on it
+    second.save_model(str(tmp_path / "second"))
+    with pytest.raises(ValueError, match=r"second is an adapter.* voco_plugin.load"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "second", trust_remote_code=True)
+    whole = trainer(
+        str(merged), tmp_path / "whole", data, peft=False, max_steps=1, save_strategy="steps", save_steps=1,
+        trust_remote_code=True,
+    )  # fmt: skip
+    whole.train()
+    whole.save_model()
+    for folder in (tmp_path / "whole", tmp_path / "whole" / "checkpoint-1"):
+        found = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        assert torch.equal(logits(found, tools), logits(*vp.load(folder)))
+        assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    again = trainer(
+        str(merged), tmp_path / "whole", data, peft=False, max_steps=2, trust_remote_code=True
+    )  # its weights are read as plain ones
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert again.state.global_step == 2

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..cache import VoCoCache
-from ..core.attachment import evaluating, input_device, is_attached
+from ..core.attachment import attachment, evaluating, input_device, is_attached
 from ..data.images import BadImageError, find_refused
+from .messages import check_per_prompt, conversations
 from .prompts import Messages, ask, check_text_before, check_times, encode, stream_of
 
 Tick = Callable[[int], Any]
@@ -47,8 +48,9 @@ def compress_images(
 
     Raises:
         BadImageError: the image processor does not take an image.
-        ValueError: ``max_memory`` is below what one image takes.
+        ValueError: ``max_memory`` is below what one image takes, or the model is not attached.
     """
+    attachment(model)
     before = 0
     for whole in _chunks(images, batch_size):
         chunk, inputs = _encode_images(processor, whole, before, refused)
@@ -93,8 +95,9 @@ def _encode_images(
 def answer(
     model: Any,
     processor: Any,
-    questions: Sequence[str],
+    questions: Sequence[str] | None = None,
     *,
+    messages: Sequence[Messages] | None = None,
     images: Sequence[Sequence[Any]] | None = None,
     caches: Sequence[VoCoCache] | None = None,
     times: Sequence[Sequence[str | None]] | None = None,
@@ -109,6 +112,11 @@ def answer(
 
     Args:
         questions: ``Q`` questions, each in a prompt of its own.
+        messages: instead of questions: ``Q`` conversations, each a list of turns (``{"role": …, "content":
+            …}``; several turns, a system turn) that ends with the user's. Images stand in the content
+            (``{"type": "image", "image": …}``: PIL image, path, URL), or image parts without one take those
+            of ``images`` in order; with ``caches`` each image part stands for the next block, and no image
+            is opened.
         images: per question its images. An attached model compresses them, a plain one reads every vision
             token.
         caches: instead of images: per question the cache of its images, which are not opened again.
@@ -119,17 +127,16 @@ def answer(
         generate: passed to ``model.generate``.
 
     Raises:
-        ValueError: images and caches are both given, their number is not that of the questions, a plain
-            model is to answer from a cache, or the chat template does not keep times or the text before their
-            images.
+        ValueError: images and caches are both given, their number is not that of the questions or of the
+            image parts, a plain model is to answer from a cache, ``messages`` are no conversations, or the
+            chat template does not keep times, the text before their images, or a system turn.
     """
-    if images is not None and caches is not None:
-        raise ValueError("give images or caches, not both.")
-    for name, given in (("images", images), ("caches", caches), ("times", times), ("before", before)):
-        if given is not None and len(given) != len(questions):
-            raise ValueError(
-                f"{len(given)} {name} for {len(questions)} questions; give one entry per question."
-            )
+    asked = _check_asked(questions, messages, times, before, text_before)
+    what = "questions" if messages is None else "conversations"
+    check_per_prompt(images, caches, len(asked), what)
+    for name, given in (("times", times), ("before", before)):
+        if given is not None and len(given) != len(asked):
+            raise ValueError(f"{len(given)} {name} for {len(asked)} questions; give one entry per question.")
     if caches is not None and not is_attached(model):
         raise ValueError(
             "a model without VoCo attached cannot answer from a cache; load it with voco_plugin.load."
@@ -138,19 +145,54 @@ def answer(
         check_times(processor)
     if text_before is not None and (images is not None or caches is not None):
         check_text_before(processor, text_before)
+    talks: list[Messages] | None = None
+    if messages is not None:
+        talks, images = conversations(asked, images, caches, processor=processor)
     generate.setdefault("do_sample", False)
     out: list[str] = []
     with evaluating(model):
-        for start in range(0, len(questions), batch_size):
+        for start in range(0, len(asked), batch_size):
             part = slice(start, start + batch_size)
-            shown = (_part(images, part), _part(caches, part), _part(times, part), _part(before, part))
-            inputs = prompt(model, processor, questions[part], *shown, text_before)
+            shown = (_part(images, part), _part(caches, part))
+            if talks is not None:
+                inputs = inputs_of(model, processor, talks[part], *shown)
+            else:
+                told = (_part(times, part), _part(before, part), text_before)
+                inputs = prompt(model, processor, asked[part], *shown, *told)
             ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **generate)
             fresh = ids[:, inputs["input_ids"].shape[1] :]
             out += [text.strip() for text in processor.batch_decode(fresh, skip_special_tokens=True)]
             if tick is not None:
-                tick(len(questions[part]))
+                tick(len(asked[part]))
     return out
+
+
+def _check_asked(questions: Any, messages: Any, times: Any, before: Any, text_before: Any) -> Any:
+    """Questions or conversations, whichever are given.
+
+    Raises:
+        ValueError: both or neither, one where a list of them is wanted, or what belongs to questions beside
+            conversations.
+    """
+    if (questions is None) == (messages is None):
+        raise ValueError("give questions or messages=, one of the two.")
+    if messages is None:
+        questions = questions if isinstance(questions, str) or hasattr(questions, "__len__") else [*questions]
+        if isinstance(questions, str):
+            raise ValueError("questions is one string; give a list of questions: [question].")
+        odd = next((q for q in questions if not isinstance(q, str)), None)
+        if odd is not None:
+            raise ValueError(
+                f"a question is a {type(odd).__name__}; give strings, or conversations as messages=."
+            )
+        return questions
+    for name, given in (("times", times), ("before", before), ("text_before", text_before)):
+        if given is not None:
+            raise ValueError(f"{name} belongs to questions; write it into the conversations (messages=).")
+    messages = messages if isinstance(messages, (str, dict)) else list(messages)
+    if isinstance(messages, (str, dict)) or (messages and isinstance(messages[0], dict)):
+        raise ValueError("messages is one conversation; give a list of conversations: [messages].")
+    return messages
 
 
 def prompt(
@@ -166,13 +208,27 @@ def prompt(
     """The arguments of ``model(...)`` or ``model.generate(...)`` for a batch of questions; see
     :func:`answer`."""
     if caches is not None:
-        stacked = VoCoCache.stack(caches)
         batch = _asked(questions, caches, times, before, text_before)
-        return on_device(model, {**stream_of(model, processor, batch, stacked), "voco_cache": stacked})
-    if images is None:
+    elif images is not None:
+        batch = _asked(questions, images, times, before, text_before)
+    else:
         batch = _asked(questions, [()] * len(questions), None, before, text_before)
+    return inputs_of(model, processor, batch, images, caches)
+
+
+def inputs_of(
+    model: Any,
+    processor: Any,
+    batch: Sequence[Messages],
+    images: Sequence[Sequence[Any]] | None = None,
+    caches: Sequence[VoCoCache] | None = None,
+) -> dict[str, Any]:
+    """As :func:`prompt`, of conversations whose image parts are bare."""
+    if caches is not None:
+        stacked = VoCoCache.stack(caches)
+        return on_device(model, {**stream_of(model, processor, batch, stacked), "voco_cache": stacked})
+    if images is None or not any(len(row) for row in images):
         return on_device(model, encode(processor, batch, None))
-    batch = _asked(questions, images, times, before, text_before)
     inputs = encode(processor, batch, images)
     return on_device(
         model, model.insert_voco_tokens(inputs, padding_side="left") if is_attached(model) else inputs

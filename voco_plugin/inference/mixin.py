@@ -50,6 +50,7 @@ from .generate_from_blocks import (
     with_prompt,
     without_rope_deltas,
 )
+from .modeling_file import write_modeling_file
 from .saved_note import note_rule
 from .shown_prompt import Prompt, PromptedProcessors, show_prompt
 
@@ -466,7 +467,8 @@ class VoCoGenerationMixin(Extension):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """An ordinary transformers checkpoint, ``voco_config.json`` and, where one was given, the
-        processor; with a card, where the folder has none, that says how it is loaded.
+        processor; with a card, where the folder has none, that says how it is loaded, and the file by which
+        ``from_pretrained(…, trust_remote_code=True)`` finds the rule.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -474,7 +476,7 @@ class VoCoGenerationMixin(Extension):
             state.save(save_directory)
             if state.processor is not None:
                 state.processor.save_pretrained(save_directory)
-            note_rule(save_directory, state.config)
+            note_rule(save_directory, state.config, write_modeling_file(save_directory, self))
 
 
 _GENERATION_ONLY = {

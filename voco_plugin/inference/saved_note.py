@@ -29,21 +29,38 @@ import voco_plugin as vp
 model, processor = vp.load("path/of/this/folder")
 ```
 
+{trusted}
 `AutoModelForImageTextToText.from_pretrained` and `pipeline(…)` take the folder, too, but run it without the
-rule: nothing is compressed, and the answers are not those it was trained for.
+rule{unless}: nothing is compressed, and the answers are not those it was trained for.
+"""
+_TRUSTED = """
+`AutoModelForImageTextToText.from_pretrained("path/of/this/folder", trust_remote_code=True)` loads it with its
+rule, too, where voco_plugin is installed (`modeling_voco.py`).
 """
 
 
-def note_rule(folder: str | os.PathLike, config: VoCoConfig) -> None:
-    """A card where the folder has none, and a warning, once."""
+def note_rule(folder: str | os.PathLike, config: VoCoConfig, found_by_auto_class: bool = False) -> None:
+    """A card where the folder has none, and a warning, once.
+
+    Args:
+        found_by_auto_class: whether ``trust_remote_code=True`` loads the folder with its rule.
+    """
     card = Path(folder) / "README.md"
     if not card.exists():
         one = config.num_tokens == 1
         tokens = "one VoCo token" if one else f"{config.num_tokens} VoCo tokens"
-        text = _CARD.format(tokens=tokens, rule=config.rule, those="that token" if one else "those tokens")
+        text = _CARD.format(
+            tokens=tokens,
+            rule=config.rule,
+            those="that token" if one else "those tokens",
+            trusted=_TRUSTED if found_by_auto_class else "",
+            unless=" unless `trust_remote_code=True` is given" if found_by_auto_class else "",
+        )
         atomic_write_text(card, text)
+    also = ", or with from_pretrained(…, trust_remote_code=True)" if found_by_auto_class else ""
+    else_ = " without trust_remote_code" if found_by_auto_class else ""
     logger.warning_once(
-        "Saved with VoCo's rule, which is not in the weights: load the folder with voco_plugin.load. "
-        "transformers' from_pretrained and pipeline run it without the rule: nothing is compressed, and the "
-        "answers are others."
+        f"Saved with VoCo's rule, which is not in the weights: load the folder with voco_plugin.load{also}. "
+        f"transformers' from_pretrained and pipeline{else_} run it without the rule: nothing is compressed, "
+        "and the answers are others."
     )

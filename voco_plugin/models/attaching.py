@@ -19,6 +19,7 @@ from ..core.forward import TakesBlockEmbeddings, UnderRule
 from ..core.layout import TokenVocabulary, tokenizer_of
 from ..core.peft_layers import is_tuner
 from ..inference.mixin import VoCoGenerationMixin
+from ..inference.modeling_file import forget_file
 from .compressors import build_compressor
 from .families import family_of
 from .image_first import begins_image, image_comes_first, warn_of_image_first
@@ -93,6 +94,7 @@ def attach(
             state.embeddings = _block_embeddings(inner, config)
         text.config._attn_implementation_internal = name
         _extend(inner, state)
+    forget_file(inner.config)
     if config.isolates and not config.hide_prefix and image_comes_first(processor, begins_image(vocab)):
         warn_of_image_first(processor)
     return model

@@ -15,11 +15,17 @@ from ..core.adapter_stages import BOTH, SEPARATE, act_by_stage
 from ..core.attachment import attachment, unwrap
 from ..core.block_embeddings import NAME
 from ..core.layout import TokenVocabulary
+from ..inference.modeling_file import names_our_file
 from .answer_ends import answer_end, stop_at
 from .attaching import attach
 from .compressor_weights import expected_by, load_compressor, read_compressor
 from .model_paths import base_of_adapter, check_model_path, named, note_base
 from .two_adapters import load_both
+
+HUB_OPTIONS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+"""Options of ``from_pretrained`` that say where files are; the processor and the rule are there too."""
 
 
 def save_voco_config(
@@ -123,6 +129,14 @@ def check_sees_images(source: str, config: Any) -> None:
         )
 
 
+def trusts_code_of_others(source: str, trust_remote_code: bool = False, **options: Any) -> bool:
+    """``trust_remote_code`` for whoever loads the plain model at ``source``: not where the code is our own,
+    which would attach it.
+    """
+    files = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    return trust_remote_code and not names_our_file(find_file(source, "config.json", **files))
+
+
 def load(
     source: str | os.PathLike,
     voco: VoCoConfig | dict | None = None,
@@ -143,7 +157,9 @@ def load(
             what it was).
         dtype: of the weights; ``None`` keeps the checkpoint's.
         device: where to put the model.
-        model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …).
+        model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …); those that
+            say where files are (``token``, ``cache_dir``, ``local_files_only``, …) hold for the processor,
+            too.
 
     Returns:
         ``(model, processor)``; the model is in eval mode.
@@ -155,8 +171,12 @@ def load(
     from transformers import AutoProcessor
 
     source = os.path.expanduser(os.fspath(source))
+    hub = {name: model_kwargs.pop(name) for name in HUB_OPTIONS if model_kwargs.get(name) is not None}
+    if revision:
+        hub["revision"] = revision
+    if "subfolder" in hub and os.path.isdir(source):
+        source = os.path.join(source, hub.pop("subfolder"))
     check_model_path(source)
-    hub: dict[str, Any] = {"revision": revision} if revision else {}
     if isinstance(voco, dict):
         voco = VoCoConfig.from_dict(voco)
     saved, vocabulary, make_row = None, None, None
@@ -173,9 +193,10 @@ def load(
     if adapter_file is not None:
         base = base_of_adapter(source, adapter_file)
         check_model_path(base, f"the base of {source},")
-        common.pop("revision", None)
+        common = {k: v for k, v in common.items() if k not in ("revision", "subfolder")}
     remote = {k: v for k, v in common.items() if k != "dtype"}
     loader = auto_class(base, **remote)
+    common["trust_remote_code"] = trusts_code_of_others(base, **remote)
     with named(source):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
     if voco is not None and saved is not None and adapter_file is not None:

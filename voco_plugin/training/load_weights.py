@@ -9,6 +9,7 @@ from torch import nn
 from ..config import CONFIG_NAME, VoCoConfig
 from ..core.block_embeddings import NAME
 from ..models.compressor_weights import expected_by, read_compressor
+from ..models.loading import trusts_code_of_others
 
 
 def load_whole_weights(model: nn.Module, folder: str | os.PathLike, trust_remote_code: bool = False) -> None:
@@ -23,7 +24,7 @@ def load_whole_weights(model: nn.Module, folder: str | os.PathLike, trust_remote
     """
     from transformers import AutoModelForImageTextToText
 
-    options = {"trust_remote_code": trust_remote_code}
+    options = {"trust_remote_code": trusts_code_of_others(os.fspath(folder), trust_remote_code)}
     with expected_by(AutoModelForImageTextToText, folder, hasattr(model, NAME), **options):
         saved = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **options)
     weights = saved.state_dict()
