@@ -64,8 +64,8 @@ class InsertionTarget:
         found = _id_of(processor, config.token)
         if found is None and config.token_id is None:
             raise ValueError(
-                f"this processor's tokenizer has no VoCo token {config.token!r}; give the attached model (attach "
-                "adds the token to the processor it is given), or the processor that was saved with it."
+                f"this processor's tokenizer has no VoCo token {config.token!r}; give the attached model "
+                "(attach adds the token to its processor), or the processor that was saved with it."
             )
         if found is not None and config.token_id not in (None, found):
             raise ValueError(
@@ -82,8 +82,8 @@ class InsertionTarget:
         """
         if self.named and _id_of(processor, self.config.token) != self.vocab.voco_id:
             raise ValueError(
-                f"the tokenizer has no VoCo token {self.config.token!r} any more (the model was detached); use "
-                "the ordinary processor, or attach again and make a new VoCoProcessor."
+                f"the tokenizer has no VoCo token {self.config.token!r} any more (the model was detached); "
+                "use the ordinary processor, or attach again and make a new VoCoProcessor."
             )
 
 

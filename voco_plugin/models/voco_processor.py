@@ -2,8 +2,8 @@
 
     VoCoProcessor(processor, model)   →   type("LlavaProcessor", (VoCoProcessor, LlavaProcessor), {})
 
-The class of the processor is extended, as :mod:`~voco_plugin.core.extension` does with models: what asks for a
-``ProcessorMixin`` or for the family's own class gets one, and everything but the call is the family's code.
+The class of the processor is extended, as :mod:`~voco_plugin.core.extension` does with models: what asks for
+a ``ProcessorMixin`` or for the family's own class gets one, and everything but the call is the family's code.
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ class _Settings:
 
 
 class VoCoProcessor(ProcessorMixin):
-    """A processor over a model's own that puts K VoCo tokens after each image or video, in ``__call__`` and in
-    ``apply_chat_template(…, tokenize=True)``; ``pipeline``, demos and collators of other libraries take it.
+    """A processor over a model's own that puts K VoCo tokens after each image or video, in ``__call__`` and
+    in ``apply_chat_template(…, tokenize=True)``; ``pipeline``, demos and collators of other libraries take
+    it.
 
-    It is a second view of ``processor``: an instance of its class too, with the same tokenizer, image processor
-    and chat template; what is set on one is set on both. Both calls take ``num_tokens=`` (K, elastic; one
-    number, or one a row) besides their own arguments. ``max_length`` counts the VoCo tokens, and no image is cut
-    through. Texts that hold the same number of VoCo tokens after an image already are left as they are; rows
-    without images are untouched.
+    It is a second view of ``processor``: an instance of its class too, with the same tokenizer, image
+    processor and chat template; what is set on one is set on both. Both calls take ``num_tokens=`` (K,
+    elastic; one number, or one a row) besides their own arguments. ``max_length`` counts the VoCo tokens, and
+    no image is cut through. Texts that hold the same number of VoCo tokens after an image already are left as
+    they are; rows without images are untouched.
 
     ``save_pretrained`` notes it in ``processor_config.json``: :func:`voco_plugin.load` and
     ``VoCoProcessor.from_pretrained`` give it back, ``AutoProcessor`` gives the ordinary one.
 
     Args:
         processor: the model's own.
-        model_or_config: the attached model, wrapped or not; or the :class:`~voco_plugin.VoCoConfig`, where the
-            tokenizer has the VoCo token already.
+        model_or_config: the attached model, wrapped or not; or the :class:`~voco_plugin.VoCoConfig`, where
+            the tokenizer has the VoCo token already.
         num_tokens: K of every call; ``None`` takes the config's, as it is at the call.
 
     Raises:
-        ValueError: no processor of transformers, the model is not attached, or the tokenizer does not have the
-            VoCo token. A call raises :class:`~voco_plugin.LayoutError` where a text holds another number of VoCo
-            tokens, neighbouring images cannot be told apart, or ``max_length`` would cut an image.
+        ValueError: no processor of transformers, the model is not attached, or the tokenizer does not have
+            the VoCo token. A call raises :class:`~voco_plugin.LayoutError` where a text holds another number
+            of VoCo tokens, neighbouring images cannot be told apart, or ``max_length`` would cut an image.
     """
 
     __slots__ = ("_voco_base", "_voco_settings")
@@ -138,7 +139,8 @@ class VoCoProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, model_or_config: Any = None, **kwargs: Any
     ) -> Any:
-        """What ``save_pretrained`` of a :class:`VoCoProcessor` wrote; arguments as ``AutoProcessor`` has them.
+        """What ``save_pretrained`` of a :class:`VoCoProcessor` wrote; arguments as ``AutoProcessor`` has
+        them.
 
         Args:
             model_or_config: what it is to put VoCo tokens in for; ``None`` takes what was saved with it.
@@ -152,8 +154,8 @@ class VoCoProcessor(ProcessorMixin):
         record = saved_mark(pretrained_model_name_or_path, **kwargs)
         if record is None and model_or_config is None:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds an ordinary processor, and nothing says which VoCo tokens "
-                "to put in; give model_or_config=…, or load it with voco_plugin.load(…, inserting=True)."
+                f"{pretrained_model_name_or_path} holds an ordinary processor, and nothing says which VoCo "
+                "tokens to put in; give model_or_config=…, or voco_plugin.load(…, inserting=True)."
             )
         if model_or_config is not None:
             return VoCoProcessor(plain, model_or_config, None if record is None else record["num_tokens"])
@@ -203,8 +205,8 @@ def _extended(base: type) -> type:
 
 
 def _members(base: Any) -> dict[str, Any]:
-    """``__init__`` and ``__call__`` with the signatures of the family's: transformers and others read the names
-    of arguments off them.
+    """``__init__`` and ``__call__`` with the signatures of the family's: transformers and others read the
+    names of arguments off them.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -218,7 +220,8 @@ def _members(base: Any) -> dict[str, Any]:
     parameters = list(own.parameters.values())
     at = sum(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters)
     more = inspect.Parameter("num_tokens", inspect.Parameter.KEYWORD_ONLY, default=None)
-    __call__.__signature__ = own.replace(parameters=[*parameters[:at], more, *parameters[at:]])  # type: ignore
+    parameters.insert(at, more)
+    __call__.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return {**names, "__slots__": (), "__init__": __init__, "__call__": __call__}
 

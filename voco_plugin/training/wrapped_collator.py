@@ -46,13 +46,13 @@ def wrap_collator(
         collator: takes rows, gives a dict (or what transformers has for one) with ``input_ids`` ``(B, T)``.
         model_or_config: the attached model, wrapped or not, or the config; nothing of a model but its config
             and ids is kept.
-        per_token: other tensors ``(B, T)`` or ``(B, T, …)`` by name, with what a VoCo token and padding get in
-            each; ``None``: it is left out, and the model makes it anew (``position_ids`` of any shape).
+        per_token: other tensors ``(B, T)`` or ``(B, T, …)`` by name, with what a VoCo token and padding get
+            in each; ``None``: it is left out, and the model makes it anew (``position_ids`` of any shape).
         processor: the processor or tokenizer behind ``collator``; by default its own (``processor``,
             ``processing_class``, ``tokenizer``), else the one that the model was attached with.
         num_tokens: K; ``None`` takes the config's, as it is when a batch is made.
-        padding_side: where rows are padded that are then shorter than others; ``None`` takes the side that the
-            batch shows, and where it shows none, the tokenizer's.
+        padding_side: where rows are padded that are then shorter than others; ``None`` takes the side that
+            the batch shows, and where it shows none, the tokenizer's.
 
     Raises:
         ValueError: here, that there is no VoCo token to put in, or that ``per_token`` names what follows by
@@ -118,8 +118,8 @@ class WrappedCollator:
         )
         if side is None and not made["attention_mask"].bool().all():
             raise ValueError(
-                "the rows were of one length and are no more, and nothing says on which side to pad them; give "
-                "wrap_collator(…, padding_side='right') (or 'left')."
+                "the rows were of one length and are no more, and nothing says on which side to pad them; "
+                "give wrap_collator(…, padding_side='right') (or 'left')."
             )
         if made.get("labels") is not None:  # a batch that had its VoCo tokens may have them labelled
             made["labels"] = made["labels"].masked_fill(made["input_ids"] == vocab.voco_id, -100)
@@ -140,7 +140,9 @@ def _processor_of(collator: Any) -> Any:
 
 
 def _is_output(batch: Any) -> bool:
-    """Whether ``batch`` is what transformers' tokenizers and processors return: it has ``to``, a dict has none."""
+    """Whether ``batch`` is what transformers' tokenizers and processors return: it has ``to``, a dict has
+    none.
+    """
     from transformers import BatchEncoding, BatchFeature
 
     return isinstance(batch, (BatchEncoding, BatchFeature))
@@ -178,13 +180,13 @@ def _checked_batch(batch: Any, per_token: Mapping[str, float | None]) -> dict[st
             )
         elif name in _COUNTS:
             raise ValueError(
-                f"the batch holds {name!r}, which counts tokens without the VoCo tokens; name it in per_token "
-                f"(per_token={{{name!r}: None}} leaves it out)."
+                f"the batch holds {name!r}, which counts tokens without the VoCo tokens; name it in "
+                f"per_token (per_token={{{name!r}: None}} leaves it out)."
             )
         elif name not in _KNOWN and _is_per_token(name, value, shape):
             raise ValueError(
-                f"the batch holds {name!r}, one value per token, and nothing says what a VoCo token gets there; "
-                f"name it in per_token: {{{name!r}: 0}} (or another fill), or None to leave it out."
+                f"the batch holds {name!r}, one value per token, and nothing says what a VoCo token gets "
+                f"there; name it in per_token: {{{name!r}: 0}} (or another fill), or None to leave it out."
             )
     return values
 
@@ -210,8 +212,8 @@ def _check_fill(name: str, value: Any, fill: float | None, shape: tuple[int, int
     if not isinstance(value, torch.Tensor) or tuple(value.shape[:2]) != shape:
         has = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
         raise ValueError(
-            f"per_token: {name!r} must be a tensor that begins with the shape of input_ids, {shape}, not {has}; "
-            f"{{{name!r}: None}} leaves it out."
+            f"per_token: {name!r} must be a tensor that begins with the shape of input_ids, {shape}, not "
+            f"{has}; {{{name!r}: None}} leaves it out."
         )
     if not value.is_floating_point() and fill not in (True, False) and fill != int(fill or 0):
         raise ValueError(
@@ -229,6 +231,6 @@ def _check_not_packed(positions: torch.Tensor, mask: torch.Tensor | None) -> Non
     after = (rows[:, 1:] == 0) & (rows[:, :-1] > 0) & real[:, 1:].to(rows.device)
     if bool((starts > 1).any()) and bool(after.any()):
         raise ValueError(
-            "the batch's position_ids begin anew within a row: several conversations are packed into it, which "
-            "VoCo tokens cannot be put into; turn packing (padding_free) off."
+            "the batch's position_ids begin anew within a row: several conversations are packed into it, "
+            "which VoCo tokens cannot be put into; turn packing (padding_free) off."
         )
