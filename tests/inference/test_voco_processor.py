@@ -17,7 +17,7 @@ from transformers import AutoProcessor, ProcessorMixin, TextIteratorStreamer, pi
 import tiny
 import voco_plugin as vp
 from tiny import processors
-from voco_plugin.inference.answering import answer
+from voco_plugin.inference.answering import answer, compress_images
 
 K = 2
 VIDEO = {"qwen2_5_vl": "<|vision_start|><|video_pad|><|vision_end|>", "llava_onevision": "<video>"}
@@ -241,10 +241,11 @@ def test_this_packages_own_functions_take_it_too() -> None:
         vp.VoCoDataCollator(its, voco=vp.VoCoConfig(num_tokens=3))([row]) for its in (plain, inserting)
     ]
     assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
-    told = [
-        answer(model, its, [[picture(1)]], ["what is"], num_tokens=1, max_new_tokens=4)
-        for its in (plain, inserting)
-    ]
+    told = []
+    for its in (plain, inserting):
+        cache = next(compress_images(model, its, [picture(1)], num_tokens=1))
+        told.append(answer(model, its, ["what is"], caches=[cache], max_new_tokens=4))
+        told[-1] += answer(model, its, ["what is"], images=[[picture(1)]], max_new_tokens=4)
     assert told[0] == told[1]
     assert vp.attachment(vp.attach(tiny.build("llava_llama"), None, inserting)).processor is plain
 

@@ -80,7 +80,8 @@ class TokenVocabulary:
     def from_dict(cls, values: Mapping[str, Any]) -> TokenVocabulary:
         """What :meth:`to_dict` gave."""
         sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
-        return cls(**{key: frozenset(value) if key in sets else value for key, value in values.items()})
+        fields: dict[str, Any] = {k: frozenset(v) if k in sets else v for k, v in values.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def _checked_batch(batch: Any, per_token: Mapping[str, float | None]) -> dict[st
         raise ValueError(
             f"the collator's batch must have input_ids as a tensor (rows, tokens); it has {has}."
         )
-    shape, mask = tuple(ids.shape), values.get("attention_mask")
+    shape, mask = (ids.shape[0], ids.shape[1]), values.get("attention_mask")
     for name, value in list(values.items()):
         if name in per_token and per_token[name] is None:
             if name == "position_ids" and isinstance(value, torch.Tensor):
