@@ -183,3 +183,18 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
         vp.wrap_collator(lambda rows: rows, VOCO)
     with pytest.raises(ValueError, match="gives a list, not a dict"):
         vp.wrap_collator(lambda rows: rows, VOCO, processor=processors.processor("llava_llama"))(ROWS)
+
+
+def test_images_side_by_side_without_a_marker_are_told_apart_or_refused() -> None:
+    processor = processors.processor("llava_llama")
+
+    def side_by_side(rows: list[str]) -> dict:
+        images = [picture(n) for n in range(sum(text.count("<image>") for text in rows))]
+        return dict(processor(images=images, text=rows, padding=True, return_tensors="pt"))
+
+    wrapped = vp.wrap_collator(side_by_side, VOCO, processor=processor)
+    voco = processor.tokenizer.convert_tokens_to_ids("<unused0>")
+    assert int((wrapped(["<image><image> what"])["input_ids"] == voco).sum()) == 4
+    assert int((wrapped(["<image> a <image> what", "the"])["input_ids"] == voco).sum()) == 4
+    with pytest.raises(vp.LayoutError, match="3 images in 2 run"):
+        wrapped(["<image><image> what", "<image>"])
