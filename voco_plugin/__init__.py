@@ -27,6 +27,7 @@ _NAMES = {
     "load": ".models",
     "compose": ".models",
     "save_voco_config": ".models",
+    "VoCoProcessor": ".models.voco_processor",
     "VoCoCache": ".cache",
     "VoCoBlock": ".cache",
     "VoCoCacheError": ".cache",
@@ -39,6 +40,7 @@ _NAMES = {
     "stream_of": ".inference.prompts",
     "insert_voco_tokens": ".core.injection",
     "VoCoDataCollator": ".training.collator",
+    "wrap_collator": ".training.wrapped_collator",
     "DistillConfig": ".training",
     "VoCoSFTConfig": ".training",
     "VoCoSFTTrainer": ".training",
@@ -80,6 +82,8 @@ if TYPE_CHECKING:
     from .inference.prompts import stream_of
     from .inference.session import VoCoSession
     from .models import attach, compose, detach, load, save_voco_config
+    from .models.voco_processor import VoCoProcessor
     from .store import VoCoCacheStore
     from .training import DistillConfig, VoCoSFTConfig, VoCoSFTTrainer
     from .training.collator import VoCoDataCollator
+    from .training.wrapped_collator import wrap_collator

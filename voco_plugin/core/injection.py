@@ -56,6 +56,7 @@ def insert_voco_tokens(
     images_per_row: Sequence[int] | None = None,
     pad_to_multiple_of: int | None = None,
     names: Sequence[str] | None = None,
+    fills: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Put K copies of the VoCo token right after each image or video of a tokenized batch.
 
@@ -74,6 +75,7 @@ def insert_voco_tokens(
             apart where the backbone writes no marker between them.
         pad_to_multiple_of: round ``M`` up to a multiple of this.
         names: how errors call the rows; default ``sample 0``, ``sample 1``, …
+        fills: other per-token tensors ``(B, N, …)`` by name, and what a VoCo token and padding get in each.
 
     Returns:
         a new dict: the per-token tensors at ``(B, M)``, always with an ``attention_mask``, and the rest
@@ -102,7 +104,7 @@ def insert_voco_tokens(
         same_size = images is not None and _same_size(batch, first_image, images)
         first_image += images or 0
         plans.append(_insertion_plan(ids[row], mask[row], vocab, counts[row], images, same_size, names[row]))
-    return _follow(batch, plans, vocab, pad_token_id, padding_side, pad_to_multiple_of)
+    return _follow(batch, plans, vocab, pad_token_id, padding_side, pad_to_multiple_of, fills)
 
 
 def remove_voco_tokens(
@@ -145,12 +147,14 @@ def truncate(
     padding_side: str,
     pad_to_multiple_of: int | None = None,
     names: Sequence[str] | None = None,
+    fills: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Keep the first ``max_length`` tokens of each row; only text after a row's last block may go.
 
     Args:
         batch: as :func:`insert_voco_tokens` returns it; not mutated.
         names: how errors call the rows; default ``sample 0``, ``sample 1``, …
+        fills: as in :func:`insert_voco_tokens`.
 
     Raises:
         LayoutError: the cut would fall inside a block or before one; the message names the sample and its
@@ -171,7 +175,7 @@ def truncate(
                 "or None."
             )
         plans.append(real[:max_length])
-    return _follow(batch, plans, vocab, pad_token_id, padding_side, pad_to_multiple_of)
+    return _follow(batch, plans, vocab, pad_token_id, padding_side, pad_to_multiple_of, fills)
 
 
 def _ids_and_mask(batch: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -286,6 +290,7 @@ def _follow(
     pad_token_id: int,
     padding_side: str,
     multiple: int | None,
+    fills: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The batch with every per-token tensor rebuilt after ``plans``, one per row."""
     if padding_side not in ("left", "right"):
@@ -317,6 +322,13 @@ def _follow(
                     f"{name} must have the shape of input_ids, {tuple(ids.shape)}, not {value.shape}."
                 )
             out[name] = _take(value, source, *_FILLS[name])
+        elif fills is not None and name in fills:
+            if tuple(value.shape[:2]) != tuple(ids.shape):
+                raise ValueError(
+                    f"{name} must begin with the shape of input_ids, {tuple(ids.shape)}, not "
+                    f"{tuple(value.shape)}."
+                )
+            out[name] = _take(value, source, fills[name], fills[name])
         elif _looks_per_token(name, value, ids):
             raise ValueError(
                 f"the batch holds {name!r}, one value per token, and what a VoCo token gets there is not "
@@ -325,14 +337,15 @@ def _follow(
     return out
 
 
-def _take(value: torch.Tensor, source: torch.Tensor, new: int, pad: int) -> torch.Tensor:
-    """``value`` ``(B, N)`` taken at ``source`` ``(B, M)``; ``new`` and ``pad`` where that names no
+def _take(value: torch.Tensor, source: torch.Tensor, new: float, pad: float) -> torch.Tensor:
+    """``value`` ``(B, N, …)`` taken at ``source`` ``(B, M)``; ``new`` and ``pad`` where that names no
     position.
     """
     if value.shape[1] == 0:
-        return value.new_full(source.shape, pad)
+        return value.new_full((*source.shape, *value.shape[2:]), pad)
     source = source.to(value.device)
-    out = torch.gather(value, 1, source.clamp_min(0))
+    at = source.clamp_min(0).reshape(*source.shape, *(1 for _ in value.shape[2:]))
+    out = torch.gather(value, 1, at.expand(*source.shape, *value.shape[2:]))
     out[(source == _VOCO) | (source == _BOS)] = new
     out[source == _PAD] = pad
     return out

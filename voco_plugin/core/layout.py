@@ -11,7 +11,7 @@ Shapes: ``B`` rows, ``N`` tokens a row, ``K`` VoCo tokens of a block.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,13 @@ class TokenVocabulary:
             "finals": sorted(self.finals),
             "bos_id": self.bos_id,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TokenVocabulary:
+        """What :meth:`to_dict` gave."""
+        sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
+        fields: dict[str, Any] = {k: frozenset(v) if k in sets else v for k, v in values.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -377,6 +384,12 @@ def is_per_token(name: str, value: Any, shape: tuple[int, int]) -> bool:
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of a processor; a tokenizer is its own."""
     return getattr(processor, "tokenizer", processor)
+
+
+def plain_processor(processor: Any) -> Any:
+    """The processor that puts no VoCo tokens in: the one that a ``VoCoProcessor`` is made over, or itself."""
+    plain = getattr(type(processor), "_voco_plain", None)
+    return processor if plain is None else plain(processor)
 
 
 def pad_id_of(processor: Any) -> int:

@@ -18,7 +18,7 @@ from PIL import Image
 from ..cache import VoCoCache
 from ..core.attachment import attachment
 from ..core.injection import insert_voco_tokens
-from ..core.layout import SequenceLayout, pad_id_of, tokenizer_of
+from ..core.layout import SequenceLayout, pad_id_of, plain_processor, tokenizer_of
 
 Messages = list[dict[str, Any]]
 
@@ -89,8 +89,9 @@ def _tokenized(
 
 def run_processor(processor: Any, texts: Sequence[str], **given: Any) -> dict[str, Any]:
     """The processor's output for ``texts`` and what is ``given`` with them (images, videos, options), padded
-    on the left, as generation wants it.
+    on the left, as generation wants it. VoCo tokens are not in it, whatever the processor.
     """
+    processor = plain_processor(processor)
     return dict(processor(text=list(texts), return_tensors="pt", padding=True, padding_side="left", **given))
 
 

@@ -16,7 +16,7 @@ from ..core.attention import backend_for, register
 from ..core.block_embeddings import NAME, BlockEmbeddings
 from ..core.extension import extend, is_extended, is_shallow_copy, restore
 from ..core.forward import TakesBlockEmbeddings, UnderRule
-from ..core.layout import TokenVocabulary, tokenizer_of
+from ..core.layout import TokenVocabulary, plain_processor, tokenizer_of
 from ..core.peft_layers import is_tuner
 from ..inference.mixin import VoCoGenerationMixin
 from ..inference.modeling_file import forget_file
@@ -53,6 +53,7 @@ def attach(
         ValueError: the model is attached already, or the rule cannot hold in it (the message says why).
     """
     config = dataclasses.replace(config) if config is not None else VoCoConfig()
+    processor = plain_processor(processor)
     inner = unwrap(model)
     if is_attached(inner):
         raise ValueError("this model already has VoCo attached; detach it first.")

@@ -21,6 +21,7 @@ from .attaching import attach
 from .compressor_weights import expected_by, load_compressor, read_compressor
 from .model_paths import base_of_adapter, check_model_path, named, note_base
 from .two_adapters import load_both
+from .voco_processor import VoCoProcessor, saved_mark
 
 HUB_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
@@ -73,12 +74,6 @@ def _adapter_folder(source: str) -> str:
             "them, with the processor and voco_config.json beside it."
         )
     return below[0] if below else source
-
-
-def _vocabulary(values: dict[str, Any]) -> TokenVocabulary:
-    sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
-    fields: dict[str, Any] = {k: frozenset(v) if k in sets else v for k, v in values.items()}
-    return TokenVocabulary(**fields)
 
 
 def _made_alike(config: VoCoConfig, saved: VoCoConfig) -> bool:
@@ -145,6 +140,7 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    inserting: bool | None = None,
     **model_kwargs: Any,
 ) -> tuple[torch.nn.Module, Any]:
     """Load a model with VoCo attached, and its processor.
@@ -157,6 +153,8 @@ def load(
             what it was).
         dtype: of the weights; ``None`` keeps the checkpoint's.
         device: where to put the model.
+        inserting: whether the processor puts VoCo tokens in (:class:`~voco_plugin.VoCoProcessor`); ``None``:
+            whether the one that was saved there did.
         model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …); those that
             say where files are (``token``, ``cache_dir``, ``local_files_only``, …) hold for the processor,
             too.
@@ -183,7 +181,7 @@ def load(
     config_file = find_file(source, CONFIG_NAME, **hub)
     if config_file is not None:
         saved, extra = VoCoConfig.load(Path(config_file).parent)
-        vocabulary = _vocabulary(extra["vocabulary"]) if "vocabulary" in extra else None
+        vocabulary = TokenVocabulary.from_dict(extra["vocabulary"]) if "vocabulary" in extra else None
     adapter = _adapter_folder(source)
     adapter_file = find_file(adapter, "adapter_config.json", **hub)
     common = {"trust_remote_code": trust_remote_code, **hub}
@@ -249,4 +247,7 @@ def load(
         stop_at(unwrap(model).generation_config, None if end is None else end.token_id)
     if device is not None:
         model = model.to(device)
+    mark = saved_mark(source, trust_remote_code=trust_remote_code, **hub) if inserting is not False else None
+    if inserting or (inserting is None and mark is not None):
+        processor = VoCoProcessor(processor, model, None if mark is None else mark["num_tokens"])
     return model.eval(), processor

@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from ..config import VOCO, VoCoConfig
 from ..core.block_embeddings import QUESTION_MASK
 from ..core.injection import insert_voco_tokens, truncate
-from ..core.layout import TokenVocabulary
+from ..core.layout import TokenVocabulary, plain_processor
 from ..core.packed_rows import pack_batch
 from ..data.conversations import llava_to_messages
 from ..data.images import BadImageError, check_on_bad_sample, open_image
@@ -97,6 +97,7 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
 
     def __post_init__(self) -> None:
         check_on_bad_sample(self.on_bad_sample)
+        self.processor = plain_processor(self.processor)
         self._named: set[str] = set()
         # shared memory, so that workers that outlive an epoch see it change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
