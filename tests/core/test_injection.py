@@ -178,8 +178,16 @@ def test_neighbouring_images_are_told_apart_only_where_that_is_sure() -> None:
     assert insert("llava_llama", [["img", "img"]], [2]) == [*image, voco, *image, voco]
     out = insert("llava_llama", [["img", "img", "t2", "img"]], [3])
     assert [i for i, t in enumerate(out) if t == voco] == [9, 19, 31]
-    # without the count they are one block: the caller said nothing of two
-    assert insert("llava_llama", [["img", "img"]], None).count(voco) == 1
+    # without the count, that of the pixels tells; several rows share it, and ids alone say nothing of two
+    assert insert("llava_llama", [["img", "img"]], None) == [*image, voco, *image, voco]
+    assert insert("llava_llama", [["img", "t1", "img"], ["img"]], None).count(voco) == 2
+    with pytest.raises(LayoutError, match=r"3 images in 2 run\(s\) of vision tokens.*images_per_row"):
+        insert("llava_llama", [["img", "img"], ["img"]], None)
+    with pytest.raises(LayoutError, match="2 images in 1 run.*put text"):
+        insert("llava_next", [["img:small", "img:big"]], None)
+    ids = {"input_ids": tiny.make_inputs("llava_llama", [["img", "img"]])["input_ids"]}
+    out = insert_voco_tokens(ids, vocab_of("llava_llama"), 1, pad_token_id=PAD, padding_side="right")
+    assert out["input_ids"][0].tolist().count(voco) == 1
     with pytest.raises(LayoutError, match="sample 0, position 0: 2 images in 1 run.*put text"):
         insert("llava_next", [["img:small", "img:big"]], [2])  # 18 / 2 is whole, but the sizes differ
     with pytest.raises(LayoutError, match="4 images in 1 run"):

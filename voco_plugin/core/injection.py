@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .layout import LayoutError, SequenceLayout, TokenKind, TokenVocabulary, vision_runs
+from .layout import LayoutError, SequenceLayout, TokenKind, TokenVocabulary, among, vision_runs
 
 _VOCO, _BOS, _PAD = -1, -2, -3  # codes in a plan, where a token has no old position
 
@@ -98,6 +98,8 @@ def insert_voco_tokens(
         raise ValueError(
             f"images_per_row has {len(images_per_row)} entries for {len(ids)} rows; give one per row."
         )
+    if images_per_row is None:
+        images_per_row = _images_side_by_side(batch, ids, mask, vocab)
     plans, first_image = [], 0
     for row in range(len(ids)):
         images = None if images_per_row is None else int(images_per_row[row])
@@ -105,6 +107,31 @@ def insert_voco_tokens(
         first_image += images or 0
         plans.append(_insertion_plan(ids[row], mask[row], vocab, counts[row], images, same_size, names[row]))
     return _follow(batch, plans, vocab, pad_token_id, padding_side, pad_to_multiple_of, fills)
+
+
+def _images_side_by_side(
+    batch: Mapping[str, Any], ids: np.ndarray, mask: np.ndarray, vocab: TokenVocabulary
+) -> list[int] | None:
+    """How many images a batch of one row has, where pixels of more are there than runs of vision tokens and
+    no marker tells them apart; else ``None``.
+
+    Raises:
+        LayoutError: so has a batch of several rows: two of its images would be read as one.
+    """
+    sizes = batch.get("image_sizes", batch.get("pixel_values"))
+    marked = vocab.markers | vocab.starts | vocab.edges
+    if not isinstance(sizes, torch.Tensor) or among(ids, marked).any():
+        return None
+    runs = sum(len(vision_runs(one, real, vocab)) for one, real in zip(ids, mask, strict=True))
+    if len(sizes) <= runs or among(ids, frozenset({vocab.voco_id})).any():
+        return None
+    if len(ids) == 1:
+        return [len(sizes)]
+    raise LayoutError(
+        f"the batch has {len(sizes)} images in {runs} run(s) of vision tokens, with nothing to tell where "
+        "one ends; put text (a line break will do) between the images of a row, or give images_per_row, or "
+        "one row at a time."
+    )
 
 
 def remove_voco_tokens(

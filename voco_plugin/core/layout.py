@@ -321,7 +321,8 @@ def _read_row(row, ids, mask, vocab, kind, block, num_tokens, require_voco) -> l
         start = min(ends.values())
         raise LayoutError(
             f"sample {row}, position {start}: vision tokens with no VoCo tokens after them; put the VoCo "
-            "tokens directly after each image (VoCoDataCollator(voco=…) or model.insert_voco_tokens does)."
+            "tokens directly after each image (VoCoProcessor, VoCoDataCollator(voco=…) or "
+            "model.insert_voco_tokens does)."
         )
     return spans
 

@@ -14,17 +14,7 @@ import torch
 
 from ..core.attachment import attachment, unwrap
 from ..core.injection import insert_voco_tokens
-from ..core.layout import (
-    LayoutError,
-    TokenVocabulary,
-    among,
-    on_cpu,
-    pad_id_of,
-    pad_id_of_model,
-    padding_side_of,
-    tokenizer_of,
-    vision_runs,
-)
+from ..core.layout import pad_id_of, pad_id_of_model, padding_side_of, tokenizer_of
 from ..models.insertion_target import InsertionTarget
 
 _KNOWN = (
@@ -125,7 +115,6 @@ class WrappedCollator:
             pad_token_id=self.pad_token_id,
             padding_side=side or "right",
             fills=fills,
-            images_per_row=_images_side_by_side(values, vocab),
         )
         if side is None and not made["attention_mask"].bool().all():
             raise ValueError(
@@ -200,28 +189,6 @@ def _checked_batch(batch: Any, per_token: Mapping[str, float | None]) -> dict[st
                 f"there; name it in per_token: {{{name!r}: 0}} (or another fill), or None to leave it out."
             )
     return values
-
-
-def _images_side_by_side(values: Mapping[str, Any], vocab: TokenVocabulary) -> list[int] | None:
-    """How many images a batch of one row has, where no marker tells them apart; else ``None``.
-
-    Raises:
-        LayoutError: a batch of several rows holds more images than runs of vision tokens, so that two of
-            them would be read as one.
-    """
-    sizes = values.get("image_sizes", values.get("pixel_values"))
-    ids, mask = on_cpu(values["input_ids"], values.get("attention_mask"))
-    if not isinstance(sizes, torch.Tensor) or among(ids, vocab.markers | vocab.starts | vocab.edges).any():
-        return None
-    runs = sum(len(vision_runs(one, real, vocab)) for one, real in zip(ids, mask, strict=True))
-    if len(sizes) <= runs:
-        return None
-    if len(ids) == 1:
-        return [len(sizes)]
-    raise LayoutError(
-        f"the batch has {len(sizes)} images in {runs} run(s) of vision tokens, with nothing to tell where "
-        "one ends; put text (a line break will do) between the images of a row, or make batches of one row."
-    )
 
 
 def _is_per_token(name: str, value: Any, shape: tuple[int, int]) -> bool:
