@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,10 +121,15 @@ def test_another_thread_keeps_the_rule():
 @pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl", "internvl", "gemma3", "idefics3"])
 def test_taking_voco_tokens_out_undoes_putting_them_in(name, side, rule):
     vocab = vp.attachment(shared(name, rule=rule)).vocab
-    batch = without_voco(name, inputs(name, side=side))
+    whole = inputs(name, side=side)
+    batch = without_voco(name, whole)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     shape = {"pad_token_id": tiny.PAD, "padding_side": side}
-    put_in = insert_voco_tokens(batch, vocab, 3, **shape)
+    spans = vp.SequenceLayout.from_ids(
+        whole["input_ids"], whole["attention_mask"], replace(vocab, bos_id=None)
+    )
+    images = [sum(span.row == row for span in spans) for row in range(len(whole["input_ids"]))]
+    put_in = insert_voco_tokens(batch, vocab, 3, images_per_row=images, **shape)
     assert put_in["input_ids"].shape[1] > batch["input_ids"].shape[1]
     before = {k: v.clone() for k, v in put_in.items() if isinstance(v, torch.Tensor)}
     back = remove_voco_tokens(put_in, vocab, **shape)

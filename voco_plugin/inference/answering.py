@@ -230,9 +230,10 @@ def inputs_of(
     if images is None or not any(len(row) for row in images):
         return on_device(model, encode(processor, batch, None))
     inputs = encode(processor, batch, images)
-    return on_device(
-        model, model.insert_voco_tokens(inputs, padding_side="left") if is_attached(model) else inputs
-    )
+    if is_attached(model):
+        counts = [len(row) for row in images]
+        inputs = model.insert_voco_tokens(inputs, padding_side="left", images_per_row=counts)
+    return on_device(model, inputs)
 
 
 def _asked(

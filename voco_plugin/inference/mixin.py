@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,7 +88,11 @@ class VoCoGenerationMixin(Extension):
     # -------------------------------------------------------------------------------------------------
 
     def insert_voco_tokens(
-        self, inputs: dict[str, Any], num_tokens: int | None = None, padding_side: str | None = None
+        self,
+        inputs: dict[str, Any],
+        num_tokens: int | None = None,
+        padding_side: str | None = None,
+        images_per_row: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """A processor's output with K VoCo tokens after every image (and the block sinks, where the rule has
         them).
@@ -97,8 +102,11 @@ class VoCoGenerationMixin(Extension):
             num_tokens: K; by default the config's.
             padding_side: where rows that are then shorter than others are padded; ``None`` takes the side
                 that ``attention_mask`` shows, and where it shows none, the processor's.
+            images_per_row: how many images each row holds, ``(B,)``: needed for several rows with images side
+                by side where the backbone writes no marker between them (LLaVA).
 
         Raises:
+            LayoutError: images side by side cannot be told apart.
             ValueError: rows of one length come out of different lengths, and nothing says on which side to
                 pad (no processor was given to ``attach``).
         """
@@ -113,6 +121,7 @@ class VoCoGenerationMixin(Extension):
             num_tokens or state.config.num_tokens,
             pad_token_id=pad_id_of_model(self),
             padding_side=side or "right",
+            images_per_row=images_per_row,
         )
         if side is None and not made["attention_mask"].bool().all():
             raise ValueError(
