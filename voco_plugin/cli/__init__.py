@@ -20,10 +20,9 @@ from .flags import as_flags
 
 COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "pictures",
-    "pictures-tower", "pictures-demo", "convert", "merge", "store", "bench", "study",
+    "pictures-tower", "convert", "merge", "store", "bench", "study",
 )  # fmt: skip
-_MODULE = {"eval": "evaluate", "registry": "list_registry", "pictures-tower": "pictures_tower",
-           "pictures-demo": "pictures_demo"}  # fmt: skip
+_MODULE = {"eval": "evaluate", "registry": "list_registry", "pictures-tower": "pictures_tower"}
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 """What a user can get wrong: a value, a file, an extra that is not installed."""
