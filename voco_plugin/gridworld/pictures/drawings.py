@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import metadata, packages_distributions
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -153,9 +155,12 @@ def _installed(label: str, name: str) -> tuple[Path, dict[str, str]]:
         fix = f"pip install {package.replace('_', '-')}"
         raise FileNotFoundError(f"{label}: no package {package} is installed: {fix}")
     owner = packages_distributions().get(package, [package])[0]
-    said = metadata(owner) if package in packages_distributions() else {}
-    facts = {"name": owner, "version": said.get("Version") or "unknown"}
-    return folders[0], {**facts, "license": said.get("License") or "no licence named"}
+    try:
+        said: Mapping[str, Any] = metadata(owner).json
+    except PackageNotFoundError:
+        said = {}
+    facts = {"name": owner, "version": str(said.get("version", "unknown"))}
+    return folders[0], {**facts, "license": str(said.get("license", "no licence named"))}
 
 
 def _plain(code: str) -> str:
