@@ -20,9 +20,10 @@ from .flags import as_flags
 
 COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "pictures",
-    "pictures-tower", "convert", "merge", "store", "bench", "study",
+    "pictures-tower", "pictures-align", "convert", "merge", "store", "bench", "study",
 )  # fmt: skip
-_MODULE = {"eval": "evaluate", "registry": "list_registry", "pictures-tower": "pictures_tower"}
+_MODULE = {"eval": "evaluate", "registry": "list_registry", "pictures-tower": "pictures_tower",
+           "pictures-align": "pictures_align"}  # fmt: skip
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 """What a user can get wrong: a value, a file, an extra that is not installed."""

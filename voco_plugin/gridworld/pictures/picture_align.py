@@ -1,0 +1,173 @@
+"""Alignment on named pictures: the projector learns to say in the LLM's words what each vision token shows.
+
+LLaVA's first stage reaches the same by captions, with the LLM in the loop: hours on a CPU. Here the projector
+is fitted to the words' embeddings themselves, without the LLM: a token in the middle of a dog at the top left
+is to come out as the embedding of "dog" plus that of "top left" (means over their tokens). Tower and LLM stay
+as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from voco_plugin.core.layout import tokenizer_of
+from voco_plugin.gridworld.pictures.picture_scenes import GRID, PLACES, SIDE
+
+EMPTY = "nothing"
+"""What a token says where no picture is."""
+# of a token's own square: less of a picture on it than this is none
+_COVERED = 0.25
+_IMAGES_AT_ONCE = 32
+
+
+def align_projector(
+    model: Any,
+    processor: Any,
+    folder: str | Path,
+    *,
+    num_images: int = 2000,
+    num_test: int = 200,
+    steps: int = 1000,
+    batch_size: int = 2048,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Fit the projector, in place.
+
+    Args:
+        model, processor: composed of a tower and an LLM, without VoCo.
+        folder: the set, as `write_pictures` made it.
+        num_images, num_test: so many of the splits `train` and `test`.
+        steps, batch_size, learning_rate: of AdamW over vision tokens, under a one-cycle schedule.
+        seed: of the batches.
+
+    Returns:
+        The record: `names`, the share of held-out tokens on a picture that come out nearest to their own
+        name's embedding, of all names of the set; `alignment_error`, the mean squared distance there as a
+        share of the target's variance; settings and seconds.
+
+    Raises:
+        ValueError: `folder` holds no set of named pictures.
+    """
+    started, folder = time.perf_counter(), Path(folder)
+    try:
+        scenes = json.loads((folder / "scenes.json").read_text(encoding="utf-8"))
+        names = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["names"]
+    except (OSError, ValueError, KeyError) as problem:
+        raise ValueError(f"{folder} is no set of named pictures; `voco pictures` writes one.") from problem
+    words = _Words(model, processor, names)
+    features, target, _ = _pairs(model, processor, folder, scenes, "train", num_images, words)
+    held, held_target, shown = _pairs(model, processor, folder, scenes, "test", num_test, words)
+    projector = model.model.multi_modal_projector
+    fixed = {name: p.requires_grad for name, p in projector.named_parameters()}
+    trained = [p for p in projector.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    generator, scale = torch.Generator().manual_seed(seed), words.table.std()
+    for _ in range(steps):
+        rows = torch.randint(len(features), (batch_size,), generator=generator)
+        loss = ((projector(features[rows].float()) - target[rows]) / scale).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    for name, parameter in projector.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_(fixed[name])
+    with torch.no_grad():
+        found = projector(held.float())
+        error = float((found - held_target).pow(2).mean() / held_target.var())
+        on = shown >= 0
+        said = found[on] - words.place_of(held_target[on], shown[on])
+        right = float((torch.cdist(said, words.table).argmin(-1) == shown[on]).float().mean())
+    return {
+        "names": right, "alignment_error": error, "seconds": round(time.perf_counter() - started, 1),
+        "settings": {
+            "num_images": num_images, "num_test": num_test, "steps": steps, "batch_size": batch_size,
+            "learning_rate": learning_rate, "seed": seed,
+        },
+    }  # fmt: skip
+
+
+class _Words:
+    """Embeddings of names and places, each the mean over its tokens."""
+
+    def __init__(self, model: Any, processor: Any, names: Sequence[str]) -> None:
+        tokenizer = tokenizer_of(processor)
+        rows = model.get_input_embeddings().weight.detach().float()
+
+        def mean(text: str) -> torch.Tensor:
+            return rows[tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0)
+
+        self.number = {name: index for index, name in enumerate(names)}
+        self.table = torch.stack([mean(name) for name in names])
+        self.empty = mean(EMPTY)
+        self.places = torch.stack([mean(place) for place in PLACES])
+
+    def place_of(self, target: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """What of targets `(T, H)` on pictures is their place's."""
+        return target - self.table[shown]
+
+
+@torch.no_grad()
+def _pairs(
+    model: Any, processor: Any, folder: Path, scenes: dict[str, Any], split: str, number: int, words: _Words
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What goes into the projector `(T, D)`, what is to come out `(T, H)`, and the number of the name that
+    each token shows, -1 for none `(T,)`.
+    """
+    keys = [key for key in scenes if key.rpartition("-")[0] == split][:number]
+    if not keys:
+        raise ValueError(f"{folder} has no pictures of the split {split}.")
+    seen: list[torch.Tensor] = []
+    projector = model.model.multi_modal_projector
+    hook = projector.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    model.eval()
+    try:
+        for start in range(0, len(keys), _IMAGES_AT_ONCE):
+            part = [folder / "images" / _file_of(key) for key in keys[start : start + _IMAGES_AT_ONCE]]
+            images = [Image.open(path).convert("RGB") for path in part]
+            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            model.model.get_image_features(pixels.flatten(0, -4))
+    finally:
+        hook.remove()
+    features = torch.cat([one.reshape(len(one), -1, one.shape[-1]) for one in seen])  # (B, N, D)
+    side = round(features.shape[1] ** 0.5)
+    shown = torch.tensor([_tokens_of(scenes[key], side, words) for key in keys])
+    cells = torch.tensor([_cell(row, column, side) for row in range(side) for column in range(side)])
+    target = torch.where(shown[..., None] >= 0, words.table[shown.clamp_min(0)], words.empty)
+    target = target + words.places[cells]
+    return features.flatten(0, 1), target.flatten(0, 1), shown.flatten()
+
+
+def _file_of(key: str) -> str:
+    split, _, number = key.rpartition("-")
+    return f"{split}/{number}.png"
+
+
+def _cell(row: int, column: int, side: int) -> int:
+    """The place that a token's middle is in."""
+    return int((row + 0.5) * GRID / side) * GRID + int((column + 0.5) * GRID / side)
+
+
+def _tokens_of(scene: dict[str, Any], side: int, words: _Words) -> list[int]:
+    """Per token, row by row, the number of the name that covers most of it; -1: none does enough."""
+    step, found = SIDE / side, []
+    for row in range(side):
+        for column in range(side):
+            best, most = -1, _COVERED * step * step
+            for thing in scene["places"].values():
+                left, top, right, bottom = thing["box"]
+                wide = min(right, (column + 1) * step) - max(left, column * step)
+                high = min(bottom, (row + 1) * step) - max(top, row * step)
+                if wide > 0 and high > 0 and wide * high > most and thing["name"] in words.number:
+                    best, most = words.number[thing["name"]], wide * high
+            found.append(best)
+    return found
