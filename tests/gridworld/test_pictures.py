@@ -84,12 +84,12 @@ def answer(question: str, places: dict) -> str:
         return said if said in KIND_OF else said.removeprefix("an ").removeprefix("a ")
 
     if match := re.fullmatch(r"What is (?:at the|in the) (\w+(?: \w+)?)\?", question):
-        return held[spot(match[1])]
+        return article(held[spot(match[1])])
     if match := re.fullmatch(r"What kind of thing is (?:at|in) the (\w+(?: \w+)?)\?", question):
-        return KIND_OF[held[spot(match[1])]]
+        return article(KIND_OF[held[spot(match[1])]])
     if match := re.fullmatch(r"Where (?:is|are) the (.+)\?", question):
         (place,) = [place for place, thing in places.items() if thing["name"] == match[1]]
-        return place
+        return "in the middle" if place == "middle" else f"at the {place}"
     if match := re.fullmatch(r"(?:Is|Are) there (.+)\?", question):
         what = bare(match[1])
         assert (what in KIND_OF) != (what in KINDS), what
@@ -101,11 +101,11 @@ def answer(question: str, places: dict) -> str:
         return str(sum(KIND_OF[name] == kind for name in in_order))
     if match := re.fullmatch(r"Which (.+) is there\?", question):
         (name,) = [name for name in in_order if KIND_OF[name] == match[1]]
-        return name
+        return article(name)
     if match := re.fullmatch(r"What is directly (left of|right of|above|below) the (.+)\?", question):
         row, column = where(match[2])
         step = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[match[1]]
-        return held[row + step[0], column + step[1]]
+        return article(held[row + step[0], column + step[1]])
     if match := re.fullmatch(r"(?:Is|Are) the (.+) (left of|right of|above|below) the (.+)\?", question):
         (row, column), (row_2, column_2) = where(match[1]), where(match[3])
         true = {
@@ -115,9 +115,9 @@ def answer(question: str, places: dict) -> str:
         return "yes" if true[match[2]] else "no"
     if question == "List all things.":
         assert len(in_order) <= 4
-        return ", ".join(in_order)
+        return ", ".join(article(name) for name in in_order)
     assert question == "Describe the picture.", question
-    return ", ".join(f"{place} {places[place]['name']}" for place in sorted(places, key=spot))
+    return ", ".join(f"{place} {article(places[place]['name'])}" for place in sorted(places, key=spot))
 
 
 def test_every_answer_follows_from_the_scene(world) -> None:

@@ -40,7 +40,7 @@ from voco_plugin.gridworld.questions import Turn
 from voco_plugin.gridworld.row_files import MARKER, prepare_folder, save_hf, write_json, write_split
 
 FORMAT = "pictures"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS: tuple[str, ...] = ("train", "test", "test_drawings", "test_names")
 ATTRIBUTION = "ATTRIBUTION.md"
 
