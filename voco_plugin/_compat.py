@@ -46,6 +46,14 @@ def chunks_forget_the_cache() -> bool:
 
 
 @functools.cache
+def checkpointed_layers_drop_caches() -> bool:
+    """Whether a layer with gradient checkpointing on, in training mode, is never given its KV cache, also
+    where no gradients are computed, as transformers before 5.24. Remove when 5.24 is the oldest supported.
+    """
+    return _transformers() < Version("5.24")
+
+
+@functools.cache
 def _transformers() -> Version:
     import transformers
 

@@ -40,6 +40,7 @@ from states import (
 )
 from tiny import processors, voco_id
 from trainers import picture
+from voco_plugin._compat import checkpointed_layers_drop_caches
 
 # -- stopped
 # ------------------------------------------------------------------------------------------------------------
@@ -368,6 +369,8 @@ def test_a_training_step_that_was_stopped_leaves_nothing_behind(training):
 @in_a_thread
 def test_a_forward_inside_a_training_step_changes_neither(training, nested):
     mode, made, batch, _ = training
+    if nested == "images" and checkpointed_layers_drop_caches():
+        pytest.skip("a model in training mode neither compresses nor generates here (transformers < 5.24)")
     w = of(made)
     asked = other() if nested == "another's" else w
     what = "text" if nested == "text" else "compress" if mode == "frozen" else "single-pass"

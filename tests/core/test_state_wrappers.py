@@ -23,6 +23,7 @@ from contracts.copies import LINEAR, SOME, check_apart, traces, zero
 from contracts.stopped import nothing_runs
 from harness import attached, plain
 from states import Once, World, disturbed, equal, in_a_thread, raises, tensors_of, world_of
+from voco_plugin._compat import checkpointed_layers_drop_caches
 from voco_plugin.core.attachment import unwrap
 
 
@@ -164,10 +165,32 @@ def test_what_is_around_a_model_changes_no_answer(process_group):
         asked = [w.text, w.batch, {**w.stream, "voco_cache": w.blocks}]
         alone = answers(w.model, asked)
         call = WRAPPERS[kind](w.model)
-        close(answers(call, asked[: 2 if kind == "peft" else 3]), alone[: 2 if kind == "peft" else 3])
+        no_cache = kind == "checkpointed" and checkpointed_layers_drop_caches()
+        number = 2 if kind == "peft" or no_cache else 3
+        close(answers(call, asked[:number]), alone[:number])
         if kind == "fsdp2":
             register_fsdp_forward_method(call, "compress")
-        equal(tensors_of(w.model.compress(**w.batch)), tensors_of(w.blocks))
+        if not no_cache:
+            equal(tensors_of(w.model.compress(**w.batch)), tensors_of(w.blocks))
+
+
+@in_a_thread
+def test_blocks_are_refused_where_checkpointing_would_keep_them_from_the_layers():
+    w = world_of("llava_llama", attached("llava_llama"))
+    asked = {**w.stream, "voco_cache": w.blocks}
+    with torch.no_grad():
+        alone = w.model(**asked).logits
+    checkpointed(w.model)
+    with pytest.raises(ValueError, match="model.eval\\(\\) first"):
+        w.model(**asked)
+    with torch.no_grad():
+        if checkpointed_layers_drop_caches():
+            for ask in (lambda: w.model(**asked), lambda: w.model.compress(**w.batch)):
+                with pytest.raises(ValueError, match="model.eval\\(\\) first"):
+                    ask()
+        else:
+            close([w.model(**asked).logits], [alone])
+    equal(w.model.eval()(**asked).logits, alone)
 
 
 # -- copies

@@ -32,7 +32,7 @@ from .adapter_stages import BOTH, BlockTokens, act_by_stage, reset_block_tokens,
 from .attachment import Attachment
 from .block_embeddings import QUESTION_MASK, Places
 from .extension import Extension
-from .kv_cache import KVSlots, RemembersSlots, begin, remember
+from .kv_cache import KVSlots, RemembersSlots, begin, check_reaches_layers, remember
 from .layout import SequenceLayout, TokenKind, compact_positions, sent
 from .masks import ActiveRule, TokenTable
 from .packed_rows import DOCUMENT_IDS, prepare_packed
@@ -260,6 +260,8 @@ def _prepare(
     past = given_cache(named)
     if not isinstance(past, Cache):
         past = None
+    if past is not None:
+        check_reaches_layers(module, mode)
     length = 0 if past is None else past.get_seq_length()
     slots = None if past is None else KVSlots.of(past)
     if isinstance(past, RemembersSlots):

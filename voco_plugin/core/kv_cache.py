@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .._compat import checkpointed_layers_drop_caches
 from .extension import Extension, extend
 from .layout import TokenKind
 from .masks import TokenTable
@@ -283,3 +285,30 @@ def remember(cache: Cache, slots: KVSlots) -> None:
 
 
 __all__ = ["KVSlots", "RemembersSlots", "VoCoKVCache", "begin", "remember"]
+
+
+def check_reaches_layers(module: torch.nn.Module, mode: Any) -> None:
+    """Refuse a KV cache that gradient checkpointing would keep from the layers of ``module``, the backbone.
+
+    transformers takes the cache away from a layer that it checkpoints; the attention then meets a mask that
+    does not fit what it was given, or nothing asks for what is missing. Layers of a training in two stages
+    keep theirs (``training/two_stage/layer_checkpointing.py``).
+
+    Args:
+        mode: the forward's ``ForwardMode``.
+
+    Raises:
+        ValueError: it would.
+    """
+    if not module.training or not (torch.is_grad_enabled() or checkpointed_layers_drop_caches()):
+        return
+    kept = mode.stage_one or mode.checkpoint_cached_layers
+    text = module.get_decoder() if hasattr(module, "get_decoder") else module
+    for layer in text.modules():
+        if getattr(layer, "gradient_checkpointing", False) and isinstance(layer, GradientCheckpointingLayer):
+            if layer.training and not (kept and getattr(layer, "keeps_its_cache", False)):
+                raise ValueError(
+                    "gradient checkpointing is on and the model is in training mode: its layers get no KV "
+                    "cache, so it can neither generate nor read blocks; call model.eval() first, or "
+                    "model.gradient_checkpointing_disable()."
+                )

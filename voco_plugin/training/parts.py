@@ -54,6 +54,32 @@ def freeze(
             parameter.requires_grad_(False)
 
 
+def still_modules(model: PreTrainedModel | PeftModel) -> list[Any]:
+    """What does not train outside the language model (vision tower, projector): whole subtrees, as few as
+    there are.
+
+    In training mode a frozen batch normalization computes with the batch's statistics and moves its own,
+    which no adapter's checkpoint holds: the model would train on other features than it answers from (a
+    convolutional tower's were half as large off). So they stay in evaluation mode, dropout with them.
+    """
+    base = base_of(model)
+    parts, found = ModelParts(base), []
+
+    def visit(module: Any, name: str) -> None:
+        tensors = list(module.named_parameters())
+        if not tensors:
+            return
+        of = {parts.of(f"{name}{key}") for key, _ in tensors}
+        if not of & {LANGUAGE, COMPRESSOR} and not any(tensor.requires_grad for _, tensor in tensors):
+            found.append(module)
+            return
+        for key, child in module.named_children():
+            visit(child, f"{name}{key}.")
+
+    visit(base, "")
+    return found
+
+
 def count_trainable(model: PreTrainedModel | PeftModel, row_only: bool = False) -> tuple[dict[str, int], int]:
     """``({what trains: parameters}, all parameters)`` of a model, PEFT-wrapped or not.
 
@@ -108,4 +134,5 @@ __all__ = [
     "freeze",
     "is_peft",
     "is_token_row",
+    "still_modules",
 ]

@@ -70,7 +70,7 @@ from .model_setup import (
     processor_of,
 )
 from .packing import check_packing, pack_dataset, without_trls
-from .parts import count_trainable, describe_trainable
+from .parts import count_trainable, describe_trainable, still_modules
 from .quantization import check_quantization
 from .skipping import SkipCounter
 from .two_stage.trainer_part import Frozen, Staged
@@ -276,6 +276,8 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         self._prepare_teacher(args.distill, frozen, packs, before)
         self._prepare_stages()
         self._skips = SkipCounter()
+        self._trains: tuple[bool, ...] = ()
+        self._still: list[Any] = []
         self.add_callback(self._skips)
         if getattr(args, "save_at_steps", None):
             self.add_callback(SaveAtSteps(args.save_at_steps))
@@ -407,12 +409,22 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
             self._skips.add(int(skipped.sum()), training=self.model.training)
         if self.voco is not None:
             self._count(inputs)
+        if self.model.training:
+            self._hold_still()
         if self._distiller is not None and self.model.training:
             return self._distilled_loss(model, inputs, num_items_in_batch)
         step = self._stages or self._fused
         if step is not None:
             inputs = {**inputs, "training_step": step}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _hold_still(self) -> None:
+        """The trainer has put the whole model into training mode: not what is frozen of the tower."""
+        trains = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        if trains != self._trains:  # a callback may freeze or thaw
+            self._trains, self._still = trains, still_modules(self.model)
+        for module in self._still:
+            module.eval()
 
     def _count(self, inputs: dict[str, Any]) -> None:
         """Log what the batch holds; counts are summed over all processes."""

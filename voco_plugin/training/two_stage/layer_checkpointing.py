@@ -30,6 +30,8 @@ class CheckpointedWithCache(Extension):
     checkpointed with its cache; in any other forward it does what transformers has it do.
     """
 
+    keeps_its_cache = True
+
     @property
     def gradient_checkpointing(self) -> bool:
         """transformers' flag, off while the layer runs as it is (also when a backward pass runs it again)."""
