@@ -2,7 +2,7 @@
 
     python docs/site/check_links.py build/site
 
-zensical checks the links of Markdown; this reads what came out, so docstrings, pictures and the frame count too.
+zensical checks the links of Markdown; this reads what came out, so docstrings and pictures count too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Docstrings name other objects in Sphinx's roles (``:class:`~voco_plugin.VoCoCache```); the site links them.
 
-An extension of griffe, by which mkdocstrings reads the sources. A public name becomes a link to its place in the
-reference, any other name is set as code.
+An extension of griffe, by which mkdocstrings reads the sources. A public name becomes a link to its place in
+the reference, any other name is set as code.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The documentation: a page for each public name, a docstring that names each argument, links that lead somewhere
-on a code host and in the site alike. `make docs` builds the site itself.
+"""The documentation: a page for each public name, a docstring that names each argument, links that lead
+somewhere on a code host and in the site alike. `make docs` builds the site itself.
 """
 
 from __future__ import annotations
@@ -48,11 +48,22 @@ def test_every_public_name_stands_once_in_the_reference() -> None:
     assert sorted(found) == sorted(wanted), "put it on its page in docs/reference/"
 
 
+def test_the_landing_page_has_no_figure_of_its_own() -> None:
+    """Each number of its table stands in the page that its row links."""
+    rows = (DOCS / "index.md").read_text(encoding="utf-8").split("## What was measured")[1]
+    table = re.findall(r"^\| (.+) \| (.+) \| \[\w+\]\((\S+?)#\S+\) \|$", rows, flags=re.MULTILINE)
+    assert len(table) >= 5
+    for label, told, page in table:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", told):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", text), (label, number)
+
+
 # -- docstrings ----------------------------------------------------------------------------------------------
 
 
 def arguments(function: Any) -> list[str]:
-    """What a caller may give by name; not ``*args`` and ``**kwargs``, which belong to what is called behind."""
+    """What a caller may give by name; not ``*args`` and ``**kwargs``, which are for what is called behind."""
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind not in several and p.name not in ("self", "cls")]

@@ -478,8 +478,8 @@ class VoCoGenerationMixin(Extension):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """An ordinary transformers checkpoint in ``save_directory``, ``voco_config.json`` and, where one was
-        given, the processor; with a card, where the folder has none, that says how it is loaded, and the file by which
-        ``from_pretrained(…, trust_remote_code=True)`` finds the rule.
+        given, the processor; with a card, where the folder has none, that says how it is loaded, and the file
+        by which ``from_pretrained(…, trust_remote_code=True)`` finds the rule.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
