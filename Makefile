@@ -110,4 +110,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest .cache build dist *.egg-info
