@@ -14,27 +14,19 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 from check_links import broken
+from names import documented, public_names
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "build" / "site"
-
-
-def documented(inventory: bytes) -> set[str]:
-    """The names in an ``objects.inv`` of Sphinx: four lines of text, then a line a name, compressed."""
-    body = inventory.split(b"\n", 4)[4]
-    return {line.split(" ", 1)[0] for line in zlib.decompress(body).decode("utf-8").splitlines() if line}
 
 
 def main() -> int:
     if shutil.which("zensical", path=str(Path(sys.executable).parent)) is None:
         sys.stderr.write("zensical is not installed: pip install '.[docs]' (Python 3.11 and later)\n")
         return 2
-    from roles import public_names
-
     shutil.rmtree(SITE, ignore_errors=True)
     done = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict", "--clean"],

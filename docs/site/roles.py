@@ -6,35 +6,15 @@ the reference, any other name is set as code.
 
 from __future__ import annotations
 
-import ast
-import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import griffe
 
-ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):`(~?)([\w.]+)`")
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # griffe loads this file by its path
 
-
-def public_names(package: Path) -> list[str]:
-    """The names of ``voco_plugin`` that load when first used, read off its source without importing it."""
-    for node in ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_NAMES":
-            return list(ast.literal_eval(node.value))
-    raise LookupError(f"{package / '__init__.py'} has no _NAMES")
-
-
-def linked(text: str, public: list[str]) -> str:
-    """``text`` with its roles as Markdown."""
-
-    def one(found: re.Match[str]) -> str:
-        short, path = found.groups()
-        last = path.rsplit(".", 1)[-1]
-        if last in public:
-            return f"[`{last}`][voco_plugin.{last}]"
-        return f"`{last if short else path.lstrip('.')}`"
-
-    return ROLE.sub(one, text)
+from names import linked, public_names  # noqa: E402
 
 
 class Roles(griffe.Extension):

@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import unicodedata
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def test_a_place_must_have_one_name_on_both_sides() -> None:
 @pytest.fixture
 def site_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(DOCS / "site"))
-    monkeypatch.delitem(sys.modules, "check_links", raising=False)
+    for name in ("check_links", "names"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_a_broken_link_of_the_built_site_is_found(site_tools: None, tmp_path: Path) -> None:
@@ -231,3 +233,18 @@ def test_a_broken_link_of_the_built_site_is_found(site_tools: None, tmp_path: Pa
         "b.html: no reference for voco_plugin.nothing",
         "index.html: p.png",
     ]
+
+
+def test_the_site_knows_the_public_names_and_the_roles(site_tools: None) -> None:
+    from names import documented, linked, public_names
+
+    names = public_names(ROOT / "voco_plugin")
+    assert sorted([*names, *vp._MODULES, "__version__"]) == sorted(vp.__all__)
+    text = (
+        "a :class:`~voco_plugin.cache.VoCoCache`, :meth:`.fork` of :mod:`voco_plugin.files`, :func:`~a.told`"
+    )
+    assert (
+        linked(text, names) == "a [`VoCoCache`][voco_plugin.VoCoCache], `fork` of `voco_plugin.files`, `told`"
+    )
+    lines = b"a.b py:class 1 x.html#$ -\na.c py:function 1 x.html#$ -\n"
+    assert documented(b"# 1\n# 2\n# 3\n# 4\n" + zlib.compress(lines)) == {"a.b", "a.c"}
