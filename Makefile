@@ -6,6 +6,7 @@
 #                       DeepSpeed, flash-attn's Triton kernels and the packages that carry weights for them
 # make test-floors      exactness, placing, caches, stores, generation, sessions at the oldest versions that
 #                       pyproject.toml allows (.venv-floors), then at the newest of everything (.venv-newest)
+# make docs             the documentation site, strictly: build/site/index.html
 # make lint             ruff and mypy
 # make format           ruff mends and formats what it can
 # make flash-attn       flash-attn's Python part, for test-slow
@@ -25,7 +26,7 @@ $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-all test-slow test-floors flash-attn lint format clean
+.PHONY: quickstart test test-all test-slow test-floors flash-attn docs lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -91,6 +92,14 @@ test-floors: $(VENV)-floors/.made $(VENV)-newest/.made
 	$(VENV)-floors/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(FLOORS)
 	$(VENV)-newest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(FLOORS)
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m pytest -q tests/house/test_docs.py
+	$(BIN)/python docs/site/build.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -101,4 +110,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest .cache build dist *.egg-info

@@ -250,7 +250,7 @@ class VoCoConfig:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> tuple[VoCoConfig, dict[str, Any]]:
-        """Read ``voco_config.json``: the config and the facts that were saved with it."""
+        """Read ``voco_config.json`` of ``folder``: the config and the facts that were saved with it."""
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {folder} was not saved by voco_plugin.")

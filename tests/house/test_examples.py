@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,33 @@ def test_long_chat(example, model_and_images, tmp_path, capsys):
     later = found["read"][1:]
     assert max(later) <= min(later) + 4, "a turn reads its own tokens, however long the conversation is"
     assert "saved and restored" in capsys.readouterr().out
+
+
+NOTEBOOK = ROOT / "examples" / "walkthrough.ipynb"
+
+
+def test_the_notebook_is_kept_without_what_it_printed():
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None, "clear all outputs, and save"
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel: pip install '.[test]'")
+    nbformat = pytest.importorskip("nbformat", reason="comes with nbclient")
+    for name, value in {"PYTHONPATH": _paths(), "WALKTHROUGH_STEPS": "2", "WALKTHROUGH_IMAGES": "12"}.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    folder = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    told = "".join(output.get("text", "") for output in outputs)
+    assert len(pictures) == 2, "an image of the set, and its mask"
+    assert "16 vision tokens are kept as 1 VoCo token" in told
+    assert "was not made by this model under this rule" in told
+    assert {"both.safetensors", "talk.safetensors", "mask.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def _paths() -> str:
+    """The checkout first, then what this process finds its packages by."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

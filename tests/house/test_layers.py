@@ -8,6 +8,7 @@ only: what a signature names is read with the file too.
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,16 @@ def test_module_imports_only_its_own_layer_and_lower_ones(path: Path) -> None:
 
 
 def _outside() -> list[Path]:
-    return sorted(p for folder in OUTSIDE for p in (ROOT / folder).rglob("*.py"))
+    found = [p for folder in OUTSIDE for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".ipynb")]
+    return sorted(p for p in found if ".ipynb_checkpoints" not in p.parts)
+
+
+def _source(path: Path) -> str:
+    """The Python of a file; of a notebook its cells, one behind the other."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code")
 
 
 @pytest.mark.parametrize("path", _outside(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -162,7 +172,7 @@ def test_examples_recipes_and_integrations_see_only_the_public_api(path: Path) -
     import voco_plugin
 
     public = tuple(voco_plugin.__all__)
-    assert outside_errors(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)), public) == []
+    assert outside_errors(_source(path), str(path.relative_to(ROOT)), public) == []
 
 
 def test_only_the_command_line_imports_the_gridworld() -> None:
@@ -170,7 +180,7 @@ def test_only_the_command_line_imports_the_gridworld() -> None:
     errors = [
         error
         for path, module in shipped.items()
-        for error in gridworld_errors(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+        for error in gridworld_errors(_source(path), module, path.name == "__init__.py")
     ]
     assert errors == []
     assert any(

@@ -65,10 +65,12 @@ class VoCoBlock:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the keys and values."""
         return self.keys[0].dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the keys and values are."""
         return self.keys[0].device
 
     @property
@@ -166,7 +168,7 @@ class VoCoCache:
 
     @staticmethod
     def cat(caches: Iterable[VoCoCache]) -> VoCoCache:
-        """All blocks in order as one row (images of different runs in one prompt).
+        """All blocks of ``caches`` in order as one row (images of different runs in one prompt).
 
         Raises:
             ValueError: they were made by different models, adapters, processors or rules; the message says
@@ -223,7 +225,7 @@ class VoCoCache:
 
     @staticmethod
     def stack(caches: Iterable[VoCoCache]) -> VoCoCache:
-        """A batch: each cache's blocks become one row."""
+        """A batch: the blocks of each of ``caches`` become one row."""
         caches = list(caches)
         joined = VoCoCache.cat(caches)
         rows = [row for row, cache in enumerate(caches) for _ in cache.blocks]
@@ -256,12 +258,16 @@ class VoCoCache:
         return [b.num_tokens for b in self.blocks]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file with metadata and a checksum; whole or not at all."""
+        """Write a safetensors file with metadata and a checksum to ``path``; whole or not at all."""
         write_file(path, to_chunks(self.blocks, self.rows, self.num_rows, self.fingerprint))
 
     @staticmethod
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> VoCoCache:
         """Read a file written by :meth:`save`, checked before it is used.
+
+        Args:
+            path: the file.
+            device: where its tensors go.
 
         Raises:
             VoCoCacheError: not a cache file, truncated, tampered with, or of another format version.

@@ -70,6 +70,7 @@ def insert_voco_tokens(
         vocab: the ids by which the sequences are read; with a ``bos_id``, each block also gets its own copy
             of BOS.
         num_tokens: K, for all rows or one per row.
+        pad_token_id: what ``input_ids`` get at padding.
         padding_side: where the result is padded, ``left`` or ``right``.
         images_per_row: how many images each row holds, ``(B,)``; needed only to tell neighbouring images
             apart where the backbone writes no marker between them.

@@ -78,7 +78,7 @@ class TokenVocabulary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TokenVocabulary:
-        """What :meth:`to_dict` gave."""
+        """The vocabulary of ``values``, which :meth:`to_dict` gave."""
         sets = ("placeholders", "markers", "glue", "starts", "edges", "finals")
         fields: dict[str, Any] = {k: frozenset(v) if k in sets else v for k, v in values.items()}
         return cls(**fields)
@@ -200,6 +200,7 @@ class SequenceLayout:
         """Read the layout of ``input_ids`` ``(B, N)`` under the 2-D ``attention_mask`` ``(B, N)``.
 
         Args:
+            vocab: the ids by which they are read.
             num_tokens: the least number of VoCo tokens each block must have; ``None`` takes any.
             require_voco: whether a vision run without VoCo tokens is an error.
 
@@ -227,17 +228,19 @@ class SequenceLayout:
 
     @classmethod
     def of_text(cls, attention_mask: torch.Tensor) -> SequenceLayout:
-        """The layout of plain text under the 2-D mask ``(B, N)``."""
+        """The layout of plain text under the 2-D ``attention_mask`` ``(B, N)``."""
         real = attention_mask.detach().cpu().bool()
         kind = torch.where(real, TokenKind.TEXT, TokenKind.PAD)
         return cls(kind, torch.full_like(kind, -1))
 
     @property
     def num_rows(self) -> int:
+        """``B``."""
         return self.kind.shape[0]
 
     @property
     def num_tokens(self) -> int:
+        """``N``, padding included."""
         return self.kind.shape[1]
 
     def row_spans(self, row: int) -> list[BlockSpan]:
@@ -251,6 +254,7 @@ class SequenceLayout:
 
     @property
     def has_vision(self) -> bool:
+        """Whether any row holds a vision token."""
         return bool((self.kind == TokenKind.VISION).any())
 
     @property
@@ -262,6 +266,7 @@ class SequenceLayout:
 
     @property
     def has_voco(self) -> bool:
+        """Whether any row holds a VoCo token."""
         return bool((self.kind == TokenKind.VOCO).any())
 
     def __iter__(self) -> Iterator[BlockSpan]:

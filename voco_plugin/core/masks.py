@@ -46,8 +46,8 @@ class TokenTable:
             the backbone's windows are read from it.
         document: ``(B, L)`` int64, the slot's document where rows are packed (0 for padding), else ``None``.
         ordered: whether ``order`` is known to be the slot's own index, so that the backbone's own mask needs
-        no
-            mapping. Told by whoever makes the table: to ask the tensors would read them back from the device.
+            no mapping. Told by whoever makes the table: to ask the tensors would read them back from the
+            device.
     """
 
     kind: torch.Tensor

@@ -111,6 +111,7 @@ def answer(
     """The model's answers, greedy unless ``generate`` says otherwise.
 
     Args:
+        processor: the model's own.
         questions: ``Q`` questions, each in a prompt of its own.
         messages: instead of questions: ``Q`` conversations, each a list of turns (``{"role": …, "content":
             …}``; several turns, a system turn) that ends with the user's. Images stand in the content
@@ -124,6 +125,9 @@ def answer(
         before: per question the questions and answers of its conversation that come first; the images stand
             before the first.
         text_before: stands before the images of every question.
+        max_new_tokens: of an answer at most.
+        batch_size: prompts that are read together.
+        tick: called after each batch with the number of its answers (a progress bar).
         generate: passed to ``model.generate``.
 
     Raises:

@@ -69,8 +69,8 @@ class VoCoGenerationMixin(Extension):
 
     @classmethod
     def members(cls, base: type) -> dict[str, Any]:
-        """A ``forward`` with the signature of the model's own and ``voco_cache``: generate and Trainer read
-        the names of arguments off it.
+        """A ``forward`` with the signature of ``base``, the model's own class, and ``voco_cache``: generate
+        and Trainer read the names of arguments off it.
         """
         own = inspect.signature(base.forward)  # type: ignore[attr-defined]
         extra = inspect.Parameter("voco_cache", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -310,6 +310,7 @@ class VoCoGenerationMixin(Extension):
         """Generate, with everything transformers' ``generate`` takes.
 
         Args:
+            inputs: as transformers has it; ``input_ids`` by name does as well.
             voco_cache: answer from these blocks; ``input_ids`` is the stream. The cache is not changed.
                 ``prefix_cache`` (see :meth:`prefix_cache`) stands before it.
                 ``cache_implementation="static"`` decodes on a static cache (compiled where transformers
@@ -421,7 +422,7 @@ class VoCoGenerationMixin(Extension):
         return with_prompt(output, shown, length)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own; ids that stand for cached slots are left out."""
+        """As the model's own; those of ``input_ids`` that stand for cached slots are left out."""
         if kwargs.get("next_sequence_length") is None:
             kwargs["next_sequence_length"] = only_new(given_cache(kwargs), input_ids)
         found = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
@@ -434,7 +435,8 @@ class VoCoGenerationMixin(Extension):
         return super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """As the model's own; the language model gets the backend that keeps the rule on that implementation.
+        """As the model's own; the language model gets the backend that keeps the rule on
+        ``attn_implementation``.
 
         Raises:
             ValueError: an implementation that cannot honour the rule; nothing has changed then.
@@ -475,9 +477,9 @@ class VoCoGenerationMixin(Extension):
     # --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """An ordinary transformers checkpoint, ``voco_config.json`` and, where one was given, the
-        processor; with a card, where the folder has none, that says how it is loaded, and the file by which
-        ``from_pretrained(…, trust_remote_code=True)`` finds the rule.
+        """An ordinary transformers checkpoint in ``save_directory``, ``voco_config.json`` and, where one was
+        given, the processor; with a card, where the folder has none, that says how it is loaded, and the file
+        by which ``from_pretrained(…, trust_remote_code=True)`` finds the rule.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):

@@ -122,6 +122,12 @@ def stream_of(
     The processor runs on a blank image in the place of each. What it writes around an image (line breaks,
     markers) is up to it; only the text that stays in the stream is taken. Row ``b`` gets the K of each block
     that ``cache`` holds for it.
+
+    Args:
+        model: attached.
+        processor: its processor.
+        batch: ``B`` conversations, whose image parts are bare.
+        cache: a row of blocks for each.
     """
     places = [sum(part.get("type") == "image" for turn in talk for part in _parts(turn)) for talk in batch]
     texts = render(processor, batch)

@@ -62,7 +62,7 @@ class VoCoSession(Conversation):
     # -- the conversation
 
     def add(self, *images: Any) -> VoCoSession:
-        """Images (PIL) or caches of them, in order, for the next question; the session itself.
+        """Take ``images`` (PIL) or caches of them, in order, for the next question; the session itself.
 
         Raises:
             ValueError: a cache of several rows.
@@ -83,6 +83,7 @@ class VoCoSession(Conversation):
         """The answer to ``question``, which stands after the images added since the last one.
 
         Args:
+            max_new_tokens: of this answer at most.
             generate: passed to ``model.generate`` (sampling, stop strings, an assistant model, a streamer …).
 
         Raises:
@@ -154,7 +155,7 @@ class VoCoSession(Conversation):
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the conversation and its KV cache; whole or not at all. The model is not in the file.
+        """Write the conversation and its KV cache to ``path``; whole or not at all. The model is not in it.
 
         Raises:
             ValueError: a video is being watched.
@@ -168,6 +169,12 @@ class VoCoSession(Conversation):
     @classmethod
     def load(cls, path: str | os.PathLike, model: Any, processor: Any, *, store: Any = None) -> VoCoSession:
         """A session as it was saved: the next answer is the same, bit for bit.
+
+        Args:
+            path: what :meth:`save` wrote.
+            model: the attached model that the session was held with.
+            processor: its processor.
+            store: as in the constructor.
 
         Raises:
             VoCoCacheError: no session file, changed since, or of another model or rule.

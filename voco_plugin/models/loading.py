@@ -153,6 +153,8 @@ def load(
             what it was).
         dtype: of the weights; ``None`` keeps the checkpoint's.
         device: where to put the model.
+        revision: of a hub id: branch, tag or commit.
+        trust_remote_code: whether code that a checkpoint brings may run.
         inserting: whether the processor puts VoCo tokens in (:class:`~voco_plugin.VoCoProcessor`); ``None``:
             whether the one that was saved there did.
         model_kwargs: passed to ``from_pretrained`` (``device_map``, ``quantization_config``, …); those that

@@ -114,7 +114,11 @@ class VoCoProcessor(ProcessorMixin):
     def apply_chat_template(
         self, *args: Any, num_tokens: int | Sequence[int] | None = None, **kwargs: Any
     ) -> Any:
-        """The processor's own, whose tokenization calls this processor."""
+        """The processor's own, with its arguments; its tokenization calls this processor.
+
+        Args:
+            num_tokens: K of this call, one number or one a row; ``None`` takes :attr:`num_voco_tokens`.
+        """
         token = _ASKED.set(num_tokens)
         try:
             return super().apply_chat_template(*args, **kwargs)
@@ -143,6 +147,7 @@ class VoCoProcessor(ProcessorMixin):
         them.
 
         Args:
+            pretrained_model_name_or_path: the folder or hub id.
             model_or_config: what it is to put VoCo tokens in for; ``None`` takes what was saved with it.
 
         Raises:

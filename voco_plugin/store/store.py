@@ -90,6 +90,10 @@ class VoCoCacheStore:
         ``readonly=True`` also one that it can read and another adapter on its base has made
         (``adapter_stages="compress"``).
 
+        Args:
+            path: the store's folder.
+            options: those of the constructor.
+
         Raises:
             ValueError: the model is not attached.
         """
@@ -138,8 +142,8 @@ class VoCoCacheStore:
         return self.put_many([(key, cache)]) == 1
 
     def put_many(self, items: Iterable[tuple[str, VoCoCache]]) -> int:
-        """Keep several in one transaction, all or none; how many were new. Their bytes are held in memory
-        until then.
+        """Keep several ``items`` (key, cache) in one transaction, all or none; how many were new. Their bytes
+        are held in memory until then.
 
         Raises:
             VoCoCacheError: as :meth:`put`; all of them together must fit ``max_bytes``.
@@ -164,7 +168,7 @@ class VoCoCacheStore:
         return count
 
     def delete(self, keys: Iterable[str]) -> int:
-        """Remove records; how many were there."""
+        """Remove the records of ``keys``; how many were there."""
         env, raw = self._writable(), [key_bytes(key) for key in keys]
 
         def work(txn: Any) -> int:
@@ -195,7 +199,7 @@ class VoCoCacheStore:
     # -- reading
 
     def get(self, key: str, device: str | torch.device = "cpu") -> VoCoCache:
-        """The cache of a key, checked and copied out of the map.
+        """The cache of ``key``, checked and copied out of the map onto ``device``.
 
         Raises:
             KeyError: it is not there.
@@ -204,7 +208,7 @@ class VoCoCacheStore:
         return self.get_many([key], device)[0]
 
     def get_many(self, keys: Sequence[str], device: str | torch.device = "cpu") -> list[VoCoCache]:
-        """Several, from one snapshot."""
+        """The caches of ``keys`` on ``device``, from one snapshot; raises as :meth:`get` does."""
         with self._environment().read() as txn:
             found = [self._read(txn, key, copy=True)[0] for key in keys]
         self._touch(keys)
@@ -317,8 +321,8 @@ class VoCoCacheStore:
         return count
 
     def import_(self, path: str | os.PathLike) -> int:
-        """Take in a folder that :meth:`export` wrote, each file checked, and its names; how many records were
-        new. A name that stands for something else here already stays what it is, with a warning.
+        """Take in the folder ``path`` that :meth:`export` wrote, each file checked, and its names; how many
+        records were new. A name that stands for something else here already stays what it is, with a warning.
 
         Raises:
             VoCoCacheError: a file is not a cache or not of this store, or the names were changed.

@@ -52,6 +52,9 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
 
     The tokenizer of ``processor`` must know the VoCo token (:func:`voco_plugin.attach` adds it).
 
+    A batch is a dict with ``input_ids``, ``attention_mask``, ``labels`` ``(B, M)``, type ids where the
+    processor gives them, and its pixel arguments; of packed rows also ``document_ids``.
+
     Differs from TRL's collator: ``max_length`` never cuts through an image, which raises;
     ``pad_to_multiple_of`` holds for prompt-completion rows too; rows with and without images may be mixed.
 
@@ -72,10 +75,6 @@ class VoCoDataCollator(ReplacesBadRows, DataCollatorForVisionLanguageModeling):
         count_skipped: put ``skipped_samples`` ``(B,)`` into the batch: how many bad ones each row had.
         made_by: the fingerprint of a store's blocks: put the images' keys in that store into the batch,
             ``voco_image_keys`` ``(B, I, 32)`` (``I`` images of the row with most). Not of packed rows.
-
-    Returns:
-        a dict with ``input_ids``, ``attention_mask``, ``labels`` ``(B, M)``, type ids where the processor
-        gives them, and its pixel arguments; of packed rows also ``document_ids``.
 
     Raises:
         ValueError: a row's format is unknown or differs from its neighbours', images and placeholders differ

@@ -21,7 +21,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 @suggest_fields
 @dataclass
 class VoCoSFTConfig(SFTConfig):
-    """Arguments of :class:`~voco_plugin.training.VoCoSFTTrainer`: all of TRL's ``SFTConfig``, and
+    """Arguments of :class:`~voco_plugin.training.VoCoSFTTrainer`: all of TRL's ``SFTConfig``, and those
+    below.
+
+    One of TRL's means more here: with ``packing`` conversations with images share rows of up to
+    ``max_length`` tokens, whole, and isolated from each other (TRL refuses this): first-fit decreasing over
+    the whole training set, by lengths that a first pass counts from image sizes and text.
+    ``per_device_train_batch_size`` then counts packed rows. Evaluation is not packed.
 
     Args:
         voco: the rule, as a :class:`~voco_plugin.VoCoConfig`, a dict of its fields, or such a dict as JSON.
@@ -45,10 +51,6 @@ class VoCoSFTConfig(SFTConfig):
         distill: what is added to the loss so that the model answers as the plain one does (paper, Eq. 1):
             a :class:`~voco_plugin.training.DistillConfig`, a dict of its fields, or such a dict as JSON. The
             log then has ``ce_loss`` and ``distill_loss`` next to ``loss``. ``None`` adds nothing.
-        packing: whether conversations with images share rows of up to ``max_length`` tokens, whole, and
-            isolated from each other (TRL refuses this): first-fit decreasing over the whole training set, by
-            lengths that a first pass counts from image sizes and text. ``per_device_train_batch_size`` then
-            counts packed rows. Evaluation is not packed.
         stage1: how the images of a batch are compressed while training. ``joint``: in one pass with the text,
             under the rule. ``streamed``: in chunks of images before it, each recomputed in the backward pass;
             the text then runs on their VoCo tokens' keys and values. Loss and gradients are the same, and

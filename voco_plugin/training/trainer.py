@@ -133,6 +133,11 @@ class VoCoSFTTrainer(AtomicCheckpoints, Distilling, Staged, SFTTrainer):
         args: a :class:`VoCoSFTConfig`; ``SFTConfig`` will do for an attached model.
         processing_class: the model's processor; read from where the model was loaded if left out.
         data_collator: a :class:`~voco_plugin.VoCoDataCollator` is made if left out.
+        train_dataset: rows in TRL's vision formats, or with LLaVA's ``conversations``; a streamed set too.
+        eval_dataset: the same, or a dict of several by name.
+        quantization_config: how a model that is named is loaded (QLoRA).
+        peft_config: of LoRA; its targets are kept to the language model.
+        kwargs: whatever else ``SFTTrainer`` takes; ``more`` are its arguments by position.
 
     Raises:
         ValueError: model, config and data do not fit together; the message says how.
