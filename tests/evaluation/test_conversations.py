@@ -216,8 +216,16 @@ def test_a_study_reads_sets_in_turns_and_keeps_the_keys_of_those_without(tmp_pat
     assert front.key == readings(text_before="some text")[1].key, "a file counts by what it holds"
     (folder / "front.txt").write_text("another text")
     assert readings(text_before="front.txt")[1].key not in (front.key, talk.key, plain.key)
-    with pytest.raises(ValueError, match=r"eval_data\.talk: turns='yes' must be true or false"):
-        readings(turns="yes")
+    few = readings(limit=3)[1]
+    assert (
+        "--limit=3" in few.words and few.key != plain.key and readings(limit=None)[1].key == readings()[1].key
+    )
+    for wrong, message in (
+        ({"turns": "yes"}, "turns='yes' must be true or false"),
+        ({"limit": 0}, "limit=0 must"),
+    ):
+        with pytest.raises(ValueError, match=rf"eval_data\.talk: {message}"):
+            readings(**wrong)
 
 
 def test_a_study_tells_accuracy_by_turn(tmp_path, monkeypatch):

@@ -43,7 +43,9 @@ def test_a_frozen_tower_computes_in_training_what_it_computes_in_an_answer(tmp_p
 
     def look(module, given, output):
         alone = Normed.forward(norm, *given)
-        seen.append((torch.equal(output, alone), norm.training, language.training, language.layers[0].training))
+        seen.append(
+            (torch.equal(output, alone), norm.training, language.training, language.layers[0].training)
+        )
 
     norm.register_forward_hook(look)
     run.train()

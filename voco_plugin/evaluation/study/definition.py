@@ -24,6 +24,7 @@ class EvalSet:
         split: of a set that has splits.
         turns: each question is asked after the turns of its conversation before it.
         text_before: a text, or a file of one, that stands before the image.
+        limit: the questions of the first so many images alone.
     """
 
     data: str
@@ -31,12 +32,14 @@ class EvalSet:
     split: str | None = None
     turns: bool = False
     text_before: str | None = None
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "image_folder", "split", "text_before"):
             text(name, getattr(self, name))
         if not isinstance(self.turns, bool):
             raise ValueError(f"turns={self.turns!r} must be true or false.")
+        whole("limit", self.limit)
 
 
 @dataclasses.dataclass

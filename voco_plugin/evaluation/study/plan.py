@@ -283,7 +283,7 @@ class Planner:
         if tokens is not None:
             options["num-tokens"] = ",".join(map(str, tokens))
         more: dict[str, Any] = {"split": data.split, "rows": rows}
-        more |= {"turns": data.turns or None, "text-before": data.text_before}
+        more |= {"turns": data.turns or None, "text-before": data.text_before, "limit": data.limit}
         if curve:
             more |= {"steps": ",".join(map(str, study.curve or ())), "limit": study.curve_images}
         options |= {name: value for name, value in more.items() if value is not None}
