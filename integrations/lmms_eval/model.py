@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -120,7 +121,7 @@ class VoCoModel(lmms):
             "the model voco does not run tasks of several rounds (generate_until_multi_round)."
         )
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
         raise NotImplementedError(
             "log-likelihood tasks need the simple class: add --force_simple to the command."
         )
@@ -156,9 +157,10 @@ class VoCoSimple(VoCoModel):
         visuals = to_visual(self._doc(task, split, number))
         return read_simple(context, visuals, self.videos, f"{task} question {number}")
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
         """Per request a number and whether its continuation is the greedy choice; a prompt is read once for
-        all of its continuations.
+        all of its continuations. Each pair is wrapped: lmms-eval 0.7.3 writes a bare one as text, and then
+        cannot count it (remove when it does not).
 
         Of multiple choice the number is the loss (minus the log-likelihood, in nats, summed over tokens): the
         harness takes the choice with the smallest. Where a task asks for the log-likelihood of its target it
@@ -176,7 +178,7 @@ class VoCoSimple(VoCoModel):
                 )
             context, _, _, doc, task, split = request.args
             together.setdefault((context, doc, task, split), []).append(number)
-        out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        out: list[Any] = [None] * len(requests)
         groups = list(together.values())
         with self._bar(len(requests)) as tick:
             for start in range(0, len(groups), self.batch_size):
@@ -186,7 +188,8 @@ class VoCoSimple(VoCoModel):
                 for numbers, scored in zip(part, self.reader.likelihood(prompts, endings), strict=True):
                     for n, one in zip(numbers, scored, strict=True):
                         sign = -1 if isinstance(requests[n].args[1], str) else 1
-                        out[n] = (sign * one.log_likelihood, one.is_greedy)
+                        pair = (sign * one.log_likelihood, one.is_greedy)
+                        out[n] = GenerationResult(text=pair)  # type: ignore[arg-type]
                     tick(len(numbers))
         return out
 

@@ -257,8 +257,10 @@ def _absolute(source: str) -> str:
 
 def _data_facts(work: Path, one: Benchmark) -> list[Any]:
     """What tells one state of a benchmark's files from another: names, sizes and times."""
+    from ..evaluation.suite_data import set_file
+
     files = [f for want in one.wanted for f in sorted((work / want.repository).glob("*.parquet"))]
-    files += sorted((work / one.task).glob("*.jsonl"))
+    files += [f for f in [set_file(work, one.task)] if f.is_file()]
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns if f.is_symlink() else
              hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]  # fmt: skip
 

@@ -156,6 +156,13 @@ def _card(listed: dict[str, dict[str, list[str]]]) -> str:
 # -- sets that the harness does not know
 
 
+def set_file(work: Path, task: str) -> Path:
+    """Where the questions of a task lie that this package ships; no folder may have a task's name, which the
+    harness would take for a folder of tasks.
+    """
+    return work / "voco_sets" / f"{task.removeprefix('voco_')}.jsonl"
+
+
 def _videos(one: Benchmark, data: Path, folder: Path) -> list[str]:
     """The questions of a set of videos, each with the path of its video, as JSON lines."""
     from .video_qa import read_video_qa, video_rows
@@ -178,7 +185,7 @@ def _videos(one: Benchmark, data: Path, folder: Path) -> list[str]:
          "video": str(paths[item.id].resolve())}
         for item in items
     ]  # fmt: skip
-    _write_lines(folder / one.task / "test.jsonl", lines)
+    _write_lines(set_file(folder, one.task), lines)
     return []
 
 
@@ -201,7 +208,7 @@ def _gridworld(data: Path, folder: Path) -> list[str]:
             {"id": number, "question": question.text, "answer": question.answer, "type": question.type,
              "images": images}
         )  # fmt: skip
-    _write_lines(folder / "voco_gridworld" / "test.jsonl", lines)
+    _write_lines(set_file(folder, "voco_gridworld"), lines)
     return []
 
 
