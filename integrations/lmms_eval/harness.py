@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -66,7 +67,6 @@ def run_task(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with at_work(work):
         from lmms_eval.evaluator import simple_evaluate
-        from lmms_eval.tasks import TaskManager
         from loguru import logger
 
         from .model import VoCoChat
@@ -81,8 +81,7 @@ def run_task(
         )
         found = simple_evaluate(
             model=lm, tasks=[task], limit=limit, log_samples=True, bootstrap_iters=0, cli_args=args,
-            task_manager=TaskManager("WARNING", include_path=TASKS, model_name="voco"), verbosity="WARNING",
-            process_docs_parallel=1,
+            task_manager=_tasks(), verbosity="WARNING", process_docs_parallel=1,
         )  # fmt: skip
         samples = [_slim(sample) for sample in found["samples"][task]]
         if task.startswith("mmbench"):
@@ -93,6 +92,14 @@ def run_task(
     own = next((value for key, value in figures.items() if key.split(",")[0] == metric), None)
     own = float(own) if isinstance(own, (int, float)) or hasattr(own, "item") else None
     return {"task": task, "metric": metric, "score": own, "samples": samples}
+
+
+@functools.cache
+def _tasks() -> Any:
+    """The harness's tasks and ours; thousands of files are looked through for it."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager("WARNING", include_path=TASKS, model_name="voco")
 
 
 def _slim(sample: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Arguments → a reader: the model in the mode asked for, and what that mode cannot do, said before it runs."""
+"""Arguments → a reader: the model in the mode asked for; what that mode cannot do is said before it runs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def reader_of(model: Any, processor: Any, args: ModelArgs) -> Reader:
             raise ValueError(f"mode={args.mode}: {reason}; give mode=single.")
     detach = None
     if args.mode in ("base", "blind"):
-        keep = is_plain_adapter(args.pretrained)
+        keep = bool(args.pretrained) and is_plain_adapter(args.pretrained)
         detach = lambda given: plain_model(given, vp.detach, keep_adapter=keep)  # noqa: E731
     return Reader(
         model, processor, mode=args.mode, cached=cached, shown=args.mode != "blind", detach=detach,

@@ -55,9 +55,7 @@ class Videos:
         time_text: whether each frame's time stands before it, as ``<1.0s>``.
     """
 
-    def __init__(
-        self, count: int | None = None, fps: float | None = None, time_text: bool = False
-    ) -> None:
+    def __init__(self, count: int | None = None, fps: float | None = None, time_text: bool = False) -> None:
         self.count = count if count is not None or fps is not None else 8
         self.fps, self.time_text = fps, time_text
         self._kept: OrderedDict[Any, list[Any]] = OrderedDict()

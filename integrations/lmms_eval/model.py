@@ -11,6 +11,7 @@ from typing import Any
 
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
+from loguru import logger
 from tqdm import tqdm
 
 from .arguments import ModelArgs, read_args
@@ -60,7 +61,9 @@ class VoCoModel(lmms):
 
     def clean(self) -> None:
         if not self._stays:
-            self._held.pop("reader").close()
+            reader = self._held.pop("reader")
+            logger.info(f"voco: {reader.compressed} image(s) compressed for {reader.asked} prompt(s)")
+            reader.close()
             super().clean()
 
     # -- requests
@@ -203,7 +206,9 @@ class _Bar:
 
     def __init__(self, total: int, tick: Callable[[int], Any] | None, rank: int) -> None:
         self._tick = tick
-        self._bar = None if tick is not None else tqdm(total=total, disable=rank != 0, desc="Model Responding")
+        self._bar = (
+            None if tick is not None else tqdm(total=total, disable=rank != 0, desc="Model Responding")
+        )
 
     def __enter__(self) -> Callable[[int], Any]:
         return self._tick if self._bar is None else self._bar.update

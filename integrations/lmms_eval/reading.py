@@ -1,8 +1,8 @@
 """Prompts → answers and likelihoods; every image is compressed once, whatever the number of questions.
 
-    image → key (pixels, model, rule, K) → in the store?  yes: its block
-                                                          no:  compressed, and kept
-    prompt + the blocks of its images → ``vp.answer``, ``vp.log_likelihood``
+image → key (pixels, model, rule, K) → in the store?  yes: its block
+                                                      no:  compressed, and kept
+prompt + the blocks of its images → ``vp.answer``, ``vp.log_likelihood``
 """
 
 from __future__ import annotations
@@ -139,9 +139,7 @@ class Reader:
         if not self.cached:
             return {"images": [prompt.images for prompt in prompts]}
         pictures = {
-            key: image
-            for prompt in prompts
-            for key, image in zip(prompt.keys, prompt.images, strict=True)
+            key: image for prompt in prompts for key, image in zip(prompt.keys, prompt.images, strict=True)
         }
         missing = self.store.missing(list(pictures))
         if missing:

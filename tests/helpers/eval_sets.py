@@ -16,7 +16,7 @@ import voco_plugin as vp
 from tiny import processors
 
 BOX = "[0.25, 0.25, 0.75, 0.75]"
-WORDS = ("yes", "no", "A", "B", BOX, "red")
+WORDS = ("yes", "no", "A", "B", BOX, "[0.1, 0.1, 0.3, 0.9]")
 QUESTIONS = 6  # an image
 _SHORT = "\nAnswer the question using a single word or phrase."
 _LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -26,23 +26,23 @@ PROMPTS = (
     "All values are floating point numbers bounded between 0 and 1. Please provide the bounding box "
     "coordinate of the region this sentence describes: the thing {0}",
 )  # fmt: skip
-"""As the harness writes them, or nearly."""
+_KINDS = (0, 0, 0, 1, 0, 2)
+"""As the harness writes them, or nearly; and which pair of words answers each."""
 
 
 def answering_vlm(folder: Path) -> str:
     """A tiny LLaVA whose every answer is one of :data:`WORDS`, with VoCo attached, saved.
 
-    Rows of the head come in pairs ``r, -r``, so that one of them is always above 0, where all other tokens
-    are; ``r`` is a direction in which prompts differ. A coordinate of its own, large behind an answer alone,
-    raises the end token.
+    Rows of the head come in pairs ``v + r, v - r``: ``v`` tells a kind of prompt, so that the pair is above
+    all other tokens there, and ``r`` is a direction in which prompts of a kind differ. A coordinate of its
+    own, large behind an answer alone, raises the end token.
     """
     model, processor = tiny.build("llava_llama"), processors.processor("llava_llama")
     processor.tokenizer.add_tokens(list(WORDS))
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     ids = processor.tokenizer.convert_tokens_to_ids(list(WORDS))
-    embed = model.get_input_embeddings().weight
     with torch.no_grad():
-        embed[:, 0] = 0
+        model.get_input_embeddings().weight[:, 0] = 0
         for layer in model.model.language_model.layers:
             layer.self_attn.o_proj.weight[0] = 0
             layer.mlp.down_proj.weight[0] = 0
@@ -50,24 +50,26 @@ def answering_vlm(folder: Path) -> str:
         embed, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         embed[ids] = 0
         embed[ids, 0] = 60
-        directions = _directions(model, processor)
+        kinds, apart = _directions(model, processor)
         head.zero_()
         for number, token in enumerate(ids):
-            head[token] = directions[number // 2] * (1 if number % 2 else -1)
+            head[token] = kinds[number // 2] + apart[number // 2] * (1 if number % 2 else -1)
         head[processor.tokenizer.eos_token_id, 0] = 100
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 
 
-def _directions(model: Any, processor: Any) -> torch.Tensor:
-    """``(3, hidden)``: where the states behind prompts differ most, whatever they have in common."""
+def _directions(model: Any, processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each ``(3, hidden)``: what tells a kind of prompt, and where prompts of a kind differ by their image
+    and their question.
+    """
     from voco_plugin.inference.answering import prompt
 
     apart, means = [], []
     for ask in PROMPTS:
         states = []
-        for number in range(12):
+        for number in range(8):
             shown = [[image] for image in pictures(6, 11)]
             inputs = prompt(model, processor, [ask.format(number)] * len(shown), shown)
             states.append(model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1])
@@ -75,15 +77,20 @@ def _directions(model: Any, processor: Any) -> torch.Tensor:
         found[:, 0] = 0
         means.append(found.mean(dim=0))
         apart.append(found - means[-1])
+    wanted = torch.zeros(len(PROMPTS), 3)
+    for number, kind in enumerate(_KINDS):
+        wanted[number, kind] = 30.0
+    kinds = (torch.linalg.pinv(torch.stack(means)) @ wanted).T
     common, _ = torch.linalg.qr(torch.stack(means).T)  # what a kind of prompt has in common says nothing
     found = torch.cat(apart)
     found = found - (found @ common) @ common.T
     by_image = found.view(-1, 6, found.shape[1])
     by_image = (by_image - by_image.mean(dim=1, keepdim=True)).flatten(0, 1)
-    first = torch.linalg.svd(by_image, full_matrices=False)[2][:1]
-    others = torch.linalg.svd(found - found @ first.T @ first, full_matrices=False)[2][:2]
-    spread = [(by_image @ first.T).std(dim=0), (found @ others.T).std(dim=0)]
-    return torch.cat([first, others]) * torch.tensor([[4.0], [3.0], [3.0]]) / torch.cat(spread)[:, None]
+    image = torch.linalg.svd(by_image, full_matrices=False)[2][:3]
+    image = image / (by_image @ image.T).std(dim=0)[:, None]
+    question = torch.linalg.svd(found, full_matrices=False)[2][:3]
+    question = question / (found @ question.T).std(dim=0)[:, None]
+    return kinds, 2 * image + question
 
 
 def pictures(count: int, seed: int = 0) -> list[Image.Image]:
@@ -157,7 +164,7 @@ def write_scienceqa(home: Path) -> None:
 def write_textvqa(home: Path) -> None:
     rows = [
         {"image": image, "image_id": str(n // QUESTIONS), "question_id": n, "question": f"what does {q} say?",
-         "answers": ["yes"] * (q % 5) + ["no"] * (2 * (n % 3)) + ["Red."] * (10 - q % 5 - 2 * (n % 3)),
+         "answers": ["yes"] * (n * 7 % 5) + ["No."] * (n * 3 % 5) + ["red"] * (10 - n * 7 % 5 - n * 3 % 5),
          "ocr_tokens": ["x"]}
         for n, image, q in _asked(pictures(4, 5))
     ]  # fmt: skip
@@ -189,9 +196,9 @@ def write_vqav2(home: Path) -> None:
 
 def write_mmbench(home: Path) -> None:
     rows = [
-        {"index": n, "question": f"Which is {q}?", "hint": "nan", "answer": ("A", "B")[n // 3 % 2], "A": "this",
-         "B": "that", "C": "nan", "D": "nan", "category": f"class {q % 2}", "image": image, "source": "x",
-         "L2-category": "y", "comment": "nan", "split": "dev"}
+        {"index": n, "question": f"Which is {q}?", "hint": "nan", "answer": ("A", "B")[n // 3 % 2],
+         "A": "this", "B": "that", "C": "nan", "D": "nan", "category": f"class {q % 2}", "image": image,
+         "source": "x", "L2-category": "y", "comment": "nan", "split": "dev"}
         for n, image, q in _asked(pictures(3, 8))
     ]  # fmt: skip
     _save(home / "MMBench" / "en" / "dev-00000-of-00001.parquet", rows)

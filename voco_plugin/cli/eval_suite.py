@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,22 +80,24 @@ def check_no_suite(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     suite, chosen = args.model, _chosen(args)
     _check(args)
+    bridge = load_integration("lmms_eval.harness")
+    harness = "" if args.prepare else bridge.check_installed()
+    rows = _rows(args)
     work, out = _folders(args)
     from ..evaluation.suite_data import prepare
 
     prepare(chosen, args.data_root, work)
     if args.prepare:
-        bridge = load_integration("lmms_eval.harness")
         tasks = ",".join(one.task for one in chosen)
-        output.emit(
-            f"cd {work} && HF_HUB_OFFLINE=1 lmms_eval --model voco --model_args "
-            f"pretrained={Path(args.suite_model).resolve()} --tasks {tasks} --include_path {bridge.TASKS} "
-            f"--batch_size {args.batch_size} --output_path {out / 'lmms_eval'} --log_samples"
-        )
+        source = _absolute(args.suite_model)
+        source = f'"{source}"' if "," in source else source
+        command = [
+            "python", "-m", "lmms_eval", "--model", "voco", "--model_args", f"pretrained={source}", "--tasks",
+            tasks, "--include_path", bridge.TASKS, "--batch_size", str(args.batch_size), "--output_path",
+            str(out / "lmms_eval"), "--log_samples",
+        ]  # fmt: skip
+        output.emit(f"cd {shlex.quote(str(work))} && HF_HUB_OFFLINE=1 {shlex.join(command)}")
         return 0
-    rows = _rows(args)
-    bridge = load_integration("lmms_eval.harness")
-    harness = bridge.check_installed()
     runs: dict[str, dict[str, Any]] = {}
     tokens: dict[str, int | None] = {}
     started = time.perf_counter()
@@ -125,7 +128,7 @@ def _chosen(args: argparse.Namespace) -> list[Benchmark]:
         if one is None:
             names = [one.name for one in listed]
             raise ValueError(
-                f"--only {name.strip()!r} is not in {args.model}{nearest(name.strip(), names)}: "
+                f"--only {name.strip()!r} is not in {args.model}{nearest(name.strip().lower(), by_name)}: "
                 f"{', '.join(names)}."
             )
         found.append(one)
@@ -136,7 +139,9 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what a suite has no use for, before data or models are looked at."""
     for name in _ONLY_SETS:
         if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} goes with --data SET, not with a suite; leave it out.")
+            raise ValueError(
+                f"--{name.replace('_', '-')} goes with --data SET, not with a suite; leave it out."
+            )
     if args.frames != ["all"]:
         raise ValueError("--frames goes with --data SET, not with a suite; leave it out.")
     if args.on_bad_sample != "raise":
@@ -313,14 +318,20 @@ def _report(
         "seconds": seconds, "environment": environment(args.device or "cpu"),
     }  # fmt: skip
     report["plot"] = _draw(suite, chosen, rows, out / "table.png")
-    atomic_write_text(out / "table.json", json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n")
+    atomic_write_text(
+        out / "table.json", json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n"
+    )
     return report
 
 
-def _notes(args: argparse.Namespace, suite: str, rows: Sequence[Any], chosen: Sequence[Benchmark]) -> list[str]:
+def _notes(
+    args: argparse.Namespace, suite: str, rows: Sequence[Any], chosen: Sequence[Benchmark]
+) -> list[str]:
     notes = []
     if args.limit:
-        notes.append(f"the first {args.limit} questions of each benchmark only (--limit): no published figure")
+        notes.append(
+            f"the first {args.limit} questions of each benchmark only (--limit): no published figure"
+        )
     for row in rows:
         for one in chosen:
             cell = row.cells.get(one.name)
@@ -357,7 +368,9 @@ def _draw(suite: str, chosen: Sequence[Benchmark], rows: Sequence[Any], path: Pa
         if bounded and row.role:
             continue
         values = [getattr(row.cells.get(name), what, None) for name in names]
-        series[row.name] = [_finite(v, 1.0 if bounded else scales[n]) for v, n in zip(values, names, strict=True)]
+        series[row.name] = [
+            _finite(v, 1.0 if bounded else scales[n]) for v, n in zip(values, names, strict=True)
+        ]
     for row in ROWS[suite]:
         if row.bound is not None or not set(row.scores) & set(names):
             continue
@@ -376,5 +389,3 @@ def _draw(suite: str, chosen: Sequence[Benchmark], rows: Sequence[Any], path: Pa
 
 def _finite(value: float | None, scale: float) -> float:
     return 0.0 if value is None else max(0.0, value * scale)
-
-

@@ -32,7 +32,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--judge http://localhost:8000/v1 --judge-model judge\n"
         "  voco eval runs/gridworld_voco --data runs/gridworld/test.json --turns --mode voco --mode base\n"
         "  voco eval runs/upper --data runs/gridworld/train.json --rows=-500: --mode single\n"
-        "  voco eval paper-image runs/voco --data-root data/ --upper runs/upper --lower runs/upper --limit 100\n"
+        "  voco eval paper-image runs/voco --data-root data/ --upper runs/up --lower runs/up --limit 100\n"
         "  voco eval gridworld runs/gridworld_voco --data-root runs/gridworld --mode voco --mode base\n",
     )
     add_model_options(parser)

@@ -50,8 +50,8 @@ def prepare(benchmarks: Sequence[Benchmark], root: str | Path, work: str | Path)
     if missing:
         names = ", ".join(one.name for one in benchmarks)
         raise FileNotFoundError(
-            f"data is missing under {data}: {'; '.join(missing)}. Copy it there (a snapshot of each data set's "
-            f"repository will do), or name the benchmarks that you have with --only (of {names})."
+            f"data is missing under {data}: {'; '.join(missing)}. Copy it there (a snapshot of each data "
+            f"set's repository will do), or name the benchmarks that you have with --only (of {names})."
         )
 
 
@@ -62,9 +62,7 @@ def _link(wants: Sequence[Wanted], data: Path, folder: Path) -> list[str]:
     """Links and card of one repository; what is missing, in words."""
     places = homes(wants[0].repository, data)
     found = {want: files_of(want, places) for want in wants}
-    lost = [
-        f"{wanted_words(want)} in {places[0]}" for want, files in found.items() if not files
-    ]
+    lost = [f"{wanted_words(want)} in {places[0]}" for want, files in found.items() if not files]
     if lost:
         return lost
     folder.mkdir(parents=True, exist_ok=True)

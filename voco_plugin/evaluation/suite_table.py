@@ -122,7 +122,7 @@ def _images(one: Benchmark, answered: Mapping[str, Mapping[str, Any]]) -> list[A
     for found in answered.values():
         if any(sample.get("images") for sample in found["samples"]):
             return [
-                sample["images"][0][:16] if sample.get("images") else f"question {sample['doc_id']}"
+                sample["images"][0] if sample.get("images") else f"question {sample['doc_id']}"
                 for sample in found["samples"]
             ]
     return [f"question {number}" for number in asked[first]]
@@ -183,10 +183,10 @@ def markdown(suite: str, benchmarks: Sequence[Benchmark], rows: Sequence[Row], n
     for row in rows:
         cells = [_cell(row.cells.get(name), "score") for name in names]
         lines.append(_line([row.name, _count(row.tokens), *cells]))
-    for row in printed:
-        if row.scores:
-            shown = [_number(row.scores.get(name)) for name in names]
-            lines.append(_line([f"*{row.name}*", str(row.tokens), *shown]))
+    for other in printed:
+        if other.scores:
+            shown = [_number(other.scores.get(name)) for name in names]
+            lines.append(_line([f"*{other.name}*", str(other.tokens), *shown]))
     lines += ["", "Per cent, MME in points (perception); [95 % interval over images]. In italics: published."]
     for what, words in (
         ("ratio", "raw ratio: score / upper bound, %"),
@@ -200,12 +200,15 @@ def markdown(suite: str, benchmarks: Sequence[Benchmark], rows: Sequence[Row], n
             cells = [_cell(row.cells.get(name), what) for name in names]
             average = getattr(row, f"average_{what}"), getattr(row, f"average_{what}_interval")
             lines.append(_line([row.name, _count(row.tokens), *cells, _with(*average)]))
-        for row in printed:
-            listed = published_shares(printed, row, what)
-            if listed or (what == "retention" and row.average is not None):
-                mean = float(np.mean(list(listed.values()))) if listed and what == "ratio" else row.average
+        for other in printed:
+            listed = published_shares(printed, other, what)
+            if listed or (what == "retention" and other.average is not None):
+                here = [listed[name] for name in names if name in listed]
+                mean = float(np.mean(here)) if here else other.average  # over what is measured here
+                if not here and other.scores:
+                    continue
                 shown = [_number(listed.get(name)) for name in names]
-                lines.append(_line([f"*{row.name}*", str(row.tokens), *shown, _number(mean)]))
+                lines.append(_line([f"*{other.name}*", str(other.tokens), *shown, _number(mean)]))
     judged = [(row, name) for row in rows for name in names if row.cells.get(name) and row.cells[name].judge]
     if judged:
         lines += ["", "## Judged answers", "", _line(["", "", "right, %", "score, 0 to 5", "judged"]),
@@ -216,7 +219,7 @@ def markdown(suite: str, benchmarks: Sequence[Benchmark], rows: Sequence[Row], n
                 _line([row.name, name, _number(100 * said["accuracy"]), _number(said["score"]),
                        str(said["judged"])])
             )  # fmt: skip
-    told = [*notes, *(f"{row.name}: {row.note}" for row in printed if row.note)]
+    told = [*notes, *(_told(other) for other in printed if other.note)]
     if not any(row.role == "upper" for row in rows):
         told.append(NO_BOUNDS)
     elif not any(row.role == "lower" for row in rows):
@@ -237,6 +240,13 @@ def published_shares(rows: Sequence[Published], row: Published, what: str) -> di
         else 100 * (score - lower[name]) / (upper[name] - lower[name])
         for name, score in row.scores.items()
     }  # fmt: skip
+
+
+def _told(row: Published) -> str:
+    alone = (
+        f"average retention {row.average} % printed: " if row.average is not None and not row.scores else ""
+    )
+    return f"{row.name}, {row.tokens} token(s): {alone}{row.note}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -137,7 +137,9 @@ def columns(benchmark: Benchmark, samples: Sequence[Mapping[str, Any]]) -> np.nd
         return np.asarray(rows, dtype=float).reshape(-1, 3)
     if benchmark.kind == "by_class":
         return _mme(benchmark, samples)
-    rows = [[_value(benchmark, sample), 1.0] if _counts(benchmark, sample) else [0.0, 0.0] for sample in samples]
+    rows = [
+        [_value(benchmark, sample), 1.0] if _counts(benchmark, sample) else [0.0, 0.0] for sample in samples
+    ]
     found = np.asarray(rows, dtype=float).reshape(-1, 2)
     if not found[:, 1].any():
         raise ValueError(f"{benchmark.name}: none of {len(samples)} questions counts for {benchmark.metric}.")
@@ -200,5 +202,7 @@ def _mme(benchmark: Benchmark, samples: Sequence[Mapping[str, Any]]) -> np.ndarr
         rows[number, at : at + 2] = 50.0 * total + 100.0 * (total == 2), 1.0
     there = rows.any(axis=0).reshape(-1, 2).any(axis=1)
     if not there.any():
-        raise ValueError(f"{benchmark.name}: none of {len(samples)} questions is a pair of a perception class.")
+        raise ValueError(
+            f"{benchmark.name}: none of {len(samples)} questions is a pair of a perception class."
+        )
     return rows.reshape(len(samples), -1, 2)[:, there].reshape(len(samples), -1)

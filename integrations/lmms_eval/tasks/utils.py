@@ -5,7 +5,7 @@ from voco_plugin.evaluation.video_qa import same_answer
 
 
 def video_visual(doc):
-    return [doc["video"]]
+    return [{"type": "video", "url": doc["video"]}]  # whatever its suffix
 
 
 def gridworld_visual(doc):
