@@ -79,10 +79,19 @@ def run_task(
         args = argparse.Namespace(
             output_path=str(Path(work) / "written"), process_with_media=False, reasoning_tags=None
         )
-        found = simple_evaluate(
-            model=lm, tasks=[task], limit=limit, log_samples=True, bootstrap_iters=0, cli_args=args,
-            task_manager=_tasks(), verbosity="WARNING", process_docs_parallel=1,
-        )  # fmt: skip
+        try:
+            found = simple_evaluate(
+                model=lm, tasks=[task], limit=limit, log_samples=True, bootstrap_iters=0, cli_args=args,
+                task_manager=_tasks(), verbosity="WARNING", process_docs_parallel=1,
+            )  # fmt: skip
+        except Exception as problem:
+            reason = _of_the_data(problem)
+            if reason is None:
+                raise
+            raise ValueError(
+                f"{task}: lmms-eval cannot read its data: {reason}. Is it the data set that the task names, "
+                "whole? (--debug shows where)"
+            ) from problem
         samples = [_slim(sample) for sample in found["samples"][task]]
         if task.startswith("mmbench"):
             _mark_hits(samples, metric)
@@ -92,6 +101,19 @@ def run_task(
     own = next((value for key, value in figures.items() if key.split(",")[0] == metric), None)
     own = float(own) if isinstance(own, (int, float)) or hasattr(own, "item") else None
     return {"task": task, "metric": metric, "score": own, "samples": samples}
+
+
+def _of_the_data(problem: Exception) -> str | None:
+    """What is wrong with data of another schema, in the words of what the harness raised; ``None`` where it
+    is something else.
+    """
+    import datasets
+    import tenacity
+
+    if isinstance(problem, tenacity.RetryError):  # it tries everything five times
+        problem = problem.last_attempt.exception() or problem
+    kinds = (KeyError, AssertionError, AttributeError, datasets.exceptions.DatasetsError)
+    return f"{type(problem).__name__}: {problem}" if isinstance(problem, kinds) else None
 
 
 @functools.cache

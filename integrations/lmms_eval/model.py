@@ -71,6 +71,18 @@ class VoCoModel(lmms):
     def _doc(self, task: str, split: str, number: int) -> Any:
         return self.task_dict[task][split][number]
 
+    def _read(self, arguments: tuple) -> Prompt:
+        """The prompt of a request.
+
+        Raises:
+            ValueError: its picture or video cannot be read; the message names the question.
+        """
+        task, number = _question(arguments)
+        try:
+            return self._prompt(arguments)
+        except (OSError, SyntaxError) as problem:  # what PIL raises where the data set decodes it
+            raise ValueError(f"{task} question {number} cannot be shown: {problem}") from problem
+
     def _prompt(self, arguments: tuple) -> Prompt:
         raise NotImplementedError
 
@@ -88,7 +100,7 @@ class VoCoModel(lmms):
                 options, until = self._read_options(json.loads(text))
                 for start in range(0, len(numbers), self.batch_size):  # pictures of a batch at a time
                     part = numbers[start : start + self.batch_size]
-                    prompts = [self._prompt(requests[n].args) for n in part]
+                    prompts = [self._read(requests[n].args) for n in part]
                     said = self.reader.answer(prompts, tick, **options)
                     for n, prompt, answer in zip(part, prompts, said, strict=True):
                         out[n] = _cut(answer, until)
@@ -186,7 +198,7 @@ class VoCoSimple(VoCoModel):
         with self._bar(len(requests)) as tick:
             for start in range(0, len(groups), self.batch_size):
                 part = groups[start : start + self.batch_size]
-                prompts = [self._prompt(requests[numbers[0]].args) for numbers in part]
+                prompts = [self._read(requests[numbers[0]].args) for numbers in part]
                 endings = [[self._ending(requests[n].args) for n in numbers] for numbers in part]
                 for numbers, scored in zip(part, self.reader.likelihood(prompts, endings), strict=True):
                     for n, one in zip(numbers, scored, strict=True):

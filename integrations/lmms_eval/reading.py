@@ -34,6 +34,7 @@ class Reader:
     Attributes:
         compressed: images that were compressed here; those that the store had are not counted.
         asked: prompts that the model answered; those found in ``answers`` are not counted.
+        tokens: that text sees of an image: K, ``None`` for all vision tokens, 0 for none.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Reader:
         self.processor, self.mode, self.cached, self.shown = processor, mode, cached, shown
         self.batch_size, self.compressed, self.asked = batch_size, 0, 0
         self.num_tokens = vp.attachment(model).config.num_tokens if mode not in ("base", "blind") else None
+        self.tokens = self._tokens_seen(model)
         self.log = AnswerLog(answers)
         self._folder = None
         if store is None:
@@ -60,6 +62,12 @@ class Reader:
         self.store: Any = vp.VoCoCacheStore.for_model(store, model)
         self.fingerprint = self.store.fingerprint
         self.model = model if detach is None else detach(model)
+
+    def _tokens_seen(self, model: Any) -> int | None:
+        if not self.shown:
+            return 0
+        isolated = self.num_tokens is not None and vp.attachment(model).config.isolates
+        return self.num_tokens if isolated else None
 
     def answer(self, prompts: Sequence[Prompt], tick: Tick | None = None, **generate: Any) -> list[str]:
         """The answers, ``batch_size`` prompts at a time.

@@ -123,7 +123,7 @@ class FakeReader:
 
     def __init__(self, args: Any) -> None:
         self.name, self.args = args.mode, args
-        self.num_tokens = 2 if args.mode != "base" else None
+        self.num_tokens = self.tokens = 2 if args.mode != "base" else None
 
     def close(self) -> None: ...
 

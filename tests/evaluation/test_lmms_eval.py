@@ -76,9 +76,9 @@ def cached(place: Path) -> Any:
 
 
 def answers(samples: Any) -> dict[str, list[str]]:
-    """Per task the answers in the order of its questions."""
+    """Per task the answers in the order of its questions; the harness unpacks a list of one."""
     return {
-        task: [one["filtered_resps"][0] for one in sorted(listed, key=lambda one: one["doc_id"])]
+        task: [one["filtered_resps"] for one in sorted(listed, key=lambda one: one["doc_id"])]
         for task, listed in samples.items()
     }
 
@@ -319,13 +319,49 @@ def test_a_limit_keeps_mmes_pairs_whole(place: Path, capsys) -> None:
     assert "the first 3 questions" in report["notes"][0]
 
 
+def test_data_of_another_schema_is_one_line(place: Path, tmp_path: Path, capsys) -> None:
+    import datasets
+
+    home = tmp_path / "POPE"
+    source = place / "sets" / "lmms-lab-encoder" / "POPE" / "data" / "test-00000-of-00001.parquet"
+    table = datasets.Dataset.from_parquet(str(source), cache_dir=str(tmp_path / "cache"))
+    home.mkdir()
+    table.rename_column("answer", "label").to_parquet(str(home / "test-0.parquet"))
+    argv = ["eval", "paper-image", str(place / "vlm"), "--data-root", str(tmp_path), "--only", "pope",
+            "--out", str(tmp_path / "out"), "--max-new-tokens", "4", "--limit", "2"]  # fmt: skip
+    assert main(argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("voco eval: error: pope: lmms-eval cannot read its data: KeyError: 'answer'")
+
+
+def test_a_picture_that_is_broken_is_named(place: Path, tmp_path: Path, capsys) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = place / "sets" / "lmms-lab-encoder" / "POPE" / "data" / "test-00000-of-00001.parquet"
+    table = pq.read_table(source)
+    images = table.column("image").to_pylist()
+    images[1] = {"bytes": b"no picture", "path": None}
+    at = table.column_names.index("image")
+    field = table.schema.field("image")
+    (tmp_path / "POPE").mkdir()
+    broken = table.set_column(at, field, pa.array(images, type=field.type))
+    pq.write_table(
+        broken.replace_schema_metadata(table.schema.metadata), tmp_path / "POPE" / "test-0.parquet"
+    )
+    argv = ["eval", "paper-image", str(place / "vlm"), "--data-root", str(tmp_path), "--only", "pope",
+            "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]  # fmt: skip
+    assert main(argv) == 2
+    assert "pope question 1 cannot be shown" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_likelihood_tasks_run_under_force_simple(place: Path) -> None:
     found = harness(
         place, "simple", "", "--force_simple", "--batch_size", "8", tasks="voco_gridworld_choice,pope"
     )
     listed = found[0]["voco_gridworld_choice"]
     for one in listed:
-        losses = [loss for loss, _ in one["filtered_resps"]]
+        losses = [float(loss) for loss, _ in one["filtered_resps"]]  # written as text
         assert all(loss > 0 for loss in losses)
         assert one["acc"] == float(losses.index(min(losses)) == one["target"])
     assert found[1]["voco_gridworld_choice"]["acc,none"] == pytest.approx(

@@ -98,12 +98,12 @@ def run(args: argparse.Namespace) -> int:
         ]  # fmt: skip
         output.emit(f"cd {shlex.quote(str(work))} && HF_HUB_OFFLINE=1 {shlex.join(command)}")
         return 0
+    judge = eval_video.judge_of(args)
     runs: dict[str, dict[str, Any]] = {}
     tokens: dict[str, int | None] = {}
     started = time.perf_counter()
     for name, source, mode in rows:
         runs[name], tokens[name] = _run_row(args, chosen, name, source, mode, work, out, harness)
-    judge = eval_video.judge_of(args)
     if judge is not None:
         for name, found in runs.items():
             for one in found:
@@ -245,13 +245,18 @@ def _run_row(
                     "key": key, "asked": reader.asked - began[0], "compressed": reader.compressed - began[1],
                     "seconds": time.perf_counter() - began[2],
                 }  # fmt: skip
-                atomic_write_text(file, json.dumps(kept, ensure_ascii=False, default=str) + "\n")
+                atomic_write_text(file, json.dumps(kept, ensure_ascii=False, default=_plain) + "\n")
             else:
                 output.note(f"{name}, {one.name}: taken from {file}")
             found[one.name] = kept
-        return found, reader.num_tokens
+        return found, reader.tokens
     finally:
         reader.close()
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers as numbers; anything else that JSON does not know as text."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else str(value)
 
 
 def _absolute(source: str) -> str:
