@@ -105,13 +105,15 @@ class Harness:
         self.right, self.runs = right, []
 
     def run(self, reader: Any, task: str, metric: str, work: Path, **options: Any) -> dict[str, Any]:
-        assert Path(work).is_absolute() and (Path(work) / "lmms-lab-encoder").is_dir()
+        assert Path(work).is_absolute() and any(Path(work).iterdir())
         self.runs.append((reader.name, task, options["limit"]))
         samples = [
             {
                 "doc_id": n,
                 "images": [f"i{n}"],
-                metric: {"ground_truth": "yes", "prediction": "yes" if hit else "no"},
+                metric: {"ground_truth": "yes", "prediction": "yes" if hit else "no", "score": hit},
+                "doc": {"question": f"what is {n}", "answer": "dog"},
+                "filtered_resps": ["a dog"],
             }
             for n, hit in enumerate(self.right[reader.name])
         ]
@@ -162,3 +164,30 @@ def test_a_half_written_result_is_run_again(folder: Path, harness: Harness, caps
     (folder / "out" / "voco" / "pope.json").write_text('{"key": "x', encoding="utf-8")
     assert main(argv) == 0 and len(harness.runs) == 2
     assert "| *VoCo-LLaMA (paper)* | 1 | 81.4 |" in capsys.readouterr().out
+
+
+def test_a_judge_reads_the_answers_beside_the_match(
+    folder: Path, harness: Harness, monkeypatch, capsys
+) -> None:
+    from voco_plugin.cli import eval_video
+
+    home = folder / "data" / "MSVD-QA"
+    (home / "videos").mkdir(parents=True)
+    (home / "videos" / "vid1.mp4").write_bytes(b"x")
+    record = [{"id": 0, "video_id": 1, "question": "what", "answer": "dog"}]
+    (home / "test_qa.json").write_text(json.dumps(record), encoding="utf-8")
+    read = []
+
+    def judged(judge: Any, questions: Any, answers: list[str], name: str, quiet: bool) -> dict[str, Any]:
+        read.append((questions[0].text, questions[0].answer, answers[0], name))
+        return {"accuracy": 0.5, "score": 2.5, "judged": len(answers)}
+
+    monkeypatch.setattr(eval_video, "judged", judged)
+    argv = ["eval", "paper-video", "m", "--data-root", "data", "--only", "MSVD-QA", "--out", "out",
+            "--judge", "http://localhost/v1", "--judge-model", "j"]  # fmt: skip
+    assert main(argv) == 0
+    assert read == [("what is 0", "dog", "a dog", "voco, MSVD-QA")]
+    said = capsys.readouterr().out
+    assert "| voco | MSVD-QA | 50.0 | 2.5 | 4 |" in said and "compare with --judge only" in said
+    assert main([*argv[:-4], "--judge", "ftp://x", "--judge-model", "j"]) == 2  # before anything runs
+    assert "judge url 'ftp://x' is none" in capsys.readouterr().err and len(harness.runs) == 1
