@@ -364,7 +364,7 @@ def test_likelihood_tasks_run_under_force_simple(place: Path) -> None:
     for one in listed:
         losses = [float(loss) for loss, _ in one["filtered_resps"]]  # written as text
         assert all(loss > 0 for loss in losses)
-        assert one["acc"] == float(losses.index(min(losses)) == one["target"])
+        assert one["acc"] == float(losses.index(min(losses)) == int(one["target"]))
     assert found[1]["voco_gridworld_choice"]["acc,none"] == pytest.approx(
         sum(one["acc"] for one in listed) / len(listed)
     )
