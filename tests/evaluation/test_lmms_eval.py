@@ -382,7 +382,8 @@ def test_a_wrong_argument_is_said_before_a_model_is_loaded(place: Path) -> None:
 @pytest.fixture(scope="module")
 def videos(place: Path) -> Callable[[str], Path]:
     """Sets of videos in their published files."""
-    from eval_sets import pictures
+    from videos import pictures as moving
+    from videos import write_video
 
     def written(name: str) -> Path:
         home = place / "videos" / name
@@ -391,10 +392,7 @@ def videos(place: Path) -> Callable[[str], Path]:
         (home / "videos").mkdir(parents=True)
         stems = {"MSVD-QA": ("vid1", "vid2"), "MSRVTT-QA": ("video1", "video2")}[name]
         for number, stem in enumerate(stems):
-            frames = pictures(5, number)
-            frames[0].save(
-                home / "videos" / f"{stem}.gif", save_all=True, append_images=frames[1:], duration=100
-            )
+            write_video(home / "videos" / f"{stem}.mp4", count=20, images=moving(20, seed=number))
         records = [{"id": n, "video_id": n % 2 + 1, "question": f"what is {n}?",
                     "answer": ("yes", "no")[n // 2 % 2]} for n in range(8)]  # fmt: skip
         (home / "test_qa.json").write_text(json.dumps(records), encoding="utf-8")
