@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,24 @@ def test_a_second_run_lays_out_what_is_there_then(tmp_path: Path) -> None:
     first.unlink()
     prepare([BY_NAME["POPE"]], tmp_path, tmp_path / "work")
     assert len(list(work.glob("*.parquet"))) == 1
+
+
+def test_other_files_are_never_taken_for_those_read_before(tmp_path: Path) -> None:
+    """``datasets`` keeps what it has read under a hash of the card alone."""
+    cards = []
+    for home in ("a", "b"):
+        file = touch(tmp_path / home / "POPE" / "test.parquet")
+        for stamp in (1, 2):
+            os.utime(file, (stamp, stamp))
+            prepare([BY_NAME["POPE"]], tmp_path / home, tmp_path / "work")
+            prepare([BY_NAME["POPE"]], tmp_path / home, tmp_path / "other")
+            found = [
+                tmp_path / work / "lmms-lab-encoder" / "POPE" / "README.md" for work in ("work", "other")
+            ]
+            one, two = (card.read_text(encoding="utf-8") for card in found)
+            assert one == two
+            cards.append(one)
+    assert len(set(cards)) == 4
 
 
 def test_videos_of_a_published_set_get_their_paths(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ Only the splits that a task reads are in the card: nothing else is read, whateve
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -73,7 +74,7 @@ def _link(wants: Sequence[Wanted], data: Path, folder: Path) -> list[str]:
     for want, files in found.items():
         names = listed.setdefault(want.config, {}).setdefault(want.split, [])
         for number, file in enumerate(files):
-            name = f"{_plain(want.config)}-{_plain(want.split)}-{number:05d}.parquet"
+            name = f"{_plain(want.config)}-{_plain(want.split)}-{number:05d}-{_state(file)}.parquet"
             (folder / name).symlink_to(file)
             names.append(name)
     atomic_write_text(folder / "README.md", _card(listed))
@@ -135,6 +136,14 @@ def _of_card(place: Path, want: Wanted) -> list[str]:
                 paths = entry.get("path")
                 found += paths if isinstance(paths, list) else [str(paths)]
     return [path for path in found if not Path(path).is_absolute() and ".." not in Path(path).parts]
+
+
+def _state(file: Path) -> str:
+    """Part of a link's name: ``datasets`` keeps what it has read under a hash of the card alone, and would
+    give the old questions where a file has changed, or another data root has a set of this name.
+    """
+    facts = file.stat()
+    return hashlib.sha256(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:12]
 
 
 def _plain(name: str) -> str:
