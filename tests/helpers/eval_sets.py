@@ -23,8 +23,9 @@ _LETTER = "\nAnswer with the option's letter from the given choices directly."
 PROMPTS = (
     "Is there a thing {0} in the image?" + _SHORT, "What is thing {0}?" + _SHORT, "Is it Yes {0}?" + _SHORT,
     "Which is {0}?\nA. this\nB. that" + _LETTER, "What does {0} say?" + _SHORT,
-    "All values are floating point numbers bounded between 0 and 1. Please provide the bounding box "
-    "coordinate of the region this sentence describes: the thing {0}",
+    "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, "
+    "bottom-right y). All values are floating point numbers bounded between 0 and 1. Please provide the "
+    "bounding box coordinate of the region this sentence describes: the thing {0}",
 )  # fmt: skip
 _KINDS = (0, 0, 0, 1, 0, 2)
 """As the harness writes them, or nearly; and which pair of words answers each."""
@@ -37,6 +38,12 @@ def answering_vlm(folder: Path) -> str:
     all other tokens there, and ``r`` is a direction in which prompts of a kind differ. A coordinate of its
     own, large behind an answer alone, raises the end token.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the rows that new tokens get
+        return _answering_vlm(folder)
+
+
+def _answering_vlm(folder: Path) -> str:
     model, processor = tiny.build("llava_llama"), processors.processor("llava_llama")
     processor.tokenizer.add_tokens(list(WORDS))
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
@@ -79,7 +86,7 @@ def _directions(model: Any, processor: Any) -> tuple[torch.Tensor, torch.Tensor]
         apart.append(found - means[-1])
     wanted = torch.zeros(len(PROMPTS), 3)
     for number, kind in enumerate(_KINDS):
-        wanted[number, kind] = 30.0
+        wanted[number, kind] = 60.0
     kinds = (torch.linalg.pinv(torch.stack(means)) @ wanted).T
     common, _ = torch.linalg.qr(torch.stack(means).T)  # what a kind of prompt has in common says nothing
     found = torch.cat(apart)
