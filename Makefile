@@ -7,6 +7,8 @@
 # make test-floors      exactness, placing, caches, stores, generation, sessions at the oldest versions that
 #                       pyproject.toml allows (.venv-floors), then at the newest of everything (.venv-newest)
 # make docs             the documentation site, strictly: build/site/index.html
+# make test-eval        the real lmms-eval in an environment of its own (.venv-eval): its command and `voco eval
+#                       SUITE` on small sets in the published schema (minutes)
 # make lint             ruff and mypy
 # make format           ruff mends and formats what it can
 # make flash-attn       flash-attn's Python part, for test-slow
@@ -26,7 +28,7 @@ $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-all test-slow test-floors flash-attn docs lint format clean
+.PHONY: quickstart test test-all test-slow test-floors test-eval flash-attn docs lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -100,6 +102,17 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m pytest -q tests/house/test_docs.py
 	$(BIN)/python docs/site/build.py
 
+# lmms-eval pins packages that others here want newer (docs/decisions.md)
+$(VENV)-eval/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-eval
+	$(VENV)-eval/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)-eval/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[eval]' 'pytest>=8.0'
+	@touch $@
+
+EVAL_TESTS = tests/evaluation/test_lmms_eval.py tests/evaluation/test_lmms_reader.py tests/evaluation/test_suites.py tests/cli/test_eval_suite.py
+test-eval: $(VENV)-eval/.made
+	$(VENV)-eval/bin/python -m pytest -q -m "slow or not slow" $(EVAL_TESTS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -110,4 +123,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(VENV)-eval .cache build dist *.egg-info

@@ -45,6 +45,7 @@ PUBLIC_MODULES = (
     "data",
     "evaluation.metrics",
     "evaluation.reporting",
+    "evaluation.video_qa",
     "inference.answering",
     "inference.prompts",
     "inference.session",

@@ -389,7 +389,7 @@ def test_an_adapter_that_rewrites_its_base_has_no_base_to_teach(bases, data, tmp
     with pytest.raises(ValueError, match="and init_lora_weights='pissa' has changed the weights"):
         trainer(model, tmp_path, data, peft=False, voco=False, distill={}, train_voco=False)
     with pytest.raises(ValueError, match="so what is left is not the base model"):
-        eval_modes._plain(model, vp.detach)
+        eval_modes.plain_model(model, vp.detach)
     trainer(bases("llava_llama"), tmp_path, data, peft=peft, distill={"teacher": "frozen"}, **ANSWERS)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import voco_plugin as vp
 from trainers import LORA, losses, trainer
-from voco_plugin.cli.eval_modes import _plain
+from voco_plugin.cli.eval_modes import plain_model
 
 STAGES = ("compress", "separate")
 
@@ -103,7 +103,7 @@ def test_it_trains_on_from_its_folder(run, data, tmp_path):
 def test_evaluated_as_its_base_it_is_the_base(run, bases, data):
     """Of ``voco eval --mode base``; PEFT leaves trained copies of modules where an adapter is taken off."""
     _, made, out, _ = run
-    plain = _plain(vp.load(str(out))[0], vp.detach)
+    plain = plain_model(vp.load(str(out))[0], vp.detach)
     batch = {k: v for k, v in made.data_collator([data[0]]).items() if k != "labels"}
     batch["attention_mask"] = batch["attention_mask"] * (batch["input_ids"] != made._vocab.voco_id)
     base = AutoModelForImageTextToText.from_pretrained(bases("llava_llama")).eval()

@@ -34,7 +34,11 @@ def load_integration(name: str) -> Any:
     try:
         return importlib.import_module(full)
     except ModuleNotFoundError as problem:
-        if problem.name not in (top, full):
+        if (
+            not problem.name
+            or not problem.name.startswith(top)
+            or not f"{full}.".startswith(f"{problem.name}.")
+        ):
             raise
     folder = str(integration_folder())
     spec = importlib.util.spec_from_file_location(

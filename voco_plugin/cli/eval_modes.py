@@ -110,7 +110,7 @@ def evaluate_modes(
     scores: dict[str, Any] = {}
     for mode in sorted(modes, key=lambda m: m in ("base", "blind")):
         if mode in ("base", "blind") and is_attached(model):
-            model = _plain(model, detach, keep_adapter=plain_adapter)
+            model = plain_model(model, detach, keep_adapter=plain_adapter)
         takes_k = mode in K_MODES
         listed = (args.first or args.num_tokens) if takes_k else None
         caches = CutCaches(model, processor, dataset, questions, args)
@@ -275,7 +275,7 @@ def is_plain_adapter(source: str) -> bool:
     return find_file(source, ADAPTER) is not None and find_file(source, CONFIG_NAME) is None
 
 
-def _plain(model: Any, detach: Any, *, keep_adapter: bool = False) -> Any:
+def plain_model(model: Any, detach: Any, *, keep_adapter: bool = False) -> Any:
     """The model without VoCo: an adapter comes off too, so that what is left is what it was trained from.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.text_before import read_text_before
 from ..models.model_paths import ADAPTER
-from . import eval_video, output
+from . import eval_suite, eval_video, output
 from .eval_modes import MODES, check_lower, evaluate_modes, is_plain_adapter, voco_of
 from .inputs import add_bad_sample_option, add_model_options, load_model, positive
 from .preconditions import check_target
@@ -31,12 +31,13 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "  voco eval runs/video --data MSVD-QA/test_qa.json --video-qa msvd --videos MSVD-QA/videos "
         "--judge http://localhost:8000/v1 --judge-model judge\n"
         "  voco eval runs/gridworld_voco --data runs/gridworld/test.json --turns --mode voco --mode base\n"
-        "  voco eval runs/upper --data runs/gridworld/train.json --rows=-500: --mode single\n",
+        "  voco eval runs/upper --data runs/gridworld/train.json --rows=-500: --mode single\n"
+        "  voco eval paper-image runs/voco --data-root data/ --upper runs/up --lower runs/up --limit 100\n"
+        "  voco eval gridworld runs/gridworld_voco --data-root runs/gridworld --mode voco --mode base\n",
     )
     add_model_options(parser)
     parser.add_argument(
         "--data",
-        required=True,
         metavar="SET",
         help="LLaVA JSON, datasets folder, hub id or package:easy_vqa",
     )
@@ -81,15 +82,23 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="the checkpoints that MODEL, a training's output folder, holds of these steps: one row each",
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=16, help="length of an answer (default: %(default)s)"
+        "--max-new-tokens",
+        type=positive,
+        help="length of an answer (default: 16; of a suite, what each task says, else 1024)",
     )
     parser.add_argument(
         "--batch-size", type=positive, default=32, help="prompts at a time (default: %(default)s)"
     )
     add_bad_sample_option(parser, "its questions are not asked")
-    parser.add_argument("--out", metavar="FILE", help="also write the JSON here, with every answer")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="also write the JSON here, with every answer; of a suite the folder of its table, answers and "
+        "data links, where a run that ended early goes on (default: eval_SUITE)",
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     eval_video.add_options(parser)
+    eval_suite.add_options(parser)
 
 
 def counts(text: str) -> list[int]:
@@ -169,6 +178,10 @@ def load_rows(args: argparse.Namespace) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
+    if eval_suite.is_suite(args):
+        return eval_suite.run(args)
+    eval_suite.check_no_suite(args)
+    args.max_new_tokens = args.max_new_tokens or 16
     modes = list(dict.fromkeys(args.mode or ["voco"]))
     check_counts(args, modes)
     check_target(args.out, "--out")
