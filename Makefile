@@ -6,6 +6,7 @@
 #                       DeepSpeed, flash-attn's Triton kernels and the packages that carry weights for them
 # make test-floors      exactness, placing, caches, stores, generation, sessions at the oldest versions that
 #                       pyproject.toml allows (.venv-floors), then at the newest of everything (.venv-newest)
+# make test-swift       ms-swift's SFT under the rule against VoCoSFTTrainer, at ms-swift's own pins (.venv-swift)
 # make lint             ruff and mypy
 # make format           ruff mends and formats what it can
 # make flash-attn       flash-attn's Python part, for test-slow
@@ -18,6 +19,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 WORKERS ?= 2
 PART ?=
+SWIFT ?= 4.6.0
 FLOORS = tests/core tests/cache tests/store tests/inference tests/house/test_without_trl.py
 ROOMS := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py))))
 ifneq ($(filter-out $(ROOMS),$(PART)),)
@@ -25,7 +27,7 @@ $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-all test-slow test-floors flash-attn lint format clean
+.PHONY: quickstart test test-all test-slow test-floors test-swift flash-attn lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -91,6 +93,19 @@ test-floors: $(VENV)-floors/.made $(VENV)-newest/.made
 	$(VENV)-floors/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(FLOORS)
 	$(VENV)-newest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(FLOORS)
 
+# other trainers at their own pins, on rows and losses that this one's trainer makes first
+PARITY = PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/helpers/parity_reference.py
+
+$(VENV)-swift/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-swift
+	$(VENV)-swift/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)-swift/bin/python -m pip install --quiet --disable-pip-version-check ms-swift==$(SWIFT) qwen_vl_utils pytest --editable .
+	@touch $@
+
+test-swift: $(VENV)-swift/.made $(VENV)/.test
+	$(PARITY) $(VENV)-swift/parity llava_llama qwen2_5_vl
+	VOCO_PARITY=$(VENV)-swift/parity $(VENV)-swift/bin/python -m pytest -q -rP tests/training/test_ms_swift.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -101,4 +116,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(VENV)-swift build dist *.egg-info

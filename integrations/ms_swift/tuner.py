@@ -13,6 +13,8 @@ from voco_plugin.training.grown_adapters import grown
 from .settings import REFUSED_TUNER
 
 COMPARED = ("lora", "full")
+PLAIN = ("true", "false", "gaussian")
+"""Ways to start a LoRA that leave the base model as it is."""
 
 
 def register_tuners() -> None:
@@ -51,7 +53,7 @@ class VoCoLoRA(Tuner):
         for name, is_set in (
             ("tuner_backend unsloth", args.tuner_backend != "peft"),
             ("use_swift_lora true", args.use_swift_lora),
-            ("init_weights lora-ga", args.init_weights == "lora-ga"),
+            (f"init_weights {args.init_weights}", str(args.init_weights).lower() not in PLAIN),
         ):
             if is_set:
                 raise ValueError(f"--{name} is refused under VoCo: it was not compared with VoCoSFTTrainer.")

@@ -3,8 +3,8 @@
     python tests/helpers/parity_reference.py OUT NAME…
 
 writes, for each tiny model NAME, ``OUT/NAME/``: ``base`` and ``adapter`` (a model, and a LoRA to go on from),
-and ``reference.json``: ids and labels of each row, and the loss of each step with all weights (``full``) and
-with the LoRA (``lora``); and ``OUT/rows.jsonl`` with its pictures, in ms-swift's format (``<image>`` tags).
+and ``reference.json``: ids and labels of each row, and with all weights (``full``) and with the LoRA
+(``lora``) the loss of each step and the logits of one question afterwards; and ``OUT/rows.jsonl`` with its pictures, in ms-swift's format (``<image>`` tags).
 Run where TRL is as new as ``VoCoSFTTrainer`` needs.
 """
 
@@ -87,7 +87,7 @@ def write_reference(out: Path, name: str) -> None:
     import tiny
     import voco_plugin as vp
     from tiny import processors
-    from trainers import LORA, losses, picture, trainer
+    from trainers import LORA, logits, losses, picture, trainer
 
     torch.set_num_threads(1)
     folder = out / name
@@ -113,6 +113,8 @@ def write_reference(out: Path, name: str) -> None:
     full = train(base, folder / "full", False)
     full.train()
     record = {
+        "full_logits": logits(full.model, full.processing_class).tolist(),
+        "lora_logits": logits(lora.model, lora.processing_class).tolist(),
         "input_ids": [batch["input_ids"][0].tolist() for batch in batches],
         "labels": [batch["labels"][0].tolist() for batch in batches],
         "full": losses(full),

@@ -1,0 +1,74 @@
+"""What plug-ins of other trainers collate is `VoCoDataCollator`'s, token by token, and needs no TRL."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import voco_plugin as vp
+from parity_reference import parted, rows
+from tiny import processors
+from trainers import picture
+from voco_plugin.training.chat_templates import TEMPLATES, training_template
+from voco_plugin.training.labelled_batch import labelled_batch, prompt_batch
+
+VOCO = vp.VoCoConfig(num_tokens=2, token="<unused0>")
+
+
+def conversations(count: int) -> list:
+    """Rows as parts with their images inside, and as `messages` with `images` beside."""
+    made = []
+    for row in rows()[:count]:
+        images = [picture(number) for number in row["images"]]
+        beside = {"messages": parted(row["messages"]), "images": images}
+        inside, left = copy.deepcopy(beside["messages"]), list(images)
+        for message in inside:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = left.pop(0)
+        made.append((inside, beside))
+    return made
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl", "gemma3"])
+def test_ids_labels_and_pixels_are_those_of_our_collator(name: str) -> None:
+    processor, made = processors.processor(name), conversations(6)
+    plain = functools.partial(labelled_batch, processor=processor, template=training_template(processor))
+    found = vp.wrap_collator(plain, VOCO, processor=processor)([inside for inside, _ in made])
+    collator = vp.VoCoDataCollator(processor, voco=VOCO, assistant_only_loss=True)
+    expected = collator([beside for _, beside in made])
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    learnt = found["labels"][1][found["labels"][1] != -100]
+    assert "red" in processor.tokenizer.decode(learnt) and "what" not in processor.tokenizer.decode(learnt)
+
+
+def test_a_prompt_ends_where_the_answer_begins() -> None:
+    processor = processors.processor("qwen2_5_vl")
+    template = training_template(processor)
+    ((inside, _),) = conversations(1)
+    whole = labelled_batch([inside], processor, template)
+    asked = prompt_batch([inside[:-1]], processor, template)["input_ids"][0]
+    first = int((whole["labels"][0] != -100).nonzero()[0])
+    assert torch.equal(asked, whole["input_ids"][0, :first])
+
+
+def test_a_conversation_without_an_answer_is_refused() -> None:
+    processor = processors.processor("llava_llama")
+    asked = [{"role": "user", "content": "what"}]
+    with pytest.raises(ValueError, match="conversation 0: no token of it has a label"):
+        labelled_batch([asked], processor, training_template(processor))
+
+
+def test_a_template_that_marks_no_answer_is_refused() -> None:
+    processor = copy.copy(processors.processor("llava_llama"))
+    processor.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"own chat template does not mark the answers.*vicuna_v1"):
+        training_template(processor)
+    assert training_template(processor, "vicuna_v1") == (TEMPLATES / "vicuna_v1.jinja").read_text()
+    with pytest.raises(ValueError, match=r"'vicuna_v2' is neither .*did you mean 'vicuna_v1'"):
+        training_template(processor, "vicuna_v2")
