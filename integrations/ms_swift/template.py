@@ -113,6 +113,14 @@ class VoCoTemplate(Template):
             )
         super().set_mode(mode)
 
+    def _preprocess_tools(self, inputs: Any) -> None:
+        """
+        Raises:
+            ValueError: the row has tools.
+        """
+        if inputs.tools:
+            raise ValueError("the row has tools, which --template voco does not write.")
+
     def _encode(self, inputs: Any) -> dict[str, Any]:
         """One row: ``input_ids`` and ``labels`` as lists, per-token ids, and pixels."""
         messages = self._chat(inputs)
@@ -137,7 +145,7 @@ class VoCoTemplate(Template):
         Raises:
             ValueError: it holds what is not written here, or not one ``<image>`` for each image.
         """
-        for name in ("tools", "videos", "audios", "objects"):
+        for name in ("videos", "audios", "objects"):
             if getattr(inputs, name, None):
                 raise ValueError(f"the row has {name}, which --template voco does not write.")
         images = list(inputs.images)

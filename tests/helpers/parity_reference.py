@@ -4,7 +4,8 @@
 
 writes, for each tiny model NAME, ``OUT/NAME/``: ``base`` and ``adapter`` (a model, and a LoRA to go on from),
 and ``reference.json``: ids and labels of each row, and with all weights (``full``) and with the LoRA
-(``lora``) the loss of each step and the logits of one question afterwards; and ``OUT/rows.jsonl`` with its pictures, in ms-swift's format (``<image>`` tags).
+(``lora``) the loss of each step and the logits of one question afterwards. ``OUT/rows.jsonl`` has the rows in
+ms-swift's format (``<image>`` tags), ``OUT/parts.jsonl`` with parts for contents.
 Run where TRL is as new as ``VoCoSFTTrainer`` needs.
 """
 

@@ -253,7 +253,7 @@ def test_losses_are_those_of_our_trainer_and_the_checkpoint_loads(
     checkpoint, expected = tmp_path / "out" / "checkpoint-10", reference(name)
     found = losses(checkpoint)
     apart = [abs(a - b) for a, b in zip(found, expected[tuner], strict=True)]
-    print(f"{name} {tuner}: first step {apart[0]:.1e}, ten steps {max(apart):.1e}")
+    sys.stdout.write(f"{name} {tuner}: first step {apart[0]:.1e}, ten steps {max(apart):.1e}\n")
     assert apart[0] <= 1e-5 and max(apart) <= 1e-3
     model, processor = vp.load(checkpoint)
     assert vp.attachment(model).config.num_tokens == TOKENS
