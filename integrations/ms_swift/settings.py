@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import ast
 import os
-from pathlib import Path
 from typing import Any
 
+from voco_plugin.integrations.trainer_rule import check_rule, rule_for
+
 import voco_plugin as vp
-from voco_plugin.config import CONFIG_NAME, read_section
+from voco_plugin.config import read_section
 
 TEMPLATE = "voco"
 EXAMPLE = '{"num_tokens": 2}'
-_UNMEASURED = {"compressor": "voco", "adapter_stages": "both", "frozen_stage1": False}
 
 
 def asked_config() -> vp.VoCoConfig | None:
@@ -37,22 +37,8 @@ def asked_config() -> vp.VoCoConfig | None:
             value = text
     config = read_section(value, vp.VoCoConfig, "voco", EXAMPLE)
     if config is not None:
-        check_config(config)
+        check_rule(config, "ms-swift")
     return config
-
-
-def check_config(config: vp.VoCoConfig) -> None:
-    """
-    Raises:
-        ValueError: a field asks for what only ``VoCoSFTTrainer`` does.
-    """
-    for name, wanted in _UNMEASURED.items():
-        value = getattr(config, name)
-        if value != wanted:
-            raise ValueError(
-                f"voco.{name}={value!r} is trained by VoCoSFTTrainer alone (voco train); under ms-swift "
-                "leave it out."
-            )
 
 
 def config_for(model_dir: str) -> vp.VoCoConfig:
@@ -61,21 +47,7 @@ def config_for(model_dir: str) -> vp.VoCoConfig:
     Raises:
         ValueError: it was saved with another rule than is asked.
     """
-    asked = asked_config()
-    if not (Path(model_dir) / CONFIG_NAME).is_file():
-        return vp.VoCoConfig() if asked is None else asked
-    saved, _ = vp.VoCoConfig.load(model_dir)
-    check_config(saved)
-    if asked is not None:
-        was, now = saved.to_dict(), asked.to_dict()
-        now["token_id"] = was["token_id"] if now["token_id"] is None else now["token_id"]
-        different = [f"{key}={now[key]!r} (saved: {was[key]!r})" for key in was if was[key] != now[key]]
-        if different:
-            raise ValueError(
-                f"--model_kwargs asks for voco with {', '.join(different)}, and the model in {model_dir} was "
-                "saved with its own; leave voco out, or start from a model without it."
-            )
-    return saved
+    return rule_for(model_dir, asked_config(), "ms-swift")
 
 
 def asked_chat_template() -> str | None:

@@ -11,6 +11,7 @@ from copy import deepcopy
 from typing import Any
 
 from swift.template import TEMPLATE_MAPPING, Template, TemplateMeta, register_template
+from voco_plugin.integrations.trainer_rule import check_row_trains
 
 import voco_plugin as vp
 from voco_plugin.training.chat_templates import training_template
@@ -22,6 +23,9 @@ from .settings import REFUSED_TEMPLATE, TEMPLATE, asked_chat_template, check_tem
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 _GATHERED = ("pixel_values", "image_sizes", "image_grid_thw")
 _TAG = "<image>"
+_UNFREEZE = (
+    "leave the embeddings out of --freeze_parameters, set --freeze_llm false, or use --tuner_type lora"
+)
 
 
 def register_templates() -> None:
@@ -188,7 +192,7 @@ class VoCoTemplate(Template):
             ValueError: at the first step, that the VoCo token's row does not train.
         """
         if not self._checked:
-            check_row_trains(model)
+            check_row_trains(model, _UNFREEZE)
             self._checked = True
         return super().forward_context(model, inputs)
 
@@ -202,17 +206,3 @@ def _last_answer(labels: Any) -> Any:
     kept = labels.clone()
     kept[:start] = -100
     return kept
-
-
-def check_row_trains(model: Any) -> None:
-    """
-    Raises:
-        ValueError: the embeddings are frozen, and no adapter holds the VoCo token's row.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embeddings = inner.get_input_embeddings()
-    if not any(parameter.requires_grad for parameter in embeddings.parameters()):
-        raise ValueError(
-            "the VoCo token's row is frozen, so that nothing learns to compress; leave the embeddings "
-            "out of --freeze_parameters, set --freeze_llm false, or use --tuner_type lora."
-        )

@@ -23,9 +23,23 @@ def training_template(processor: Any, name: str | None = None) -> str:
         ValueError: it does not mark the answers (``{% generation %}``), so that nothing says what is learnt.
     """
     if name is not None:
-        text, whose = Path(template_file(name)).read_text(encoding="utf-8"), f"the chat template {name!r}"
-    else:
-        text, whose = getattr(processor, "chat_template", None) or "", "the processor's own chat template"
+        return checked_template(
+            Path(template_file(name)).read_text(encoding="utf-8"), f"the chat template {name!r}"
+        )
+    return checked_template(
+        getattr(processor, "chat_template", None) or "", "the processor's own chat template"
+    )
+
+
+def checked_template(text: str, whose: str) -> str:
+    """``text``, of a chat template that marks its answers.
+
+    Args:
+        whose: what an error calls it.
+
+    Raises:
+        ValueError: it does not.
+    """
     if not _MARK.search(text):
         known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
         raise ValueError(
