@@ -20,8 +20,8 @@ def check_rule(config: vp.VoCoConfig, trainer: str) -> None:
         value = getattr(config, name)
         if value != wanted:
             raise ValueError(
-                f"voco.{name}={value!r} is trained by VoCoSFTTrainer alone (voco train); under {trainer} leave "
-                "it out."
+                f"voco.{name}={value!r} is trained by VoCoSFTTrainer alone (voco train); under {trainer} "
+                "leave it out."
             )
 
 
@@ -43,8 +43,8 @@ def rule_for(model: str, asked: vp.VoCoConfig | None, trainer: str) -> vp.VoCoCo
         different = [f"{key}={now[key]!r} (saved: {was[key]!r})" for key in was if was[key] != now[key]]
         if different:
             raise ValueError(
-                f"{trainer}'s arguments ask for voco with {', '.join(different)}, and the model in {model} was "
-                "saved with its own; leave voco out, or start from a model without it."
+                f"{trainer}'s arguments ask for voco with {', '.join(different)}, and the model in {model} "
+                "was saved with its own; leave voco out, or start from a model without it."
             )
     return saved
 

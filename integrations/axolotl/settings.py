@@ -76,8 +76,8 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
             _check(f"datasets: {key}", dataset.get(key), fine, why)
     if not cfg.get("skip_prepare_dataset"):
         raise ValueError(
-            "skip_prepare_dataset must be true under VoCo: rows are otherwise tokenized before, without their "
-            "images (set remove_unused_columns: false too, as for axolotl's own vision models)."
+            "skip_prepare_dataset must be true under VoCo: rows are otherwise tokenized before, without "
+            "their images (set remove_unused_columns: false too, as for axolotl's own vision models)."
         )
     if not cfg.get("processor_type"):
         raise ValueError(
@@ -87,9 +87,9 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
     name = getattr(name, "value", name)
     if name not in _OWN:
         raise ValueError(
-            f"chat_template: {name} is refused under VoCo: axolotl's own templates do not mark their answers, "
-            "and looks for them by tokens that it knows, so that other tokens are learnt than VoCoSFTTrainer "
-            "learns; leave it out for the processor's template, or set voco_chat_template."
+            f"chat_template: {name} is refused under VoCo: axolotl's own templates do not mark answers, "
+            "and it looks for them by tokens that it knows, so that other tokens are learnt than "
+            "VoCoSFTTrainer learns; leave it out for the processor's template, or set voco_chat_template."
         )
     for plugin in cfg.get("plugins") or []:
         parts = str(plugin).split(".")
