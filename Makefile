@@ -7,6 +7,7 @@
 # make test-floors      exactness, placing, caches, stores, generation, sessions at the oldest versions that
 #                       pyproject.toml allows (.venv-floors), then at the newest of everything (.venv-newest)
 # make test-swift       ms-swift's SFT under the rule against VoCoSFTTrainer, at ms-swift's own pins (.venv-swift)
+# make test-axolotl     the same of axolotl's (.venv-axolotl)
 # make lint             ruff and mypy
 # make format           ruff mends and formats what it can
 # make flash-attn       flash-attn's Python part, for test-slow
@@ -20,6 +21,7 @@ OUT ?= runs/quickstart
 WORKERS ?= 2
 PART ?=
 SWIFT ?= 4.6.0
+AXOLOTL ?= 0.19.0
 FLOORS = tests/core tests/cache tests/store tests/inference tests/house/test_without_trl.py
 ROOMS := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py))))
 ifneq ($(filter-out $(ROOMS),$(PART)),)
@@ -27,7 +29,7 @@ $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-all test-slow test-floors test-swift flash-attn lint format clean
+.PHONY: quickstart test test-all test-slow test-floors test-swift test-axolotl flash-attn lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -106,6 +108,18 @@ test-swift: $(VENV)-swift/.made $(VENV)/.test
 	$(PARITY) $(VENV)-swift/parity llava_llama qwen2_5_vl
 	VOCO_PARITY=$(VENV)-swift/parity $(VENV)-swift/bin/python -m pytest -q -rP tests/training/test_ms_swift.py
 
+# axolotl pins a transformers below this package's floor: the package goes in without its dependencies' say
+$(VENV)-axolotl/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-axolotl
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check axolotl==$(AXOLOTL) torchvision lmdb pytest
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-axolotl: $(VENV)-axolotl/.made $(VENV)/.test
+	$(PARITY) $(VENV)-axolotl/parity llava_llama qwen2_5_vl
+	VOCO_PARITY=$(VENV)-axolotl/parity $(VENV)-axolotl/bin/python -m pytest -q -rP tests/training/test_axolotl.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -116,4 +130,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(VENV)-swift build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(VENV)-swift $(VENV)-axolotl build dist *.egg-info

@@ -7,6 +7,7 @@ settings checked → model attached → LoRA with the VoCo token's row → batch
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -16,7 +17,9 @@ import voco_plugin as vp
 from voco_plugin.training.labelled_batch import labelled_batch
 
 from .saving import save_final, trainer_class
-from .settings import chat_template, check_settings, config_for
+from .settings import KERNELS, chat_template, check_settings, config_for
+
+logger = logging.getLogger(__name__)
 
 
 class VoCoPlugin(BasePlugin):
@@ -30,10 +33,22 @@ class VoCoPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "voco_plugin.integrations.axolotl.arguments.VoCoArguments"
 
-    def pre_model_load(self, cfg: Any) -> None:
+    def register(self, cfg: Any) -> None:
         """
         Raises:
             ValueError: a key makes other batches than ``VoCoSFTTrainer``'s.
+        """
+        check_settings(cfg)
+        off = [key for key in KERNELS if cfg.get(key) is None]
+        for key in off:  # axolotl would turn them on
+            cfg[key] = False
+        logger.info("%s: false under VoCo, where they were not compared.", ", ".join(off))
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Once more: axolotl has put defaults in since.
+
+        Raises:
+            ValueError: as :meth:`register`.
         """
         check_settings(cfg)
 

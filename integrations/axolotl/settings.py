@@ -21,6 +21,8 @@ _SFT = "only SFT was compared with VoCoSFTTrainer"
 _SHARDS = "axolotl saves such models in ways that were not tried; voco train does this (docs/distributed.md)"
 _KERNEL = "it was not compared with VoCoSFTTrainer"
 
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
 # key → the values that are fine, and why others are not; not set is fine
 _FINE: dict[str, tuple[tuple[Any, ...], str]] = {
     "sample_packing": ((False,), _ROW),
@@ -39,10 +41,7 @@ _FINE: dict[str, tuple[tuple[Any, ...], str]] = {
     "deepspeed": ((), _SHARDS),
     "adapter": (("lora", "qlora"), "it was not compared with VoCoSFTTrainer; use lora, or none"),
     "relora": ((False,), _KERNEL),
-    "lora_mlp_kernel": ((False,), _KERNEL),
-    "lora_qkv_kernel": ((False,), _KERNEL),
-    "lora_o_kernel": ((False,), _KERNEL),
-    "lora_embedding_kernel": ((False,), _KERNEL),
+    **{key: ((False,), _KERNEL) for key in KERNELS},
     "torch_compile": ((False,), _KERNEL),
     "shrink_embeddings": ((False,), "it would take the VoCo token's row away"),
 }

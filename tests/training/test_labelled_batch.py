@@ -12,6 +12,7 @@ import voco_plugin as vp
 from parity_reference import parted, rows
 from tiny import processors
 from trainers import picture
+from voco_plugin.training import labelled_batch as module
 from voco_plugin.training.chat_templates import TEMPLATES, training_template
 from voco_plugin.training.labelled_batch import labelled_batch, prompt_batch
 
@@ -45,6 +46,30 @@ def test_ids_labels_and_pixels_are_those_of_our_collator(name: str) -> None:
         assert torch.equal(found[key], value), key
     learnt = found["labels"][1][found["labels"][1] != -100]
     assert "red" in processor.tokenizer.decode(learnt) and "what" not in processor.tokenizer.decode(learnt)
+
+
+@pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl", "gemma3"])
+def test_answers_are_found_where_transformers_marks_them_wrongly(name: str, monkeypatch) -> None:
+    """Before 5.18: by the same means on any version, so that this need not be run on the old one."""
+    processor, made = processors.processor(name), [inside for inside, _ in conversations(6)]
+    template = training_template(processor)
+    monkeypatch.setattr(module, "answers_are_marked_wrongly", lambda: False)
+    expected = labelled_batch(made, processor, template)
+    monkeypatch.setattr(module, "answers_are_marked_wrongly", lambda: True)
+    found = labelled_batch(made, processor, template)
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_where_images_came_to_stand_must_be_known(monkeypatch) -> None:
+    processor, ((inside, _),) = processors.processor("llava_llama"), conversations(1)
+    monkeypatch.setattr(module, "answers_are_marked_wrongly", lambda: True)
+    written = module._written
+    silent = lambda *a, **k: {k: v for k, v in written(*a, **k).items() if "replacement" not in k}  # noqa: E731
+    monkeypatch.setattr(module, "_written", silent)
+    with pytest.raises(ValueError, match="does not say where images come to stand.*5.18 or later"):
+        labelled_batch([inside], processor, training_template(processor))
 
 
 def test_a_prompt_ends_where_the_answer_begins() -> None:

@@ -262,6 +262,16 @@ def test_losses_are_those_of_our_trainer_and_the_checkpoint_loads(
 
 
 @needs_swift
+def test_accumulated_batches_have_the_loss_of_one(tmp_path: Path) -> None:
+    asked = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "tuner_type": "full"}
+    done = swift_sft(arguments("llava_llama", tmp_path / "out", **asked), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = reference("llava_llama")["full"]
+    found = losses(tmp_path / "out" / "checkpoint-10")
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-3
+
+
+@needs_swift
 def test_a_new_lora_trains_the_row_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     asked = arguments("llava_llama", tmp_path / "out", tuner_type="lora", lora_rank=4, save_steps=5)
     done = swift_sft(asked, tmp_path)
