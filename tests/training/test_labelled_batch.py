@@ -48,6 +48,20 @@ def test_ids_labels_and_pixels_are_those_of_our_collator(name: str) -> None:
     assert "red" in processor.tokenizer.decode(learnt) and "what" not in processor.tokenizer.decode(learnt)
 
 
+def test_a_content_of_text_is_a_part_of_text() -> None:
+    """As TRL hands it to the template: some of them write parts alone."""
+    processor = processors.processor("llava_llama")
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{% for p in m['content'] %}"
+        "{{ p['text'] }}{% endfor %}{% endgeneration %}{% else %}{{ m['content'][0]['text'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": " red circle"}]
+    batch = labelled_batch([turns], processor, template)
+    learnt = batch["labels"][0][batch["labels"][0] != -100]
+    assert processor.tokenizer.decode(learnt) == " red circle"
+
+
 @pytest.mark.parametrize("name", ["llava_llama", "qwen2_5_vl", "gemma3"])
 def test_answers_are_found_where_transformers_marks_them_wrongly(name: str, monkeypatch) -> None:
     """Before 5.18: by the same means on any version, so that this need not be run on the old one."""

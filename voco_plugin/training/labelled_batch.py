@@ -120,6 +120,7 @@ def _marked_here(
             f"{type(processor).__name__} does not say where images come to stand in the text, and this "
             "transformers marks the answers behind them wrongly; use transformers 5.18 or later."
         )
+    spans: Any  # of each conversation, (start, end) of its answers in the text
     _, spans = render_jinja_template(
         conversations=[[_in_parts(message) for message in messages] for messages in conversations],
         chat_template=template,
