@@ -125,7 +125,7 @@ def write_reference(out: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
+    place = Path(sys.argv[1]).resolve()  # rows name their pictures by it
     place.mkdir(parents=True, exist_ok=True)
     write_rows(place)
     for model_name in sys.argv[2:]:

@@ -120,14 +120,14 @@ def _marked_here(
             f"{type(processor).__name__} does not say where images come to stand in the text, and this "
             "transformers marks the answers behind them wrongly; use transformers 5.18 or later."
         )
-    spans: Any  # of each conversation, (start, end) of its answers in the text
-    _, spans = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[[_in_parts(message) for message in messages] for messages in conversations],
         chat_template=template,
         return_assistant_tokens_mask=True,
         add_generation_prompt=False,
         **processor.tokenizer.special_tokens_map,
     )
+    _, spans = rendered  # of each conversation, (start, end) of its answers in the text
     masks = torch.zeros_like(batch["input_ids"])
     for row, marked in enumerate(spans):
         images = (replaced[row] if replaced else None) or []
