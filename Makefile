@@ -9,6 +9,8 @@
 # make docs             the documentation site, strictly: build/site/index.html
 # make test-eval        the real lmms-eval in an environment of its own (.venv-eval): its command and `voco eval
 #                       SUITE` on small sets in the published schema (minutes)
+# make test-swift       ms-swift's SFT under the rule against VoCoSFTTrainer, at ms-swift's own pins (.venv-swift)
+# make test-axolotl     the same of axolotl's (.venv-axolotl)
 # make lint             ruff and mypy
 # make format           ruff mends and formats what it can
 # make flash-attn       flash-attn's Python part, for test-slow
@@ -21,6 +23,8 @@ BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 WORKERS ?= 2
 PART ?=
+SWIFT ?= 4.6.0
+AXOLOTL ?= 0.19.0
 FLOORS = tests/core tests/cache tests/store tests/inference tests/house/test_without_trl.py
 ROOMS := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py))))
 ifneq ($(filter-out $(ROOMS),$(PART)),)
@@ -28,7 +32,7 @@ $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-all test-slow test-floors test-eval flash-attn docs lint format clean
+.PHONY: quickstart test test-all test-slow test-floors test-eval test-swift test-axolotl flash-attn docs lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -113,6 +117,31 @@ EVAL_TESTS = tests/evaluation/test_lmms_eval.py tests/evaluation/test_lmms_reade
 test-eval: $(VENV)-eval/.made
 	$(VENV)-eval/bin/python -m pytest -q -m "slow or not slow" $(EVAL_TESTS)
 
+# other trainers at their own pins, on rows and losses that this one's trainer makes first
+PARITY = PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/helpers/parity_reference.py
+
+$(VENV)-swift/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-swift
+	$(VENV)-swift/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)-swift/bin/python -m pip install --quiet --disable-pip-version-check ms-swift==$(SWIFT) qwen_vl_utils pytest --editable .
+	@touch $@
+
+test-swift: $(VENV)-swift/.made $(VENV)/.test
+	$(PARITY) $(VENV)-swift/parity llava_llama qwen2_5_vl
+	VOCO_PARITY=$(VENV)-swift/parity $(VENV)-swift/bin/python -m pytest -q -rP tests/training/test_ms_swift.py
+
+# axolotl pins a transformers below this package's floor: the package goes in without its dependencies' say
+$(VENV)-axolotl/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-axolotl
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check axolotl==$(AXOLOTL) torchvision lmdb pytest
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-axolotl: $(VENV)-axolotl/.made $(VENV)/.test
+	$(PARITY) $(VENV)-axolotl/parity llava_llama qwen2_5_vl
+	VOCO_PARITY=$(VENV)-axolotl/parity $(VENV)-axolotl/bin/python -m pytest -q -rP tests/training/test_axolotl.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -123,4 +152,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(VENV)-eval .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(VENV)-eval $(VENV)-swift $(VENV)-axolotl .cache build dist *.egg-info

@@ -54,6 +54,15 @@ def checkpointed_layers_drop_caches() -> bool:
 
 
 @functools.cache
+def answers_are_marked_wrongly() -> bool:
+    """Whether a processor's ``apply_chat_template(return_assistant_tokens_mask=True)`` marks other tokens
+    than the answers' where an image stands before them, as transformers before 5.18: it looks for them where
+    they stood before the image's placeholder was expanded. Remove when 5.18 is the oldest supported.
+    """
+    return _transformers() < Version("5.18")
+
+
+@functools.cache
 def _transformers() -> Version:
     import transformers
 

@@ -15,7 +15,7 @@ from talks import TALK
 from tiny import voco_id
 from tiny.processors import processor
 from voco_plugin import VoCoConfig, VoCoDataCollator, VoCoSFTConfig
-from voco_plugin.training.config import TEMPLATES
+from voco_plugin.training.chat_templates import TEMPLATES
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

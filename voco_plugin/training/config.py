@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_torch_cuda_available, is_torch_npu_available, is_torch_xpu_available
@@ -11,11 +10,11 @@ from trl import SFTConfig
 
 from ..config import VoCoConfig, nearest, read_section, suggest_fields
 from ..data.images import ON_BAD_SAMPLE, check_on_bad_sample
+from .chat_templates import template_file
 from .collator import check_range
 from .distillation.config import as_distill_config
 
 STAGE1 = ("joint", "streamed", "frozen")
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 @suggest_fields
@@ -159,7 +158,7 @@ class VoCoSFTConfig(SFTConfig):
                 "conversation); set it, e.g. max_length=2048."
             )
         if self.chat_template_path is not None:
-            self.chat_template_path = _template_file(self.chat_template_path)
+            self.chat_template_path = template_file(self.chat_template_path)
         if self.bf16 is None and not self.fp16 and (self.use_cpu or not _has_accelerator()):
             self.bf16 = False
         super().__post_init__()
@@ -204,38 +203,6 @@ class VoCoSFTConfig(SFTConfig):
 def as_voco_config(value: VoCoConfig | dict[str, Any] | str | None) -> VoCoConfig | None:
     """``value`` as a :class:`~voco_plugin.VoCoConfig`; see :func:`~voco_plugin.config.read_section`."""
     return read_section(value, VoCoConfig, "voco", '{"num_tokens": 2}')
-
-
-def _template_file(name: str) -> str:
-    """The path of a shipped template's bare name, of a ``.jinja`` file, or of a checkpoint folder's own.
-
-    TRL takes anything else for another tokenizer, whose template and tokens it copies: into a tokenizer,
-    which a processor is not.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    shipped = TEMPLATES / f"{name}.jinja"
-    if name and "/" not in name and shipped.is_file():
-        return str(shipped)
-    path = Path(name).expanduser() if "\n" not in name else Path()
-    asked = f"chat_template_path={name if len(name) < 80 else name[:60] + '…'!r}"
-    if "{{" in name or "{%" in name:
-        raise ValueError(f"{asked} is a template's text; write it to a file that ends in .jinja.")
-    if path.is_dir():
-        own = path / "chat_template.jinja"
-        if own.is_file():
-            return str(own)
-        raise ValueError(f"{asked} is a folder without a chat_template.jinja; give a file.")
-    if not path.is_file():
-        known = sorted(p.stem for p in TEMPLATES.glob("*.jinja"))
-        raise ValueError(
-            f"{asked} is neither a shipped template{nearest(name, known)} nor a file or folder here; "
-            f"shipped: {', '.join(known)}."
-        )
-    if path.suffix not in (".jinja", ".j2"):
-        raise ValueError(f"{asked} must end in .jinja, for TRL to take it for a template; rename it.")
-    return str(path)
 
 
 def _has_accelerator() -> bool:
