@@ -1,7 +1,7 @@
 """What one, four, twelve or 48 questions about a picture cost: time, and bytes kept between them.
 
-    python benchmarks/questions_an_image.py runs/gridworld_voco --data runs/gridworld/test.json \\
-        --image-folder runs/gridworld/images --out questions_an_image.json
+    python benchmarks/cost_of_questions.py runs/gridworld_voco --data runs/gridworld/test.json \\
+        --image-folder runs/gridworld/images --out cost_of_questions.json
 
 Three ways, each asked in turn on one picture after another, one question at a time, four tokens an answer:
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ import torch
 
 import voco_plugin as vp
 from voco_plugin._compat import cache_names
-from voco_plugin.benchmark.result_file import environment
+from voco_plugin.benchmark import result_file
 from voco_plugin.benchmark.timing import compare, interleaved_times
 from voco_plugin.data.loaders import load_vision_dataset
 from voco_plugin.evaluation.metrics import images_of, questions_of
-from voco_plugin.files import atomic_write_text
 from voco_plugin.inference.answering import answer, compress_images
 from voco_plugin.inference.prompts import ask, encode
 
@@ -124,12 +122,15 @@ def main() -> None:
     picture = images_of(dataset[rows[0]])[0]
     (block,) = compress_images(model, processor, [picture])
     result["bytes"] = {"read": 0, "kept": Kept(plain, processor, picture).bytes(), "voco": block.nbytes}
-    result["environment"] = environment("cpu")
     print(
         f"kept between questions: {result['bytes']['kept']:,} bytes, as a block {result['bytes']['voco']:,}"
     )
     if args.out:
-        atomic_write_text(args.out, json.dumps(result, indent=2) + "\n")
+        found = result_file.record(
+            "cost_of_questions", result, command="python benchmarks/cost_of_questions.py MODEL", device="cpu",
+            dtype=str(model.dtype).removeprefix("torch."), repeats=args.repeats,
+        )  # fmt: skip
+        result_file.write(found, args.out)
 
 
 if __name__ == "__main__":
