@@ -15,6 +15,7 @@ from voco_plugin.integrations.trainer_rule import check_row_trains
 
 import voco_plugin as vp
 from voco_plugin.training.labelled_batch import labelled_batch
+from voco_plugin.training.parts import keep_still
 
 from .saving import save_final, trainer_class
 from .settings import KERNELS, chat_template, check_settings, config_for
@@ -113,6 +114,7 @@ class VoCoPlugin(BasePlugin):
             ValueError: the VoCo token's row does not train.
         """
         check_row_trains(trainer.model, "name the embeddings in unfrozen_parameters, or use adapter: lora")
+        keep_still(trainer.model)
         # the loss of a step is the mean over its labelled tokens, however many batches it is gathered from
         trainer.model_accepts_loss_kwargs = True
 

@@ -16,6 +16,7 @@ from voco_plugin.integrations.trainer_rule import check_row_trains
 import voco_plugin as vp
 from voco_plugin.training.chat_templates import training_template
 from voco_plugin.training.labelled_batch import labelled_batch, prompt_batch
+from voco_plugin.training.parts import keep_still
 
 from .loading import VOCO
 from .settings import REFUSED_TEMPLATE, TEMPLATE, asked_chat_template, check_template
@@ -193,6 +194,7 @@ class VoCoTemplate(Template):
         """
         if not self._checked:
             check_row_trains(model, _UNFREEZE)
+            keep_still(model)
             self._checked = True
         return super().forward_context(model, inputs)
 
@@ -201,8 +203,10 @@ def _last_answer(labels: Any) -> Any:
     """``labels`` ``(T,)`` with those of the last answer alone."""
     learnt = (labels != -100).nonzero().flatten().tolist()
     start = learnt[-1]
-    while start - 1 in set(learnt):
-        start -= 1
+    for place in reversed(learnt[:-1]):
+        if place != start - 1:
+            break
+        start = place
     kept = labels.clone()
     kept[:start] = -100
     return kept

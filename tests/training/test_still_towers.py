@@ -7,10 +7,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 import tiny
 from tiny import processors
 from trainers import rows, trainer
+from voco_plugin.training.parts import keep_still
 
 
 class Normed(nn.Module):
@@ -75,8 +77,6 @@ def test_what_a_callback_thaws_trains_from_then_on(tmp_path):
     modes = []
     norm.register_forward_hook(lambda *_: modes.append(norm.batch.training))
 
-    from transformers import TrainerCallback
-
     class Thaw(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             norm.requires_grad_(True)
@@ -84,3 +84,18 @@ def test_what_a_callback_thaws_trains_from_then_on(tmp_path):
     run.add_callback(Thaw())
     run.train()
     assert modes[0] is False and modes[-1] is True
+
+
+def test_so_under_a_trainer_that_is_not_ours(tmp_path):
+    """What the plug-ins of other trainers do: any loop that says ``model.train()``."""
+    run, norm = made(tmp_path)
+    model, modes = run.model, []
+    keep_still(model)
+    norm.register_forward_hook(lambda *_: modes.append((norm.batch.training, norm.dropout.training)))
+    before, batch = norm.batch.running_mean.clone(), next(iter(run.get_train_dataloader()))
+    for thawed in (False, True):
+        norm.requires_grad_(thawed)
+        model.train()
+        model(**batch).loss.backward()
+        assert torch.equal(before, norm.batch.running_mean) is not thawed
+    assert modes == [(False, False), (True, True)] and model.get_base_model().get_decoder().training

@@ -80,6 +80,19 @@ def still_modules(model: PreTrainedModel | PeftModel) -> list[Any]:
     return found
 
 
+def keep_still(model: PreTrainedModel | PeftModel) -> None:
+    """Keep :func:`still_modules` in evaluation mode under a trainer that is not ours, whenever it puts the
+    model into training mode: by hooks that stay on it, and do nothing to what is thawed later.
+    """
+    for module in still_modules(model):
+        module.register_forward_pre_hook(_evaluates_if_frozen)
+
+
+def _evaluates_if_frozen(module: Any, given: Any) -> None:
+    if module.training and not any(tensor.requires_grad for tensor in module.parameters()):
+        module.eval()
+
+
 def count_trainable(model: PreTrainedModel | PeftModel, row_only: bool = False) -> tuple[dict[str, int], int]:
     """``({what trains: parameters}, all parameters)`` of a model, PEFT-wrapped or not.
 
@@ -134,5 +147,6 @@ __all__ = [
     "freeze",
     "is_peft",
     "is_token_row",
+    "keep_still",
     "still_modules",
 ]

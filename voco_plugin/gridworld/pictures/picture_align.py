@@ -9,7 +9,7 @@ names to their neighbours). Tower and LLM stay as they are.
 What a token says decides whether an LLM that was never trained on images reads it. Asked what is at a place,
 SmolLM2-135M put one of the scene's names first, of 275 first tokens, for 43, 44 and 20 % of scenes of 1-2,
 3-5 and 6-9 pictures where empty tokens are line breaks; for 9, 16 and 19 % where they are " nothing", and for
-0, 10 and 0 % where the place's words are added to each token's (120 questions; docs/decisions.md).
+0, 7 and 0 % where the place's words are added to each token's (`benchmarks/picture_words.py`, 120 questions).
 """
 
 from __future__ import annotations
