@@ -210,10 +210,22 @@ def test_both_doors_are_shut_again():
 
 # -- flash
 
+
+def torch_lacks_varlen() -> str:
+    """Why torch's own kernel cannot be called here (before torch 2.12), as the refusal says it; else empty."""
+    try:
+        flash.varlen_kernel()
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+needs_varlen = pytest.mark.skipif(bool(torch_lacks_varlen()), reason=torch_lacks_varlen())
 KERNELS = {"loops": lambda: contextlib.nullcontext(by_loops), "torch": torch_varlen}
+EACH_KERNEL = ["loops", pytest.param("torch", marks=needs_varlen)]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 @settings(max_examples=12, deadline=None)
 @given(tables(most_blocks=4, largest=60), LAYOUT[1], LAYOUT[-1])
 def test_flash_gradients_equal_dense_on_any_layout(kernel, table, groups, seed):
@@ -222,7 +234,7 @@ def test_flash_gradients_equal_dense_on_any_layout(kernel, table, groups, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EACH_KERNEL)
 @settings(max_examples=150, deadline=None)
 @given(tables(), LAYOUT[1], LAYOUT[-1])
 def test_flash_gradients_equal_dense_on_many_layouts(kernel, table, groups, seed):
@@ -230,6 +242,7 @@ def test_flash_gradients_equal_dense_on_many_layouts(kernel, table, groups, seed
         assert kernel_gradients(call, drawn(table, seed), groups) <= TOLERANCE
 
 
+@needs_varlen
 @pytest.mark.parametrize("name", PLAIN_CAUSAL)
 def test_families_train_under_flash_as_under_dense(name):
     with torch_varlen() as kernel, flash_on_a_cpu(kernel) as ran:
@@ -243,6 +256,7 @@ def test_families_train_under_flash_as_under_dense(name):
     assert len(ran) == 2 * model.get_decoder().config.num_hidden_layers
 
 
+@needs_varlen
 @pytest.mark.parametrize("groups", [1, 4])
 def test_the_real_op_takes_the_call_for_a_gpu(groups, monkeypatch):
     """Shapes, dtypes and devices as the CUDA operators' own shape rules want them; nothing is computed.
