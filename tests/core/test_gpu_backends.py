@@ -212,7 +212,7 @@ def test_both_doors_are_shut_again():
 
 
 def torch_lacks_varlen() -> str:
-    """Why torch's own kernel cannot be called here (before torch 2.12), as the refusal says it; else empty."""
+    """The refusal of torch's own kernel where it cannot be called (before torch 2.12); else empty."""
     try:
         flash.varlen_kernel()
     except ValueError as problem:
