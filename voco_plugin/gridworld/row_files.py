@@ -110,9 +110,8 @@ def save_hf(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     quiet = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        DatasetDict({s: Dataset.from_dict(c, features=features) for s, c in columns.items()}).save_to_disk(
-            folder
-        )
+        made = {s: Dataset.from_dict(c, features=features) for s, c in columns.items()}
+        DatasetDict(made).save_to_disk(str(folder))  # fsspec of 2024.3 takes no path objects
     finally:
         if quiet:
             enable_progress_bar()

@@ -253,7 +253,7 @@ def _save_hf(out: Path, rows: dict[str, list[_Row]], world: VideoWorld) -> None:
     quiet = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        DatasetDict({split: dataset(split) for split in rows}).save_to_disk(out / "hf")
+        DatasetDict({split: dataset(split) for split in rows}).save_to_disk(str(out / "hf"))
     finally:
         if quiet:
             enable_progress_bar()

@@ -354,10 +354,13 @@ class Environment:
         ) as error:  # fmt: skip
             raise VoCoCacheError(f"{self.path} is no VoCo store, or a damaged one ({error}).") from None
         except lmdb.Error as error:
-            if "already open in this process" in str(error):  # held by a transaction of the parent
+            if "already open in this process" in str(error):
+                # held by a transaction of the parent; or by a store that was opened where this one is now
+                # (lmdb before 3.0 goes by paths alone)
                 raise VoCoCacheError(
-                    f"this process was forked inside the block of a view of store {self.path}; leave that "
-                    "block before using the store."
+                    f"store {self.path} is open in this process already: it was forked inside the block of a "
+                    "view (leave that block before using the store), or the store that was there before is "
+                    "still open (close it)."
                 ) from None
             if "Input/output error" in str(error):  # how LMDB calls a write that was cut short
                 raise OSError(
