@@ -46,7 +46,9 @@ def tuners_of(model: nn.Module) -> list[Tuner]:
     for name, layer in model.named_modules():
         if is_tuner(layer.__class__):
             on = () if layer.disable_adapters else tuple(layer.active_adapters)
-            inner = layer._modules.get("token_adapter", layer)  # of a wrapper of rows, which holds the adapters
+            # of a wrapper of rows, which holds the adapters; not by getattr, which peft 0.18 sends on to an
+            # active adapter, and an idle layer has none
+            inner = layer._modules.get("token_adapter", layer)
             here: set[str] = set().union(*Tuner(name, inner, on).holders.values())
             if set(on) == {COMPRESS, READ}:  # of which each does the same in whichever order they are named
                 on = (COMPRESS, READ)
