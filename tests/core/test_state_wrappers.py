@@ -44,6 +44,8 @@ def in_ddp(model: Any) -> Any:
 
 
 def in_fsdp2(model: Any) -> Any:
+    if torch.__version__.startswith("2.10."):
+        pytest.skip("torch 2.10 ends the process where FSDP2 shards in a second thread (docs/decisions.md)")
     mesh = init_device_mesh("cpu", (1,))
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
