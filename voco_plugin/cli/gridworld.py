@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +172,9 @@ def check_target(folder: str, overwrite: bool, level: str = "quickstart") -> Non
 
 def copy_base(folder: str, level: str = "quickstart") -> None:
     """Copy a level's base VLM to ``folder``: an ordinary checkpoint, weights in fp32."""
-    from ..gridworld.shipped_weights import unpack_weights
+    from ..gridworld.shipped_weights import unpack_folder
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for file in shipped_base(level).iterdir():
-        if file.suffix == ".xz":
-            unpack_weights(file, Path(folder) / file.stem)
-        elif file.is_file():
-            shutil.copyfile(file, Path(folder) / file.name)
+    unpack_folder(shipped_base(level), folder)
 
 
 def _world(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,15 +10,17 @@ itself stores for its page.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..data.images import BadImageError, open_image
+from ..data.images import open_image
 from .page_words import added_line, costs_table, read_table
 from .picture_chat import Answered, PictureChat
 
@@ -27,15 +29,28 @@ _KEEP_SECONDS = 3600
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
-class _Picture(gr.Image):
-    """An image as the file that was dropped: it is opened by the package's own opener, which says in words
-    what is wrong with a broken one. Gradio's own component would open it first, and fail without a word.
+def _as_file(image: gr.Image) -> gr.Image:
+    """Its image as the file that was dropped: it is opened by the package's own opener, which says in words
+    what is wrong with a broken one. Gradio would open it first, and fail without a word. On the instance, as
+    Gradio writes a stub file beside the module of every subclass.
+    """
+    vars(image)["preprocess"] = lambda payload: None if payload is None else payload.path
+    return image
+
+
+@dataclass
+class _Talk:
+    """One browser's conversation.
+
+    Attributes:
+        chat: what the model knows of it.
+        log: what the page shows of it.
+        turns: how many answers are in the log.
     """
 
-    is_template = True  # the browser's side is Gradio's
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
+    chat: PictureChat
+    log: list[dict[str, Any]] = field(default_factory=list)
+    turns: int = 0
 
 
 class _Page:
@@ -53,11 +68,18 @@ class _Page:
         self._make_plain = plain
         self._plain: Any = None
 
-    def _chat(self, num_tokens: int) -> PictureChat:
-        return PictureChat(
+    def _talk(self, num_tokens: int) -> _Talk:
+        chat = PictureChat(
             self.model, self.processor, num_tokens=int(num_tokens), max_new_tokens=self.max_new_tokens,
             lock=self.lock,
         )  # fmt: skip
+        return _Talk(chat)
+
+    def _shown(self, talk: _Talk) -> tuple[Any, ...]:
+        """What a conversation looks like now."""
+        chat = talk.chat
+        costs = costs_table(chat.added, chat.last)
+        return talk, list(talk.log), costs, self._mask(chat), read_table(chat.read_by_answer())
 
     def plain(self) -> Any:
         """The uncompressed model, made when it is first wanted."""
@@ -66,51 +88,55 @@ class _Page:
             self._plain = self._make_plain()
         return self._plain
 
-    def show(
-        self, path: str | None, keep: bool, num_tokens: int, chat: PictureChat | None, log: list
-    ) -> tuple[Any, ...]:
+    def show(self, path: str | None, keep: bool, num_tokens: int, talk: _Talk | None) -> tuple[Any, ...]:
         if path is None:
-            return chat, log, costs_table([]), None, ""
-        if chat is None or not keep or not chat.added:
-            chat, log = self._chat(num_tokens), []
-        chat.num_tokens = int(num_tokens)
-        with said_plainly():
-            try:
-                added = chat.show(open_image(path))
-            except BadImageError as problem:  # the path on this machine is nobody's business
-                raise gr.Error(str(problem).replace(str(path), Path(path).name)) from None
-        shown = {"role": "user", "content": {"path": path}}
-        log = [*log, shown, {"role": "assistant", "content": added_line(added)}]
-        return chat, log, costs_table(chat.added), self._mask(chat), read_table(chat.read_by_answer())
+            return talk, *[gr.skip()] * 4  # the image was taken away: the conversation goes on
+        if talk is None or not keep or talk.chat.session.num_images == 0:
+            talk = self._talk(num_tokens)
+        talk.chat.num_tokens = int(num_tokens)
+        with _in_words(path):
+            added = talk.chat.show(open_image(path))
+        talk.log.append({"role": "user", "content": {"path": path}})
+        talk.log.append({"role": "assistant", "content": added_line(added)})
+        return self._shown(talk)
 
     def watch(self, path: str | None, frames: int, num_tokens: int) -> tuple[Any, ...]:
         if path is None:
             raise gr.Error("Drop a video first.")
-        chat = self._chat(num_tokens)
-        with said_plainly():
-            added = chat.watch(path, frames=int(frames), name=Path(path).name)
-        log = [{"role": "assistant", "content": added_line(added)}]
-        return chat, log, costs_table(chat.added), None, read_table(chat.read_by_answer())
+        talk = self._talk(num_tokens)
+        with _in_words(path):
+            added = talk.chat.watch(path, frames=int(frames), name=Path(path).name)
+        talk.log.append({"role": "assistant", "content": added_line(added)})
+        return self._shown(talk)
 
-    def ask(self, question: str, chat: PictureChat | None, log: list) -> Iterator[tuple[Any, ...]]:
-        if chat is None or not chat.added:
+    def ask(self, question: str, talk: _Talk | None) -> Iterator[tuple[Any, ...]]:
+        if talk is None or not talk.chat.added:
             raise gr.Error("Drop an image or a video first.")
-        log = [*log, {"role": "user", "content": question}]
-        with said_plainly():
-            for text in chat.ask(question):
-                growing = [*log, {"role": "assistant", "content": text}]
-                yield _working(), chat, growing, gr.skip(), gr.skip(), gr.skip()
-            assert chat.last is not None
-            log = [*log, {"role": "assistant", "content": chat.last.text or "(empty)"}]
-            costs, read = costs_table(chat.added, chat.last), read_table(chat.read_by_answer())
-            yield _ready(), chat, log, costs, self._mask(chat), read
+        chat, asked = talk.chat, {"role": "user", "content": question}
+        with _in_words():
+            answer = chat.ask(question)
+            try:
+                for text in answer:
+                    growing = [*talk.log, asked, {"role": "assistant", "content": text}]
+                    yield _working(), talk, growing, gr.skip(), gr.skip(), gr.skip()
+            finally:  # a stopped answer too: what was said stays in the conversation
+                answer.close()
+                if chat.last is not None and len(chat.turns) > talk.turns:
+                    talk.turns = len(chat.turns)
+                    text = chat.last.text or "(empty)"
+                    talk.log += [asked, {"role": "assistant", "content": text}]
+            yield _ready(), *self._shown(talk)
 
-    def compare(self, chat: PictureChat | None) -> Iterator[str]:
-        if chat is None or chat.last is None:
+    def stop(self, talk: _Talk | None) -> tuple[Any, ...]:
+        return (_ready(), talk, *[gr.skip()] * 4) if talk is None else (_ready(), *self._shown(talk))
+
+    def compare(self, talk: _Talk | None) -> Iterator[str]:
+        if talk is None or talk.chat.last is None:
             raise gr.Error("Ask a question first.")
+        chat = talk.chat
         if self._make_plain is None:
             raise gr.Error("This page was started without the uncompressed model.")
-        with said_plainly():
+        with _in_words():
             for found in chat.uncompressed(self.plain):
                 if isinstance(found, Answered):
                     yield costs_table(chat.added, chat.last, found)
@@ -137,15 +163,16 @@ def _ready() -> Any:
     return gr.update(submit_btn=True, stop_btn=False)
 
 
-class said_plainly:
-    """What the user got wrong is shown as one line in the page; anything else is a fault, and named so."""
-
-    def __enter__(self) -> said_plainly:
-        return self
-
-    def __exit__(self, kind: Any, problem: Any, trace: Any) -> None:
-        if isinstance(problem, USER_ERRORS) and not isinstance(problem, gr.Error):
-            raise gr.Error(" ".join(str(problem).split())) from problem
+@contextlib.contextmanager
+def _in_words(path: str | None = None) -> Iterator[None]:
+    """What the user got wrong is one line on the page; where a file lies on this machine is not in it."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except USER_ERRORS as problem:
+        text = " ".join(str(problem).split())
+        raise gr.Error(text if path is None else text.replace(path, Path(path).name)) from problem
 
 
 def build_page(
@@ -177,7 +204,7 @@ def build_page(
     choices = [int(k) for k in num_tokens or [attachment(model).config.num_tokens]]
     page = _Page(model, processor, plain, max_new_tokens)
     with gr.Blocks(title="VoCo", analytics_enabled=False, delete_cache=(600, _KEEP_SECONDS)) as blocks:
-        chat = gr.State(None, time_to_live=_KEEP_SECONDS)
+        talk = gr.State(None, time_to_live=_KEEP_SECONDS)
         gr.Markdown(
             f"## VoCo: {name}\nAn image is read once and kept as the keys and values of a few VoCo tokens. "
             "Every question is answered from those; the image is not opened again."
@@ -186,9 +213,11 @@ def build_page(
             with gr.Column(scale=4, min_width=300):
                 with gr.Tabs():
                     with gr.Tab("Image"):
-                        image = _Picture(
-                            type="filepath", label="Image", height=280, sources=["upload", "clipboard"],
-                            elem_id="image", buttons=[],
+                        image = _as_file(
+                            gr.Image(
+                                type="filepath", label="Image", height=280, elem_id="image", buttons=[],
+                                sources=["upload", "clipboard"],
+                            )
                         )  # fmt: skip
                         keep = gr.Checkbox(False, label="Keep earlier images in the conversation")
                     if video:
@@ -218,15 +247,15 @@ def build_page(
                 costs = gr.Markdown(elem_id="costs")
                 if plain is not None:
                     gr.Markdown(f"<small>Uncompressed: {plain_name}.</small>")
-        shown = [chat, log, costs, mask, read_by]
-        one = {"concurrency_id": "model", "concurrency_limit": 1}
-        image.change(page.show, [image, keep, tokens, chat, log], shown, api_name="show", **one)
-        tokens.change(page.show, [image, keep, tokens, chat, log], shown, api_name=False, **one)
+        shown = [talk, log, costs, mask, read_by]
+        one: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+        image.change(page.show, [image, keep, tokens, talk], shown, api_name="show", **one)
+        tokens.change(page.show, [image, keep, tokens, talk], shown, api_visibility="private", **one)
         asked = [question, *shown]
-        asking = question.submit(page.ask, [question, chat, log], asked, api_name="ask", **one)
-        question.stop(_ready, None, [question], cancels=[asking], api_name=False)
+        asking = question.submit(page.ask, [question, talk], asked, api_name="ask", **one)
+        question.stop(page.stop, [talk], asked, cancels=[asking], api_visibility="private")
         if plain is not None:
-            compare.click(page.compare, [chat], [costs], api_name="compare", **one)
+            compare.click(page.compare, [talk], [costs], api_name="compare", **one)
         if video:
             read.click(page.watch, [clip, frames, tokens], shown, api_name="watch", **one)
         clear.click(page.clear, None, [*shown, image], api_name="clear")
@@ -235,9 +264,7 @@ def build_page(
     return blocks
 
 
-THEME = gr.themes.Default(
-    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-)
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 """Gradio's own look, with fonts that no server has to give."""
 
 __all__ = ["THEME", "build_page"]

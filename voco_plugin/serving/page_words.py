@@ -27,6 +27,11 @@ def added_line(added: Added) -> str:
     )
 
 
+def answered_line(answered: Answered) -> str:
+    """An answer in one line."""
+    return f"{answered.text or '(empty)'}   [first token {seconds(answered.first_token_seconds) or 'none'}]"
+
+
 def costs_table(
     added: Sequence[Added], answered: Answered | None = None, plain: Answered | None = None
 ) -> str:
@@ -75,4 +80,4 @@ def read_table(read: Sequence[tuple[str, int]]) -> str:
     return "\n".join(["| read | tokens |", "|---|---|", *(f"| {what} | {count} |" for what, count in read)])
 
 
-__all__ = ["added_line", "costs_table", "megabytes", "read_table", "seconds"]
+__all__ = ["added_line", "answered_line", "costs_table", "megabytes", "read_table", "seconds"]

