@@ -73,4 +73,4 @@ def test_what_a_page_says_runs(
 
 def test_every_page_is_one_of_the_table_of_contents() -> None:
     names = [path.stem for path in PAGES]
-    assert names == sorted(["tune", "cache", "serve", "evaluate", "swap", "family"])
+    assert names == sorted(["try", "tune", "cache", "serve", "evaluate", "swap", "family"])

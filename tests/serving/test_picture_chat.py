@@ -131,6 +131,9 @@ def test_a_video_is_a_series_of_blocks(tmp_path):
     assert chat.draw_mask(tmp_path / "mask.png") is None
     with pytest.raises(BadVideoError, match="does not exist"):
         chat.watch(tmp_path / "none.mp4", frames=2)
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    with pytest.raises(BadVideoError):
+        chat.watch(tmp_path, frames=5)
     assert chat.added == [] and chat.session.num_images == 0  # no half-read video is asked about
     chat.show(pictures(1)[0])
 
