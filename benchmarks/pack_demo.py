@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +24,7 @@ from voco_plugin.gridworld.shipped_demos import ASSETS
 from voco_plugin.gridworld.shipped_weights import pack_weights_int8
 
 LEFT_OUT = {"README.md", "train_results.json", "trainer_state.json", "training_args.bin"}
+LARGE = 100_000
 
 
 def pack(source: Path, target: Path, weights: str) -> None:
@@ -30,7 +32,11 @@ def pack(source: Path, target: Path, weights: str) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != weights and file.name not in LEFT_OUT:
+        if not file.is_file() or file.name == weights or file.name in LEFT_OUT:
+            continue
+        if file.stat().st_size > LARGE:  # a tokenizer's vocabulary
+            (target / f"{file.name}.xz").write_bytes(lzma.compress(file.read_bytes(), preset=9))
+        else:
             shutil.copyfile(file, target / file.name)
     pack_weights_int8(source / weights, target / f"{weights}.xz")
 

@@ -84,10 +84,12 @@ def _restored(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
 
 
 def unpack_folder(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copies a shipped folder to `target`, its weights unpacked: an ordinary checkpoint."""
+    """Copies a shipped folder to `target`, unpacked what is packed (`….xz`): an ordinary checkpoint."""
     Path(target).mkdir(parents=True, exist_ok=True)
     for file in sorted(Path(source).iterdir()):
-        if file.suffix == ".xz":
+        if file.name.endswith(".safetensors.xz"):
             unpack_weights(file, Path(target) / file.stem)
+        elif file.suffix == ".xz":
+            (Path(target) / file.stem).write_bytes(lzma.decompress(file.read_bytes()))
         elif file.is_file():
             shutil.copyfile(file, Path(target) / file.name)
