@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--port {args.port} is none: give 1 to 65535, or 0 for any that is free.")
     images = find_images(args.image or [])
     name, source, examples = _source(args)
-    model, processor = load_model(args, source=source)
+    model, processor = _loaded(args, source)
     tokens = args.num_tokens or (_SHIPPED_TOKENS if name in SHIPPED else None)
     if args.terminal:
         return _terminal(args, model, processor, tokens, images, examples)
@@ -110,12 +110,25 @@ def _source(args: argparse.Namespace) -> tuple[str, str, list[tuple[str, str, st
     )
 
 
-def _plain(args: argparse.Namespace, source: str) -> Any:
-    """The model without VoCo, loaded a second time: what it is now must not come apart."""
-    from ..models import detach
+def _loaded(args: argparse.Namespace, source: str) -> tuple[Any, Any]:
+    """The model with its adapter merged in memory, where that is the same model: answers cost less."""
+    from ..core.attachment import attachment
 
-    model, _ = load_model(args, source=source)
-    return detach(model.merge_and_unload() if hasattr(model, "merge_and_unload") else model).eval()
+    model, processor = load_model(args, source=source)
+    config = attachment(model).config
+    if hasattr(model, "merge_and_unload") and config.adapter_stages == "both" and not config.frozen_stage1:
+        model = model.merge_and_unload()
+    return model.eval(), processor
+
+
+def _plain(args: argparse.Namespace, source: str) -> Any:
+    """The model without VoCo, loaded a second time: what it is now must not come apart. An adapter that acts
+    in one stage alone comes off, any other stays."""
+    from ..models import detach
+    from .eval_modes import plain_model
+
+    model, _ = _loaded(args, source)
+    return plain_model(model, detach).eval()
 
 
 def _page(

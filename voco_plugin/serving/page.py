@@ -259,6 +259,7 @@ def build_page(
         if video:
             read.click(page.watch, [clip, frames, tokens], shown, api_name="watch", **one)
         clear.click(page.clear, None, [*shown, image], api_name="clear")
+        log.clear(page.clear, None, [*shown, image], api_visibility="private")  # the bin on the conversation
         if examples:
             gr.Examples([list(e) for e in examples], [image, question], label="Examples", examples_per_page=8)
     return blocks
