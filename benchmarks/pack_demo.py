@@ -5,8 +5,8 @@
         --base runs/pictures_aligned
 
 Written into the checkout: voco_plugin/gridworld/demos/NAME/voco, of `pictures` also parts/ (the tower and
-the projector that the base is composed of). `provenance.json` beside them is written by hand: what was measured of
-the unpacked model, and how it was made.
+the projector that the base is composed of). `provenance.json` beside them is written by hand: what was
+measured of the unpacked model, and how it was made.
 """
 
 from __future__ import annotations
