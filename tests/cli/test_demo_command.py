@@ -96,3 +96,39 @@ def test_a_folder_of_that_name_comes_first(capsys, tmp_path, monkeypatch):
     (tmp_path / "gridworld").mkdir()
     assert "gridworld" in error_of(capsys, "demo", "gridworld", "--terminal")
     assert set(demo.SHIPPED) == {"gridworld", "pictures"}
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The page opens and the command ends at once; what was launched."""
+    gradio = pytest.importorskip("gradio", reason="voco_plugin[demo] is not installed")
+    calls = []
+    real = gradio.Blocks.launch
+
+    def launch(self, **options):
+        calls.append(options)
+        return real(self, **options)
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: None)
+    return calls
+
+
+def test_the_page_opens_for_this_machine_alone(shipped, capsys, opened):
+    text = out_of(capsys, "demo", "gridworld", "--out", str(shipped), "--port", "0")
+    assert text.startswith("http://127.0.0.1:")
+    (options,) = opened
+    assert options["server_name"] == "127.0.0.1" and options["share"] is False
+    assert options["allowed_paths"] == [str(shipped / "examples")]
+
+
+def test_a_taken_port_is_said(shipped, capsys):
+    import socket
+
+    pytest.importorskip("gradio", reason="voco_plugin[demo] is not installed")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = error_of(capsys, "demo", "gridworld", "--out", str(shipped), "--port", str(port))
+    assert f"no page at 127.0.0.1:{port}: the port is taken" in said

@@ -148,9 +148,14 @@ def _page(
             prevent_thread_lock=True, allowed_paths=folders, max_file_size="64mb", share=False,
         )  # fmt: skip
     except OSError as problem:
-        raise OSError(f"no page at {args.host}:{args.port} ({problem}); give another --port.") from None
+        where = f"{args.host}:{args.port}"
+        raise OSError(
+            f"no page at {where}: the port is taken, or may not be opened here; give another --port (0: any)."
+        ) from problem
     output.emit(url)
     output.note("the page is open until this command ends (Ctrl-C)")
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        output.note(f"whoever reaches {args.host} can use it: the page has no password")
     try:
         page.block_thread()
     finally:
