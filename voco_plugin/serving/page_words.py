@@ -60,7 +60,7 @@ def costs_table(
         ]
     if plain is not None and answered is not None:
         rows.append(("answer", _cell(answered.text), _cell(plain.text)))
-    lines = ["| | from the cache | uncompressed |", "|---|---|---|"]
+    lines = ["| | cached | every vision token |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {ours} | {theirs} |" for what, ours, theirs in rows)])
 
 
