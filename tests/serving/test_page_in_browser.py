@@ -92,3 +92,44 @@ def test_dropped_asked_twice_compared_and_a_broken_file_explained(tab, tmp_path)
     assert "broken.png cannot be read" in toast.inner_text()
     wide = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide <= 0 and tab.outside == []
+
+
+def test_an_answer_can_be_stopped_and_the_conversation_goes_on(tmp_path):
+    import threading
+
+    from sessions import made
+    from voco_plugin.serving.page import build_page
+
+    model, tools = made("llava_llama")
+    model.generation_config.eos_token_id = None
+    page = build_page(model, tools, max_new_tokens=3000)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, footer_links=[])
+    pictures(1)[0].save(tmp_path / "a.png")
+
+    def answering() -> bool:
+        return any(thread.name == "voco-answer" for thread in threading.enumerate())
+
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.goto(address)
+        drop(tab, tmp_path / "a.png")
+        tab.wait_for_function("document.querySelector('#costs').innerText.includes('tokens of the image')")
+        for question in ("What is this?", "And now?"):
+            tab.fill("#question textarea", question)
+            tab.press("#question textarea", "Enter")
+            tab.click("#question .stop-button")
+            tab.wait_for_selector("#question .submit-button")
+            assert not answering() and question in tab.inner_text("#log")
+            assert "whole answer" in tab.inner_text("#costs")
+        tab.fill("#question textarea", "Left?")
+        tab.press("#question textarea", "Enter")
+        tab.wait_for_selector("#question .stop-button")
+        tab.close()  # the page is left while the model answers
+        tab = browser.new_page()
+        tab.goto(address)
+        drop(tab, tmp_path / "a.png")
+        tab.wait_for_function("document.querySelector('#costs').innerText.includes('tokens of the image')")
+        assert not answering()
+        browser.close()
+    page.close(verbose=False)

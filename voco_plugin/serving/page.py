@@ -253,7 +253,8 @@ def build_page(
         tokens.change(page.show, [image, keep, tokens, talk], shown, api_visibility="private", **one)
         asked = [question, *shown]
         asking = question.submit(page.ask, [question, talk], asked, api_name="ask", **one)
-        question.stop(page.stop, [talk], asked, cancels=[asking], api_visibility="private")
+        stopped = question.stop(None, cancels=[asking], api_visibility="private")
+        stopped.then(page.stop, [talk], asked, api_visibility="private")
         if plain is not None:
             compare.click(page.compare, [talk], [costs], api_name="compare", **one)
         if video:
