@@ -69,6 +69,20 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_in_a_folder_called_like_a_shipped_one_has_its_own_tokens(
+    shipped, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(shipped / "voco")
+    settings = (shipped / "voco" / "voco_config.json").read_text()
+    file = tmp_path / "a.png"
+    pictures(1)[0].save(file)
+    asked = ["--terminal", "--image", str(file), "--question", "What is at a1?"]
+    monkeypatch.setattr(demo, "_SHIPPED_TOKENS", [1])
+    assert '"num_tokens": 4' in settings
+    assert "16 vision tokens → 4" in out_of(capsys, "demo", "pictures", *asked)
+
+
 def test_out_is_of_a_shipped_model(capsys, shipped):
     assert "--out is of a model that ships" in error_of(
         capsys, "demo", str(shipped / "voco"), "--terminal", "--out", "x"

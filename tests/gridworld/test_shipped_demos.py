@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import lzma
+import re
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ def test_hash_and_size_are_the_recorded_ones(name):
 
 def test_no_path_of_a_machine_is_shipped(name):
     for file in (ASSETS / name).rglob("*.json"):
-        text = file.read_text()
-        assert "/tmp/" not in text and "/home/" not in text and "/work/" not in text, file
+        if file.name != "tokenizer.json":  # whose words may begin with a slash
+            assert not re.search(r'"(/|[A-Z]:\\)\w', file.read_text()), file
     assert (ASSETS / name / "voco" / "voco_config.json").is_file()
 
 

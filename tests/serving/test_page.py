@@ -88,6 +88,14 @@ def test_a_new_image_begins_anew_unless_the_earlier_are_kept(client, image):
     assert "| tokens of the image | 2 |" in costs and len(said(log)) == 1
     log, costs, _, read = show(client, image, keep=True, tokens=4)
     assert "| tokens of the image | 6 |" in costs and "| image 2 | 4 |" in read
+    from gradio_client import handle_file
+
+    again = [handle_file(str(image)), True, 1]
+    client.predict(*again, api_name="/tokens")  # with images kept, K is the next image's
+    _, _, costs, _, _ = client.predict("What is this?", api_name="/ask")
+    assert "| tokens of the image | 6 |" in costs
+    _, costs, _, _ = client.predict(again[0], False, 1, api_name="/tokens")
+    assert "| tokens of the image | 1 |" in costs
     client.predict(api_name="/clear")
     with pytest.raises(Exception, match="Drop an image"):
         client.predict("What is this?", api_name="/ask")

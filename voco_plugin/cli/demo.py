@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     images = find_images(args.image or [])
     name, source, examples = _source(args)
     model, processor = _loaded(args, source)
-    tokens = args.num_tokens or (_SHIPPED_TOKENS if name in SHIPPED else None)
+    tokens = args.num_tokens or (_SHIPPED_TOKENS if examples else None)
     if args.terminal:
         return _terminal(args, model, processor, tokens, images, examples)
     return _page(args, model, processor, tokens, name, source, examples)
@@ -135,11 +135,13 @@ def _page(
     args: argparse.Namespace, model: Any, processor: Any, tokens: Any, name: str, source: str, examples: Any
 ) -> int:
     from ..serving.page import THEME, build_page
+    from ..training.parts import is_peft
 
     page = build_page(
         model, processor, name=name, num_tokens=tokens,
         examples=[(file, question) for file, question, _ in examples],
         plain=None if args.no_compare else lambda: _plain(args, source), max_new_tokens=args.max_new_tokens,
+        plain_name="its base, without the adapter" if is_peft(model) else "the same weights without VoCo",
     )  # fmt: skip
     folders = sorted({str(Path(file).parent.absolute()) for file, *_ in examples})
     try:

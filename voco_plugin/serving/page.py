@@ -100,6 +100,13 @@ class _Page:
         talk.log.append({"role": "assistant", "content": added_line(added)})
         return self._shown(talk)
 
+    def change_tokens(
+        self, path: str | None, keep: bool, num_tokens: int, talk: _Talk | None
+    ) -> tuple[Any, ...]:
+        """The image again with another K, in a conversation that begins anew; where earlier images are kept,
+        K is the next one's."""
+        return (talk, *[gr.skip()] * 4) if keep else self.show(path, keep, num_tokens, talk)
+
     def watch(self, path: str | None, frames: int, num_tokens: int) -> tuple[Any, ...]:
         if path is None:
             raise gr.Error("Drop a video first.")
@@ -250,7 +257,7 @@ def build_page(
         shown = [talk, log, costs, mask, read_by]
         one: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         image.change(page.show, [image, keep, tokens, talk], shown, api_name="show", **one)
-        tokens.change(page.show, [image, keep, tokens, talk], shown, api_visibility="private", **one)
+        tokens.change(page.change_tokens, [image, keep, tokens, talk], shown, api_name="tokens", **one)
         asked = [question, *shown]
         asking = question.submit(page.ask, [question, talk], asked, api_name="ask", **one)
         stopped = question.stop(None, cancels=[asking], api_visibility="private")

@@ -131,7 +131,8 @@ class PictureChat:
             BadImageError: the image processor does not take it.
             ValueError: a video is being watched.
         """
-        self.session._check_no_video("given images")
+        if self.added and not self._images:
+            raise ValueError("this conversation is about a video: clear() it before an image is shown.")
         name = name or f"image {len(self.added) + 1}"
         with self.lock, evaluating(self.model):
             start = time.perf_counter()
