@@ -1,0 +1,1 @@
+"""The HTTP front: the API of OpenAI over one engine."""
