@@ -40,6 +40,7 @@ are not shipped, build its tiny models."""
 OUTSIDE = ("examples", "recipes", "integrations")
 PUBLIC_MODULES = (
     "benchmark",
+    "cache.engine_file",
     "cli",
     "config",
     "data",

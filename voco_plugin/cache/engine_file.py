@@ -1,5 +1,5 @@
-"""``voco_engine.json``: all that an engine has to know of VoCo blocks to read them beside an exported language
-model (`voco export`), without the vision-language model.
+"""``voco_engine.json``: what an engine has to know of VoCo blocks to read them beside an exported
+language model (`voco export`), without the vision-language model.
 
 Needs torch and this room alone, so that an engine's own environment need not hold the rest.
 """
@@ -102,7 +102,7 @@ class EngineFile:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             version = value.pop("format_version")
-        except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise VoCoCacheError(f"{path} is damaged ({error}); export the checkpoint again.") from error
         if version != VERSION:
             raise VoCoCacheError(
