@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from harness import attached, inputs, shared
+from stand_alone import STAND_ALONE
 from tiny.models import NAMES
 from voco_plugin.cache import VoCoCacheError
 from voco_plugin.cache.engine_file import EngineFile, LayerRope
@@ -20,12 +21,6 @@ from voco_plugin.serving.text_model import NotExportableError, refusal, text_mod
 
 ROWS = [["bos", "t3", "img", "c2", "img", "c3", "t4", "img", "c1", "t2"]]
 ELSEWHERE = [["bos", "t9", "img", "c2", "img", "c3", "t1", "img", "c1", "t2"]]
-STAND_ALONE = [
-    "llava_llama", "llava_qwen2", "llava_tied", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl",
-    "qwen3_vl", "internvl", "idefics3", "smolvlm", "llava_qwen3", "llava_phi", "llava_pixtral",
-    "llava_next_video", "video_llava", "vipllava", "mistral3", "glm4v", "glm46v", "glm4v_moe",
-    "qwen3_vl_moe", "ovis2", "aria", "video_llama_3", "deepseek_vl", "perception_lm", "got_ocr2", "idefics2",
-]  # fmt: skip
 REFUSED = {
     "window or a chunk": [
         "llava_mistral", "gemma3", "llava_gemma2", "mistral3_window", "llama4", "aya_vision",

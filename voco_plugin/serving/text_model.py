@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -201,10 +201,10 @@ def _merged(text: nn.Module, head: Any, stages: str) -> tuple[nn.Module, Any]:
     """Copies of the decoder and its head with what acts on text merged and the rest left out. Weights are
     shared, but those that are merged into.
     """
+    parts: list[Any] = [*text.modules(), *head.modules()]
     written = {
         id(tensor)
-        for module in (text, head)
-        for part in cast("nn.Module", module).modules()
+        for part in parts
         if is_tuner(part.__class__) or hasattr(part, "unload_and_optionally_merge_module")
         for tensor in part.parameters()
     }

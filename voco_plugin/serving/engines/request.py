@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -106,13 +107,22 @@ class Answer:
 
     An engine's threads call :meth:`put`, :meth:`end` and :meth:`fail`, each from any thread.
 
+    Args:
+        loop: the reader's event loop; ``None``: the running one.
+        on_cancel: called once, where the reader leaves before the end.
+
     Attributes:
         finish_reason: ``"stop"`` or ``"length"`` once the last step was read; ``"cancelled"`` after
             :meth:`cancel`.
         queued_seconds: from submission to where the engine took it up; ``None`` before.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop | None = None,
+        on_cancel: Callable[[], Any] | None = None,
+    ) -> None:
+        self._on_cancel = on_cancel
         self._loop = loop or asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._over = False
@@ -135,7 +145,7 @@ class Answer:
         return event
 
     def _send(self, event: Any) -> None:
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the reader's event loop has ended
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def put(self, step: Step) -> None:
@@ -157,7 +167,15 @@ class Answer:
 
     def cancel(self) -> None:
         """Nobody reads on; the engine stops at its next step. More than once does nothing more."""
-        self.end("cancelled")
+        if not self._over:
+            self.end("cancelled")
+            if self._on_cancel is not None:
+                self._on_cancel()
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, read to the end or not."""
+        return self._over
 
 
 class Engine(abc.ABC):
