@@ -21,7 +21,7 @@ from .flags import as_flags
 COMMANDS: tuple[str, ...] = (
     "train", "compress", "generate", "eval", "inspect", "recipes", "registry", "gridworld", "pictures",
     "pictures-tower", "pictures-align", "convert", "merge", "store", "bench", "study",
-    "demo", "export",
+    "demo", "export", "serve",
 )  # fmt: skip
 _MODULE = {"eval": "evaluate", "registry": "list_registry", "pictures-tower": "pictures_tower",
            "pictures-align": "pictures_align"}  # fmt: skip

