@@ -16,6 +16,8 @@ from voco_plugin.data.images import open_image
 from voco_plugin.inference.answering import compress_images
 from voco_plugin.inference.prompts import ask, stream_of
 from voco_plugin.serving.engines.request import EngineError, RequestError
+from voco_plugin.serving.http.media import IMAGE_FORMATS, image_of_bytes
+from voco_plugin.serving.http.settings import ServerSettings
 
 
 @pytest.fixture
@@ -113,6 +115,11 @@ def test_a_number_of_tokens_may_be_asked_for(server):
 def test_compressing_nothing_is_refused(server, body):
     answer = server.post("/v1/voco/compress", body)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
+def test_every_format_that_is_named_is_read(kind):
+    assert image_of_bytes(picture(kind=kind), ServerSettings(), "p").size == (20, 16)
 
 
 def gif(frames: int = 4) -> bytes:

@@ -180,6 +180,12 @@ def test_a_body_that_is_no_request(server, route, body, says):
     assert error["type"] == "invalid_request_error" and error["code"] == "invalid_json"
 
 
+def test_numbers_with_a_point_and_marks_of_order_are_taken(server):
+    assert load(b"\xef\xbb\xbf[5.0, 5.5, 1e3]") == [5, 5.5, 1000]
+    body = {"model": NAME, "messages": [{"role": "user", "content": "a"}], "max_tokens": 5.0, "top_p": 1.0}
+    assert server.post("/v1/chat/completions", body).status_code == 200
+
+
 def test_whole_characters_are_taken(server):
     assert load(b'"\\ud83d\\ude00"') == "\U0001f600"
     assert server.chat("\u4f60\u597d \U0001f600 \x00 \u202e").status_code == 200
@@ -203,7 +209,7 @@ FIELDS = [
     ({"stop": ""}, "stop", "empty string"),
     ({"stop": ["a", ""]}, "stop", "empty string"),
     ({"stop": list("abcde")}, "stop", "5 strings"),
-    ({"stop": [1]}, "stop[0]", "stop[0] is a number"),
+    ({"stop": [1]}, "stop[0]", "stop[0] is a number; give a text."),
     ({"stop": "x" * 1000}, "stop", "1000 characters"),
     ({"logit_bias": {"cat": 1}}, "logit_bias", "'cat'"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
@@ -231,7 +237,7 @@ FIELDS = [
     ({"messages": [None]}, "messages[0]", "messages[0] is null"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "is null"),
-    ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "a number"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "give a text or a list"),
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "no part"),
     ({"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0]", "content[0]"),
     ({"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content[0]", "no type"),
@@ -275,6 +281,7 @@ PARTS = [
     ({"type": "voco", "key": "xyz"}, "64 hex digits"),
     ({"type": "voco", "key": "../" * 30}, "64 hex digits"),
     ({"type": "text"}, "text is missing"),
+    ({"type": "text", "text": None}, "text is null; give a text."),
     ({"type": "text", "text": "a <image> b"}, "'<image>'"),
     ({"type": "text", "text": "<voco>"}, "'<voco>'"),
 ]  # fmt: skip

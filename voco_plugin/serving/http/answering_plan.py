@@ -8,12 +8,13 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 from ..engines.request import EngineRequest, Sampling
+from .answer_schemas import PromptDetails, Usage
 from .choices import Choice, Delta, merged
 from .errors import ApiError
 from .front import Front
 from .prompt_building import BuiltPrompt
 from .request_record import RequestRecord
-from .schemas import PromptDetails, SamplingFields, Usage
+from .schemas import SamplingFields
 
 _SEEDS = 2**63
 

@@ -15,6 +15,14 @@ from starlette.responses import Response
 from ..blocks import Blocks
 from ..engines.request import Engine
 from . import status_routes
+from .answer_schemas import (
+    ChatAnswer,
+    CompletionAnswer,
+    CompressAnswer,
+    ErrorAnswer,
+    ModelCard,
+    ModelList,
+)
 from .chat import chat
 from .completions import completions
 from .compress_route import compress
@@ -23,7 +31,7 @@ from .fetching import Fetcher
 from .front import Front
 from .limits import Limits
 from .request_record import record_of
-from .schemas import REQUESTS, CompressAnswer, ErrorAnswer, ModelCard, ModelList
+from .schemas import REQUESTS
 from .settings import ServerSettings
 
 _SCHEMAS = "#/components/schemas/"
@@ -70,6 +78,7 @@ def create_app(
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     front: Front = app.state.front
+    front.open()
     await asyncio.to_thread(front.blocks.start)
     try:
         await asyncio.to_thread(front.engine.start)
@@ -84,11 +93,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _add_routes(app: FastAPI, front: Front) -> None:
-    @app.post("/v1/chat/completions", openapi_extra=_takes("ChatRequest"))
+    @app.post("/v1/chat/completions", openapi_extra=_takes("ChatRequest"), responses=_streamed(ChatAnswer))
     async def chat_completions(request: Request) -> Response:
         return await chat(front, request)
 
-    @app.post("/v1/completions", openapi_extra=_takes("CompletionRequest"))
+    @app.post(
+        "/v1/completions", openapi_extra=_takes("CompletionRequest"), responses=_streamed(CompletionAnswer)
+    )
     async def text_completions(request: Request) -> Response:
         return await completions(front, request)
 
@@ -131,6 +142,13 @@ async def _http_error(request: Request, problem: Exception) -> Response:
 def _takes(schema: str) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": _SCHEMAS + schema}}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _streamed(kind: Any) -> dict[int | str, dict[str, Any]]:
+    """Whole, or as events, each a JSON text."""
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    events = {"text/event-stream": {"schema": event}}
+    return {200: {"model": kind, "content": events, "description": "The answer"}}
 
 
 def _with_requests(document: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ async def chat(front: Front, request: Request) -> Response:
         EngineError: the engine failed.
     """
     until = front.until()
-    asked = read_request(ChatRequest, await request.body())
+    asked = await read_request(ChatRequest, front, await request.body())
     work = _answers(front, request, asked)
     shown = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": front.model_name}
     if not asked.stream:

@@ -31,7 +31,7 @@ async def completions(front: Front, request: Request) -> Response:
         EngineError: the engine failed.
     """
     until = front.until()
-    asked = read_request(CompletionRequest, await request.body())
+    asked = await read_request(CompletionRequest, front, await request.body())
     work = _answers(front, request, asked)
     shown = {
         "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
@@ -83,6 +83,12 @@ def _build(front: Front, given: Sequence[str | list[int]]) -> list[BuiltPrompt]:
             ids = list(tokenizer(one)["input_ids"])
         else:
             ids = one
+            if len(ids) > front.engine.max_positions:
+                raise ApiError(
+                    f"the prompt has {len(ids)} tokens; this model has {front.engine.max_positions} "
+                    "positions: shorten it.",
+                    "prompt", "context_length_exceeded",
+                )  # fmt: skip
         if not ids:
             raise ApiError("the prompt is empty; give a text, or token ids.", "prompt")
         front.marks.check_ids(ids, front.vocabulary_size, "prompt")

@@ -6,13 +6,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..blocks import Compressed
+from .answer_schemas import CompressAnswer
 from .client_gone import unless_gone
 from .errors import ApiError
 from .front import Front
 from .prompt_building import compressed_image, compressed_video
 from .request_fields import read_request
 from .request_record import record_of
-from .schemas import CompressAnswer, CompressRequest
+from .schemas import CompressRequest
 
 
 async def compress(front: Front, request: Request) -> Response:
@@ -22,7 +23,7 @@ async def compress(front: Front, request: Request) -> Response:
         ApiError: the request is wrong, or the image cannot be had or read.
     """
     until = front.until()
-    asked = read_request(CompressRequest, await request.body())
+    asked = await read_request(CompressRequest, front, await request.body())
     front.check_model(asked.model)
     if (asked.image is None) == (asked.video is None):
         raise ApiError("give an image or a video, one of the two.", "image")

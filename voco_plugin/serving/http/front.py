@@ -63,8 +63,13 @@ class Front:
         self.queue = Queue(settings)
         self.metrics = Metrics(engine, blocks)
         self.created = int(time.time())
+        self.open()
+
+    def open(self) -> None:
+        """Requests are taken, also after :meth:`close`."""
+        self.queue.draining = False
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="voco-prompt")
-        self._media = ThreadPoolExecutor(settings.decoding_threads, thread_name_prefix="voco-media")
+        self._media = ThreadPoolExecutor(self.settings.decoding_threads, thread_name_prefix="voco-media")
 
     async def in_prompt_thread(self, work: Callable[..., T], *args: Any) -> T:
         """``work(*args)`` where the processor may be used."""
@@ -92,7 +97,8 @@ class Front:
             )  # fmt: skip
 
     def close(self) -> None:
-        """No thread is started any more."""
+        """No request is taken, and no thread is started any more."""
+        self.queue.draining = True
         self._prompts.shutdown(wait=False, cancel_futures=True)
         self._media.shutdown(wait=False, cancel_futures=True)
 

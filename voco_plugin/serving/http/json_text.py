@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 _DIGITS = 40
+_EXACT = 2**53
 
 
 def dump(value: Any) -> str:
@@ -25,7 +26,7 @@ def load(data: bytes) -> Any:
         ValueError: it is not JSON, or holds a number, key or text that is none; the message says where.
     """
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise ValueError(f"the body is not UTF-8 (byte {problem.start}); send JSON in UTF-8.") from None
     if not text.strip():
@@ -66,10 +67,11 @@ def _int(digits: str) -> int:
 
 
 def _float(digits: str) -> float:
+    """A whole number written with a point is a whole number: JSON knows one kind."""
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError(f"the body holds {digits[:20]}, which no float can hold; send a smaller one.")
-    return value
+    return int(value) if value.is_integer() and abs(value) < _EXACT else value
 
 
 def _check_text(value: Any) -> None:

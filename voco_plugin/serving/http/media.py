@@ -24,7 +24,7 @@ from ...video.frames import Frame
 from .errors import ApiError
 from .settings import ServerSettings
 
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 _HEAD = re.compile(
     r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(?P<base64>;base64)?", re.IGNORECASE
 )
@@ -87,7 +87,7 @@ def image_of_bytes(data: bytes, settings: ServerSettings, param: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS):
+            with Image.open(io.BytesIO(data), formats=_formats()):
                 pass
     except Exception:  # on malformed data Pillow raises errors of any class
         raise ApiError(
@@ -101,6 +101,12 @@ def image_of_bytes(data: bytes, settings: ServerSettings, param: str) -> Any:
         return open_image(data)
     except BadImageError as problem:
         raise ApiError(str(problem), param, "invalid_image") from None
+
+
+def _formats() -> list[str]:
+    """Those of :data:`IMAGE_FORMATS` that this Pillow has: it stumbles over one that it was built without."""
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
 def frames_of_bytes(data: bytes, settings: ServerSettings, param: str) -> list[Frame]:
@@ -123,6 +129,11 @@ def frames_of_bytes(data: bytes, settings: ServerSettings, param: str) -> list[F
             else:
                 _check_pixels(*(probe(path, options=options).size or (0, 0)), settings, param)
             frames = list(read_video(path, count=settings.video_frames, options=options))
+        except ImportError:
+            raise ApiError(
+                "this server reads no videos (PyAV is not installed); send frames as images.",
+                param, "unsupported_field",
+            ) from None  # fmt: skip
         except BadImageError as problem:
             reason = str(problem).replace(str(path), "of the request").replace(path.name, "of the request")
             raise ApiError(reason, param, "invalid_video") from None

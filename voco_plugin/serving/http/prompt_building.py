@@ -18,11 +18,12 @@ from ...inference.messages import conversations
 from ...inference.prompts import Messages, check_times, stream_of
 from ..blocks import Compressed, UnknownKeyError
 from ..engines.request import EngineError
+from .answer_schemas import PromptDetails
 from .errors import ApiError
 from .front import Front
 from .media import data_of_url, frames_of_bytes, image_of_bytes
 from .request_record import RequestRecord
-from .schemas import ImagePart, KeptPart, Message, PromptDetails, TextPart, VideoPart
+from .schemas import ImagePart, KeptPart, Message, TextPart, VideoPart
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,15 @@ async def _all(works: Sequence[Coroutine[Any, Any, Compressed]]) -> list[Compres
 
 
 def _check_turns(front: Front, messages: Sequence[Message]) -> None:
+    """What can be refused before anything is decoded, compressed or tokenized."""
     characters = images = 0
+    pieces = sum(1 if isinstance(one.content, str) else len(one.content) for one in messages)
+    if pieces > front.engine.max_positions:  # a turn takes a position at least
+        raise ApiError(
+            f"the messages have {pieces} parts; this model has {front.engine.max_positions} positions: send "
+            "fewer.",
+            "messages", "context_length_exceeded",
+        )  # fmt: skip
     for number, message in enumerate(messages):
         where = f"messages[{number}].content"
         if message.content == []:

@@ -12,10 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from ...config import nearest
 from .errors import ApiError
+from .front import Front
 from .json_text import load
 
 T = TypeVar("T", bound=BaseModel)
 
+_LARGE = 1 << 16
 _NO_TOOLS = "this model calls no tools"
 _NO_AUDIO = "answers are text"
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -53,7 +55,14 @@ IGNORED = ("safety_identifier", "prompt_cache_key")
 """Who asks, and hints: no answer depends on them. (``user`` is a field of the schema.)"""
 
 
-def read_request(kind: type[T], body: bytes) -> T:
+async def read_request(kind: type[T], front: Front, body: bytes) -> T:
+    """As :func:`parse_request`, a large body in another thread: others' answers go on meanwhile."""
+    if len(body) > _LARGE:
+        return await front.in_media_thread(parse_request, kind, body)
+    return parse_request(kind, body)
+
+
+def parse_request(kind: type[T], body: bytes) -> T:
     """The request in ``body``.
 
     Raises:
@@ -92,9 +101,9 @@ def _field_error(problem: ValidationError, given: Any) -> ApiError:
     """The error of the deepest field: where a value may be one of several types, that of the type it is
     nearest to."""
     errors = problem.errors(include_url=False)
-    first = errors[0]["loc"][0] if errors[0]["loc"] else None
-    alike = [error for error in errors if error["loc"][:1] == (first,)]
-    error = max(alike, key=lambda one: len(_path(one["loc"], given)))
+    first = errors[0]["loc"][:1]
+    depths = [len(_path(one["loc"], given)) for one in errors if one["loc"][:1] == first]
+    error = errors[depths.index(max(depths))]
     path = _path(error["loc"], given)
     name = _written(path) or "the body"
     kind, context = error["type"], error.get("ctx", {})
@@ -109,12 +118,12 @@ def _field_error(problem: ValidationError, given: Any) -> ApiError:
         text = f"{name}.type={tag!r} is not known{nearest(tag, known)}; use {', '.join(known)}."
     elif kind == "union_tag_not_found":
         text = f"{name} has no type; give text, image_url, video_url or voco."
-    elif kind in ("list_type", "string_type") and len(alike) > 1:
-        text = f"{name} is {_called(value)}; give one of the types that the API names."
     elif kind in _WANTED:
-        text = f"{name} is {_called(value)}; give {_WANTED[kind]}."
+        here = [one["type"] for one in errors if _path(one["loc"], given) == path]
+        wanted = dict.fromkeys(_WANTED[one] for one in here if one in _WANTED)
+        text = f"{name} is {_called(value)}; give {' or '.join(wanted)}."
     elif kind == "too_long":
-        text = f"{name} holds {context.get('actual_length')} entries; leave it out."
+        text = f"{name} holds {context.get('actual_length')} entries, which cannot be honoured; leave it out."
     elif kind == "none_required":
         text = f"{name}={_shown(value)} cannot be honoured; leave it out."
     else:
@@ -157,4 +166,4 @@ def _called(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-__all__ = ["IGNORED", "REFUSED", "read_request"]
+__all__ = ["IGNORED", "REFUSED", "parse_request", "read_request"]

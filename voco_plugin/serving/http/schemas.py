@@ -126,85 +126,17 @@ class CompressRequest(Strict):
     model: str | None = None
 
 
-class CompressAnswer(BaseModel):
-    """What was kept. ``vision_tokens`` are those that the blocks stand for."""
-
-    object: Literal["voco.block"] = "voco.block"
-    key: str
-    bytes: int
-    num_tokens: int
-    vision_tokens: int
-    blocks: int
-    hit: bool
-
-
-class ErrorInside(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    """Every answer that is not a success."""
-
-    error: ErrorInside
-
-
-class PromptDetails(BaseModel):
-    """What the prompt was made of. ``saved_vision_tokens``: vision tokens that were not read, as VoCo tokens
-    stand for them. ``cached_tokens``: VoCo tokens of blocks that were kept before."""
-
-    text_tokens: int
-    voco_tokens: int
-    saved_vision_tokens: int
-    cached_tokens: int
-
-
-class Usage(BaseModel):
-    """Tokens: of the prompt once, of all answers together."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
-
-
-class ModelCard(BaseModel):
-    """A model."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "voco_plugin"
-
-
-class ModelList(BaseModel):
-    """All models: one."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
 REQUESTS = (ChatRequest, CompletionRequest, CompressRequest)
 
 __all__ = [
     "REQUESTS",
     "ChatRequest",
     "CompletionRequest",
-    "CompressAnswer",
     "CompressRequest",
-    "ErrorAnswer",
     "ImagePart",
     "KeptPart",
     "Message",
-    "ModelCard",
-    "ModelList",
-    "PromptDetails",
     "SamplingFields",
     "TextPart",
-    "Usage",
     "VideoPart",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from starlette.responses import JSONResponse, Response
 
+from .answer_schemas import ModelCard, ModelList
 from .front import Front
 from .metrics import CONTENT_TYPE, state_of
-from .schemas import ModelCard, ModelList
 
 
 def models(front: Front) -> Response:
