@@ -210,6 +210,17 @@ def test_stop_strings_cut_wherever_tokens_end(server, stop, text, reason):
     assert text == "a red square" or all(one.left for one in server.engine.answers)
 
 
+def test_a_stop_string_ends_its_own_answer_while_others_go_on(server):
+    def script(request) -> list:
+        return ["red", 0.2, " late"] if request.sampling.seed else ["a square", 0.1, "never"]
+
+    server.engine.script = script
+    answer = server.chat(n=2, seed=0, stop=[" square"]).json()
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["a", "red late"]
+    first, second = server.engine.answers
+    assert first.left and not second.left
+
+
 def test_log_probabilities_are_those_of_what_is_said(server):
     def content(answer) -> list:
         return answer.json()["choices"][0]["logprobs"]["content"]

@@ -138,6 +138,13 @@ def test_an_inner_address_looks_like_no_address(addresses):
     assert str(inner) == str(nothing) and inner.code == nothing.code == "image_unreachable"
 
 
+@pytest.mark.parametrize("addresses", [["127.0.0.1", "10.0.0.1"], ["10.0.0.1", "127.0.0.1"]])
+def test_one_inner_address_among_public_ones_is_enough(addresses, site):
+    site.seen.clear()
+    refusal(f"http://pictures.org:{site.port}/a.png", site, {"pictures.org": addresses}, fetch_seconds=0.5)
+    assert site.seen == []
+
+
 @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "017700000001", "127.1", "127.0.0.1", "[::1]"])
 def test_listed_numbers_are_checked_as_any_name(host, site):
     """Whatever the resolver of this machine makes of them."""

@@ -16,7 +16,9 @@ import httpx
 import pytest
 from http_fakes import NAME, Server, data_url, events, picture, shown, waited
 
+from voco_plugin.serving.http.client_gone import EventStream
 from voco_plugin.serving.http.errors import ApiError
+from voco_plugin.serving.http.limits import ClientGoneError
 from voco_plugin.serving.http.logs import write_logs
 from voco_plugin.serving.http.request_record import RequestRecord
 
@@ -295,15 +297,43 @@ def test_who_leaves_ends_their_answer(real, stream, n):
     connection = socket.create_connection((host, int(port)), 5)
     connection.sendall(head(f"Content-Length: {len(body)}") + body)
     if stream:
-        assert b"red" in b"".join(iter(lambda: connection.recv(300), b"")) if False else connection.recv(300)
+        assert connection.recv(300).startswith(b"HTTP/1.1 200")
     assert waited(lambda: len(server.engine.answers) == before + n)
     time.sleep(0.05)
     assert not any(one.left for one in server.engine.answers[before:])
+    gone = metric(server, 'voco_requests_total{outcome="client_gone"')
     connection.close()
     assert waited(lambda: all(one.left for one in server.engine.answers[before:]))
     assert waited(lambda: server.front.queue.taken == 0)
+    assert waited(lambda: metric(server, 'voco_requests_total{outcome="client_gone"') == gone + 1)
     server.engine.script = lambda request: ["fine"]
     assert httpx.post(f"{url}/v1/chat/completions", json=TALK).status_code == 200
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_answer_ends_wherever_sending_fails(at):
+    """Some servers say that a client has left by failing to send."""
+    ended, sent = [], []
+
+    async def events():
+        yield {"a": 1}
+        yield {"a": 2}
+
+    async def send(message) -> None:
+        if len(sent) == at:
+            raise OSError("closed")
+        sent.append(message)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def whole() -> None:
+        stream = EventStream(events(), time.perf_counter() + 5, lambda: ended.append(1))
+        await stream({"type": "http"}, receive, send)
+
+    with pytest.raises(ClientGoneError):
+        asyncio.run(whole())
+    assert ended == [1] and len(sent) == at
 
 
 def test_who_leaves_before_stage_one_is_done_asks_for_nothing(real):

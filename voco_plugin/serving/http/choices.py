@@ -76,7 +76,6 @@ class Choice:
                 read += len(piece)
                 text = stops.feed(piece)
                 if stops.stopped:
-                    self.answer.cancel()
                     yield self._last(text, "stop", cut=True)
                     return
                 logprobs = self._settled(len(text))
@@ -149,8 +148,6 @@ async def merged(choices: Sequence[Choice]) -> AsyncGenerator[Delta, None]:
     finally:
         for task in tasks:
             task.cancel()
-        for choice in choices:
-            choice.answer.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 

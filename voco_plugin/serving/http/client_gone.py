@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import ApiError, api_error
 from .json_text import dump
@@ -86,32 +86,37 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await unless_gone(receive, self._sent(send), self.until)
-            await _body(send, "data: [DONE]\n\n", more=False)
+            await _sent(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await unless_gone(receive, self._send_all(send), self.until)
+            await _sent(send, _body("data: [DONE]\n\n", more=False))
         except ClientGoneError:
             raise
         except Exception as problem:
             error = api_error(problem)
             record.failed(error)
-            with contextlib.suppress(asyncio.TimeoutError, OSError):
-                last = _body(send, f"event: error\ndata: {error.text()}\n\n", more=False)
-                await asyncio.wait_for(last, _LAST_WORD)
+            last = _body(f"event: error\ndata: {error.text()}\n\n", more=False)
+            with contextlib.suppress(asyncio.TimeoutError, ClientGoneError):
+                await asyncio.wait_for(_sent(send, last), _LAST_WORD)
         finally:
             self.ended()
             await self.events.aclose()
 
-    async def _sent(self, send: Send) -> None:
-        try:
-            async for event in self.events:
-                await _body(send, f"data: {dump(event)}\n\n")
-        except OSError:  # how some servers say that the connection is closed
-            raise ClientGoneError from None
+    async def _send_all(self, send: Send) -> None:
+        async for event in self.events:
+            await _sent(send, _body(f"data: {dump(event)}\n\n"))
 
 
-async def _body(send: Send, text: str, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+async def _sent(send: Send, message: Message) -> None:
+    """Some servers say by an error that the client has left."""
+    try:
+        await send(message)
+    except OSError:
+        raise ClientGoneError from None
+
+
+def _body(text: str, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": more}
 
 
 __all__ = ["EventStream", "timed_out", "unless_gone"]
