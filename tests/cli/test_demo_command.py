@@ -10,7 +10,7 @@ import pytest
 
 from commands import error_of, out_of
 from sessions import pictures
-from voco_plugin.cli import demo, main
+from voco_plugin.cli import main, shipped_models
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_out_is_of_a_shipped_model(capsys, shipped):
 
 def test_what_is_not_installed_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    needed = {"gradio", *demo.SHIPPED["gridworld"], *demo.SHIPPED["pictures"]}
+    needed = {"gradio", *shipped_models.SHIPPED["gridworld"], *shipped_models.SHIPPED["pictures"]}
     real = importlib.util.find_spec
     for gone, command, fix in (
         ("gradio", ["demo"], "'voco_plugin[demo]'"),
@@ -113,7 +113,7 @@ def test_a_folder_of_that_name_comes_first(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gridworld").mkdir()
     assert "gridworld" in error_of(capsys, "demo", "gridworld", "--terminal")
-    assert set(demo.SHIPPED) == {"gridworld", "pictures"}
+    assert set(shipped_models.SHIPPED) == {"gridworld", "pictures"}
 
 
 @pytest.fixture

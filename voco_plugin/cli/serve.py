@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -194,11 +195,15 @@ def _serve(args: argparse.Namespace, keys: tuple[str, ...], sockets: list[Any]) 
             else f"{len(keys)} key{'s' if len(keys) > 1 else ''}: Authorization: Bearer KEY"
         )
         handler = write_logs(sys.stderr)
+        # uvicorn raises again what ended it, once everything has ended
+        before = {sign: signal.signal(sign, lambda *_: None) for sign in (signal.SIGINT, signal.SIGTERM)}
         try:
             run_server(app, sockets=sockets)
         except SystemExit as stop:
             return int(stop.code or 0)
         finally:
+            for sign, handler_before in before.items():
+                signal.signal(sign, handler_before)
             for logger in ("voco_plugin", "uvicorn"):
                 logging.getLogger(logger).removeHandler(handler)
     return 0
