@@ -55,11 +55,19 @@ def prompt_blocks(
     parts, places = [], []
     for number, (place, block) in enumerate(zip(placed, blocks, strict=True)):
         _check_block(number, place, block, engine)
-        keys = engine.move(block.keys, place.at - block.position)
-        both = torch.stack([torch.stack(keys), torch.stack(tuple(block.values))], dim=1)  # (L, 2, H, K, D)
+        keys = _moved(torch.stack(block.keys), engine, place.at - block.position)
+        both = torch.stack([keys, torch.stack(block.values)], dim=1)  # (L, 2, H, K, D)
         parts.append(both.transpose(2, 3).to(dtype))
         places += range(place.at, place.at + block.num_tokens)
     return PromptBlocks(tuple(places), torch.cat(parts, dim=2).contiguous())
+
+
+def _moved(keys: torch.Tensor, engine: EngineFile, delta: int) -> torch.Tensor:
+    """``EngineFile.move`` of keys ``(L, H, K, D)``, at once for all layers that turn alike."""
+    for rope in dict.fromkeys(engine.layers):
+        alike = [number for number, other in enumerate(engine.layers) if other == rope]
+        keys[alike] = rope.move(keys[alike].flatten(0, 1), delta).unflatten(0, (len(alike), -1))
+    return keys
 
 
 def _check_block(number: int, place: PlacedBlock, block: VoCoBlock, engine: EngineFile) -> None:

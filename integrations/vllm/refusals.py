@@ -49,7 +49,7 @@ def _problems(config: Any, cache: Any, engine: EngineFile) -> Iterator[str]:
             f"kv_load_failure_policy={transfer.kv_load_failure_policy!r} is refused: a request that is "
             "refused would be answered from VoCo tokens without an image; leave it out"
         )
-    if not transfer.is_kv_consumer:
+    if transfer.kv_role != "kv_consumer":
         yield f"kv_role={transfer.kv_role!r} is refused: blocks are read, never written; use kv_consumer"
     if model.runner_type != "generate":
         yield f"runner {model.runner_type!r} is refused: only answers are generated from blocks"

@@ -82,7 +82,11 @@ def blocks_of_request(
     Raises:
         RequestRefused: it cannot be answered as it is.
     """
+    if params is not None and not isinstance(params, Mapping):
+        raise RequestRefused(f"kv_transfer_params={params!r:.80} is not an object.")
     named = (params or {}).get("voco")
+    if named is not None and not isinstance(named, list):
+        raise RequestRefused(f"voco={named!r:.80} is not a list of blocks.")
     if ids is None:
         if named:
             raise RequestRefused(
@@ -107,8 +111,6 @@ def blocks_of_request(
             f"position {list(ids).index(voco_id)} of the prompt holds a VoCo token, but the request names no "
             'block; name them: kv_transfer_params={"voco": [{"key": …, "at": …}]}.'
         )
-    if not isinstance(named, list):
-        raise RequestRefused(f"voco={named!r:.80} is not a list of blocks.")
     placed = tuple(_read(number, entry) for number, entry in enumerate(named))
     _check_places(placed, ids, voco_id)
     _check_salt(placed, salt)

@@ -82,6 +82,31 @@ def ids_of(parts: list[Any], voco_id: int) -> tuple[list[int], list[dict[str, An
     return ids, blocks
 
 
+BAD = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("shape", "layers", "other", "damaged")}
+"""Keys of records that no engine may answer from, each of K = 2."""
+
+
+def put_bad(store: Any, good: Any) -> None:
+    """Records of another shape, of too few layers, of another model, and with a changed byte."""
+    from dataclasses import replace
+
+    import voco_plugin as vp
+    from stores import raw_put
+    from voco_plugin.cache.cache import cache_to_bytes
+
+    (block,) = good.blocks
+    narrow = [tuple(t[..., :16].contiguous() for t in tensors) for tensors in (block.keys, block.values)]
+    shape = replace(block, keys=narrow[0], values=narrow[1])
+    layers = replace(block, keys=block.keys[:2], values=block.values[:2])
+    store.put(BAD["shape"], vp.VoCoCache([shape], fingerprint=good.fingerprint))
+    store.put(BAD["layers"], vp.VoCoCache([layers], fingerprint=good.fingerprint))
+    other = vp.VoCoCache([block], fingerprint={**good.fingerprint, "model": "0" * 32})
+    raw_put(store, BAD["other"], cache_to_bytes(other))
+    record = bytearray(cache_to_bytes(good))
+    record[-1] ^= 1
+    raw_put(store, BAD["damaged"], bytes(record))
+
+
 def built() -> tuple[Any, Any]:
     """A tiny LLaVA on Llama, whose heads are as wide as vLLM's CPU kernels want them, attached."""
     import torch
@@ -124,6 +149,7 @@ def main(out: Path) -> None:
                 inputs = make_inputs("llava_llama", [["img", f"c{tokens}"]], seed=image, voco_id=voco_id)
                 caches[key_of(image, tokens)] = model.compress(**inputs)
         store.put_many(caches.items())
+        put_bad(store, caches[key_of(0, 2)])
     answered = []
     for case in cases():
         ids, blocks = ids_of(case["parts"], voco_id)

@@ -26,7 +26,7 @@ ALLOWED = (
     *("_compat", "_moved", "cache", "config", "core", "data", "files", "integrations", "registry", "store"),
     *("models", "models.encoders", "models.model_paths", "models.registration"),
 )
-"""What of the package is needed; `import voco_plugin` tells transformers of its one model class, in `models`."""
+"""What of the package is needed; `import voco_plugin` tells transformers of its one class, in `models`."""
 FORBIDDEN = ("accelerate", "datasets", "peft", "timm", "torchvision", "trl")
 
 
@@ -64,7 +64,7 @@ def break_it(name: str) -> None:
     from voco_plugin.integrations.vllm import placing, request, scheduler
 
     if name == "relocation":
-        placing.EngineFile.move = lambda self, keys, delta: list(keys)  # type: ignore[method-assign]
+        placing._moved = lambda keys, engine, delta: keys
     elif name == "salt":
         request._check_salt = lambda placed, salt: None
     elif name == "writing":
@@ -98,6 +98,8 @@ def run_step(llm: Any, step: dict[str, Any]) -> list[dict[str, Any]]:
             prompt["cache_salt"] = request["salt"]
         extra = {"kv_transfer_params": request["params"]} if request.get("params") else None
         given = {"temperature": 0.0, "max_tokens": 24, "logprobs": 0, **request.get("sampling", {})}
+        if "logit_bias" in given:  # JSON has no integer keys
+            given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
         prompts.append(prompt)
         params.append(SamplingParams(**given, extra_args=extra))
     if step.get("at_once", True):
