@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.attachment import unwrap
+from ..core.attachment import attachment, unwrap
 from ..store.store import VoCoCacheStore
 from .engines.embedded.engine import EmbeddedEngine
 from .engines.embedded.manager import BatchLimits
 from .engines.request import Engine
+from .engines.vllm import VLLMEngine
 from .http.app import create_app
 from .http.settings import ServerSettings
 from .kept_blocks import KeptBlocks
-from .text_model import text_model_of
+from .known_answer import known_answer
+from .text_model import NotExportableError, refusal, text_model_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ def assemble(
         VoCoCacheError: the store is another model's.
     """
     with contextlib.ExitStack() as stack:
-        engine = _engine(model, settings, parts)
         store = None
         if parts.store is not None:
             store = stack.enter_context(
@@ -68,6 +69,7 @@ def assemble(
                     max_bytes=parts.store_max_bytes,
                 )
             )  # fmt: skip
+        engine = _engine(model, processor, settings, parts, store)
         blocks = KeptBlocks(
             model, processor, store=store, num_tokens=parts.num_tokens, max_memory=parts.max_memory,
             memory_bytes=parts.block_bytes, times=parts.time_text,
@@ -75,7 +77,17 @@ def assemble(
         yield create_app(settings, engine, blocks, unwrap(model), processor, name)
 
 
-def _engine(model: Any, settings: ServerSettings, parts: ServerParts) -> Engine:
+def _engine(model: Any, processor: Any, settings: ServerSettings, parts: ServerParts, store: Any) -> Engine:
+    if parts.vllm_url is not None:
+        why = refusal(model)
+        if why is not None:
+            raise NotExportableError(f"this model has no language model of its own for an engine: {why}.")
+        if store is None or store.readonly:
+            raise ValueError("vLLM reads blocks out of a store: give one that is written to.")
+        return VLLMEngine(
+            parts.vllm_url, store, attachment(model).vocab.voco_id, api_key=parts.vllm_api_key,
+            known=lambda: known_answer(model, processor, store),
+        )  # fmt: skip
     limits = BatchLimits(kv_bytes=parts.kv_bytes, batch_requests=settings.max_running)
     return EmbeddedEngine(model, text_model_of(model), limits)
 

@@ -290,6 +290,10 @@ class VoCoCacheStore:
             yield from (key.hex() for key in chunk)
             after = chunk[-1]
 
+    def note_use(self, keys: Iterable[str]) -> None:
+        """Count ``keys`` as used now, without reading them: somebody else reads, who cannot record it."""
+        self._touch(keys)
+
     # -- care
 
     def stat(self) -> dict[str, Any]:

@@ -63,9 +63,7 @@ class EmbeddedEngine(Engine):
                     f"{type(text_model).__name__} has eager attention only, which is not what continuous "
                     "batching masks; use another engine."
                 )
-            text_model.set_attn_implementation(
-                "sdpa"
-            )  # the same sums
+            text_model.set_attn_implementation("sdpa")  # the same sums
         inner, state = unwrap(model), attachment(model)
         self.text_model, self.limits = text_model, limits or BatchLimits()
         self.max_positions = int(text_model.config.max_position_embeddings)
