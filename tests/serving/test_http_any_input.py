@@ -25,7 +25,7 @@ SERVER = Server(max_tokens=64)
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", SERVER.app)
 URL = {"url": data_url(picture(10))}
 ANY = settings(
-    max_examples=60, deadline=None, database=None, derandomize=True,
+    max_examples=30, deadline=None, database=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 SEEN: dict[str, set[int]] = {}
@@ -33,7 +33,7 @@ SEEN: dict[str, set[int]] = {}
 
 @SCHEMA.parametrize()
 @settings(
-    max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=30, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 def test_no_input_is_the_servers_fault(case):
     body = case.body

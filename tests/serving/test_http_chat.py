@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 
 import openai
 import pytest
@@ -342,6 +343,15 @@ def test_a_store_that_fails_is_said_without_its_inside(server, problem):
     assert said(server.chat("text alone")) == "a red square"
 
 
+def test_an_image_that_fails_does_not_wait_for_the_others(server):
+    server.blocks.delay = 5.0
+    (turn,) = shown(10)
+    turn["content"].append({"type": "voco", "key": "0" * 64})
+    start = time.monotonic()
+    assert server.chat([turn]).status_code == 404
+    assert time.monotonic() - start < 4
+
+
 def test_templates_may_refuse(server):
     server.front.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     answer = server.chat()
@@ -371,19 +381,21 @@ def test_completions_go_on_with_texts_and_ids(server):
 @pytest.mark.parametrize(
     ("prompt", "says"),
     [
-        ("", "is empty"), ([], "empty list"), ([[]], "is empty"), ("a <image>", "'<image>'"),
+        ([], "empty list"), ([[]], "is empty"), ("a <image>", "'<image>'"),
         ([6], "stands for an image"), ([181], "stands for an image"), ([-1], "outside 0"),
         ([10**12], "outside 0"), ([1, "a"], "prompt"), (None, "prompt"), (["a"] * 9, "9 answers"),
         ({"a": 1}, "prompt"), ([[1], "a"], "prompt"), (1.5, "prompt"), ([True], "prompt"),
     ],
 )  # fmt: skip
 def test_prompts_that_are_none(server, prompt, says):
-    if prompt == "":  # this tokenizer begins every text with a token of its own
-        server.front.processor.tokenizer.add_bos_token = False
     answer = server.post("/v1/completions", {"model": NAME, "prompt": prompt})
-    if answer.status_code == 200:
-        pytest.skip("this tokenizer writes a token for an empty text")
     assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
+
+
+def test_an_empty_text_goes_on_from_what_the_tokenizer_begins_with(server):
+    begins = server.processor.tokenizer("")["input_ids"]
+    answer = server.post("/v1/completions", {"model": NAME, "prompt": ""})
+    assert answer.status_code == (200 if begins else 400), answer.text
 
 
 # -- the official client, over a real server

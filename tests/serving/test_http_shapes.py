@@ -278,6 +278,8 @@ PARTS = [
     ({"type": "image_url", "image_url": {"url": data_url(picture()[:60])}}, "cannot be read"),
     ({"type": "video_url", "video_url": {"url": "https://x.org/a.mp4"}}, "data URLs alone"),
     ({"type": "video_url", "video_url": {"url": data_url(b"#EXTM3U\nfile:/a", "video/mp4")}}, "no video"),
+    ({"type": "image_url", "image_url": {"url": data_url(picture(kind="PCX"))}}, "no image"),
+    ({"type": "image_url", "image_url": {"url": data_url(picture(kind="PPM"))}}, "no image"),
     ({"type": "voco", "key": "xyz"}, "64 hex digits"),
     ({"type": "voco", "key": "../" * 30}, "64 hex digits"),
     ({"type": "text"}, "text is missing"),
@@ -348,7 +350,8 @@ def test_the_document_resolves(server):
         "224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1", "198.18.0.1", "192.88.99.1", "::", "::1",
         "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::ffff:7f00:1", "64:ff9b::7f00:1", "64:ff9b:1::1", "fe80::1",
         "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "ff02::1", "2002:7f00:1::", "2001::1", "2001:db8::1",
-        "::7f00:1", "fec0::1", "100::1", "", "localhost", "2130706433", "0x7f.1", "127.1", "0177.0.0.1",
+        "::7f00:1", "fec0::1", "100::1", "2606:4700::1111%1", "", "localhost",
+        "2130706433", "0x7f.1", "127.1", "0177.0.0.1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address):
