@@ -187,6 +187,13 @@ def test_the_queue_is_bounded_and_gives_its_places_back():
     assert answer.status_code == 400 and "gives 4" in answer.json()["error"]["message"]
 
 
+def test_what_has_no_place_is_not_compressed():
+    server = Server(max_running=1, max_waiting=2)
+    server.front.queue.taken = 1
+    assert code(server.chat(shown(10), n=3)) == (429, "queue_full") and server.blocks.misses == 0
+    assert server.front.queue.taken == 1 and server.chat(shown(10), n=2).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("where", ["engine", "stage 1"])
 def test_a_request_ends_when_its_time_is_up(stream, where):

@@ -37,15 +37,16 @@ def stops_of(request: SamplingFields, front: Front) -> tuple[str, ...]:
     return tuple(given)
 
 
-def choices_of(request: SamplingFields, front: Front, prompts: int = 1) -> int:
-    """How many answers a request asks for, of each of its prompts.
+def choices_of(request: SamplingFields, front: Front, record: RequestRecord, prompts: int = 1) -> int:
+    """How many answers a request asks for, of each of its prompts. From here on it has a place for each.
 
     Raises:
-        ApiError: more than the server gives.
+        ApiError: more than the server gives, or has room for now.
     """
     count, limit = request.n or 1, min(front.settings.max_choices, front.queue.size)
     if count * prompts > limit:
         raise ApiError(f"this request asks for {count * prompts} answers; this server gives {limit}.", "n")
+    front.queue.enter(record, count * prompts - record.places)
     return count
 
 
@@ -121,7 +122,6 @@ class Answers:
         with_logprobs: whether log-probabilities were asked for.
 
     Raises:
-        ApiError: there is no place for as many answers.
         RequestError: the engine cannot answer this.
         EngineError: the engine does not answer.
     """
@@ -148,7 +148,6 @@ class Answers:
         ]
         for request in requests:
             front.engine.check(request)
-        front.queue.enter(record, len(requests) - record.places)
         self.choices: list[Choice] = []
         try:
             for index, request in enumerate(requests):

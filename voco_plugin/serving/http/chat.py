@@ -45,12 +45,8 @@ async def _answers(front: Front, request: Request, asked: ChatRequest) -> Answer
     record = record_of(request.scope)
     front.check_model(asked.model)
     check_stream_options(asked)
-    stops, count, logprobs, longest = (
-        stops_of(asked, front),
-        choices_of(asked, front),
-        _logprobs(asked),
-        _longest(asked),
-    )
+    stops, logprobs, longest = stops_of(asked, front), _logprobs(asked), _longest(asked)
+    count = choices_of(asked, front, record)
     prompt = await build_chat(front, asked.messages, asked.num_tokens, record)
     sampling = sampling_of(asked, front, prompt, longest, logprobs)
     return Answers(front, record, [(prompt, sampling)], count, stops, logprobs is not None)

@@ -51,12 +51,13 @@ async def _answers(front: Front, request: Request, asked: CompletionRequest) -> 
     if asked.logprobs is not None and asked.logprobs > _MAX_LOGPROBS:
         raise ApiError(f"logprobs={asked.logprobs} is too many; ask for {_MAX_LOGPROBS} at most.", "logprobs")
     given = _prompts(asked.prompt)
-    stops, count = stops_of(asked, front), choices_of(asked, front, len(given))
+    record = record_of(request.scope)
+    stops, count = stops_of(asked, front), choices_of(asked, front, record, len(given))
     prompts = await front.in_prompt_thread(_build, front, given)
     planned = [
         (prompt, sampling_of(asked, front, prompt, asked.max_tokens, asked.logprobs)) for prompt in prompts
     ]
-    return Answers(front, record_of(request.scope), planned, count, stops, asked.logprobs is not None)
+    return Answers(front, record, planned, count, stops, asked.logprobs is not None)
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
