@@ -10,7 +10,7 @@ import pytest
 
 from commands import error_of, out_of
 from sessions import pictures
-from voco_plugin.cli import main, shipped_models
+from voco_plugin.cli import demo, main, shipped_models
 
 
 @pytest.fixture(scope="module")
