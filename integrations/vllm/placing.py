@@ -16,6 +16,8 @@ from voco_plugin.cache.engine_file import EngineFile
 from .blocks import BlockMemory
 from .request import PlacedBlock, RequestRefused, check_tokens
 
+_VALUES_AT_ONCE = 2**16
+
 
 @dataclass(frozen=True)
 class PromptBlocks:
@@ -63,10 +65,15 @@ def prompt_blocks(
 
 
 def _moved(keys: torch.Tensor, engine: EngineFile, delta: int) -> torch.Tensor:
-    """``EngineFile.move`` of keys ``(L, H, K, D)``, at once for all layers that turn alike."""
+    """``EngineFile.move`` of keys ``(L, H, K, D)``, at once for layers that turn alike: small blocks would
+    otherwise take their time in the number of calls, large ones in memory that is not in the CPU's cache.
+    """
+    at_once = max(1, _VALUES_AT_ONCE // keys[0].numel())
     for rope in dict.fromkeys(engine.layers):
         alike = [number for number, other in enumerate(engine.layers) if other == rope]
-        keys[alike] = rope.move(keys[alike].flatten(0, 1), delta).unflatten(0, (len(alike), -1))
+        for first in range(0, len(alike), at_once):
+            some = alike[first : first + at_once]
+            keys[some] = rope.move(keys[some].flatten(0, 1), delta).unflatten(0, (len(some), -1))
     return keys
 
 

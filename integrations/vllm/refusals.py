@@ -70,13 +70,14 @@ def _attention(config: Any, cache: Any) -> Iterator[str]:
         yield f"a KV cache of {len(groups)} groups is refused: its layers do not share one table of blocks"
         return
     for spec in _specs(groups[0].kv_cache_spec):
-        if type(spec) is not FullAttentionSpec:
-            yield f"a KV cache of {type(spec).__name__} is refused: only full attention was compared"
-        elif spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
+        window, chunk = (getattr(spec, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        if window or chunk:
             yield (
-                f"sliding windows and chunks are refused (sliding_window={spec.sliding_window}, "
-                f"attention_chunk_size={spec.attention_chunk_size}): they were not compared"
+                f"sliding windows and chunks are refused (sliding_window={window}, "
+                f"attention_chunk_size={chunk}): they were not compared"
             )
+        if type(spec) is not FullAttentionSpec or spec.non_causal:
+            yield f"a KV cache of {type(spec).__name__} is refused: only full causal attention was compared"
 
 
 def _specs(spec: Any) -> list[Any]:
