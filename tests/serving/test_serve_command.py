@@ -14,10 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 import voco_plugin as vp
 from commands import error_of
 from paths import ROOT
+from voco_plugin.cli import build_parser
 from voco_plugin.gridworld.shipped_demos import write_demo
 from voco_plugin.serving.assemble import ServerParts, assemble
 from voco_plugin.serving.http.server import server_of
@@ -95,6 +97,27 @@ def test_the_example_runs_against_the_embedded_engine(demo, tmp_path, capsys):
     assert [line.startswith("  drawn: ") for line in lines[5:7]] == [True, True]
     assert lines[7].startswith("NotFoundError: nothing is kept under the key 000")
     assert len(list((tmp_path / "store").iterdir())) > 0
+
+
+def test_the_container_and_the_cluster_call_it_as_it_is():
+    """Their files are not run here; the options that they give are the command's own."""
+    folder = ROOT / "integrations" / "docker"
+    entry = json.loads((folder / "Dockerfile").read_text().split("ENTRYPOINT ")[1])[2]
+    words = entry.removeprefix("exec voco ").replace('"$@"', "").replace('"', "").split()
+    words = [{"$VOCO_HOST": "0.0.0.0", "$VOCO_PORT": "8000"}.get(word, word) for word in words]
+    documents = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
+    assert [one["kind"] for one in documents] == [
+        "PersistentVolumeClaim", "Deployment", "Deployment", "Service",
+    ]  # fmt: skip
+    for deployment in documents[1:3]:
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        args, unknown = build_parser().parse_known_args([*words, *map(str, container["args"])])
+        assert not unknown and args.store == "/store" and args.model == "/model"
+        assert args.readonly == (deployment["metadata"]["name"] == "voco-reader")
+        assert (
+            deployment["spec"]["selector"]["matchLabels"]
+            == (deployment["spec"]["template"]["metadata"]["labels"])
+        )
 
 
 class Serving:
