@@ -15,7 +15,7 @@ import abc
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -153,6 +153,17 @@ class Answer:
         if not self._over:
             self._send(step)
 
+    @staticmethod
+    def put_all(steps: Sequence[tuple[Answer, Step]]) -> None:
+        """A token more of each of several answers; an event loop is woken once for all of its own."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer, Step]]] = {}
+        for answer, step in steps:
+            if not answer._over:
+                by_loop.setdefault(answer._loop, []).append((answer, step))
+        for loop, some in by_loop.items():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_put_all, some)
+
     def end(self, finish_reason: str) -> None:
         """No more tokens will come. Only the first end counts."""
         if not self._over:
@@ -176,6 +187,11 @@ class Answer:
     def over(self) -> bool:
         """Whether it has ended, read to the end or not."""
         return self._over
+
+
+def _put_all(steps: Sequence[tuple[Answer, Step]]) -> None:
+    for answer, step in steps:
+        answer._events.put_nowait(step)
 
 
 class Engine(abc.ABC):

@@ -18,7 +18,7 @@ import torch
 from ....cache.fingerprint import blocks_made_by, differences_to_reader
 from ....cache.place.relocation import Relocator
 from ....core.attachment import attachment, unwrap
-from ..request import Answer, Engine, EngineError, EngineRequest, RequestError, check_length
+from ..request import Answer, Engine, EngineError, EngineRequest, RequestError, Step, check_length
 from .manager import BatchLimits, BlocksManager, bytes_of_page
 from .paged_blocks import NoIdsLeftError, PagedBlocks, check_upstream
 from .sampling import Draws, PerRequestSampler
@@ -77,6 +77,7 @@ class EmbeddedEngine(Engine):
         self._live: dict[str, _Live] = {}
         self._waiting: list[_Live] = []
         self._left: list[str] = []
+        self._drawn: list[tuple[Answer, Step]] = []  # on the loop's thread
         self._lock = threading.RLock()
         self._numbers = itertools.count()
         self._manager: BlocksManager | None = None
@@ -151,7 +152,9 @@ class EmbeddedEngine(Engine):
         ends = frozenset(request.sampling.stop_ids) | (
             frozenset() if request.sampling.ignore_eos else self._eos
         )
-        draws = Draws(request.sampling, bool(len(request.blocks)), answer.put)
+        draws = Draws(
+            request.sampling, bool(len(request.blocks)), lambda step: self._drawn.append((answer, step))
+        )
         live = _Live(name, request, answer, ends, draws, time.perf_counter())
         with self._lock:
             if self._stopping.is_set() or self._watcher is None:
@@ -194,7 +197,7 @@ class EmbeddedEngine(Engine):
             device = self.text_model.device
             self._blocks = PagedBlocks(self._relocator, self._voco_id, device)
             self._hooks = self._blocks.attach(self.text_model)
-            sampler = PerRequestSampler(self._draws_of, tuple(self._input_only))
+            sampler = PerRequestSampler(self._draws_of, tuple(self._input_only), self._send)
             self._manager = BlocksManager(
                 self.text_model, self.limits, self._blocks, sampler, self._delivered, self._before_step
             )
@@ -256,6 +259,11 @@ class EmbeddedEngine(Engine):
         if live.answer.queued_seconds is None:
             live.answer.queued_seconds = time.perf_counter() - live.submitted
         return live.draws
+
+    def _send(self) -> None:
+        """What a step has drawn goes out; on the loop's thread."""
+        drawn, self._drawn = self._drawn, []
+        Answer.put_all(drawn)
 
     def _delivered(self, output: Any) -> None:
         """A request has ended; on the loop's thread."""

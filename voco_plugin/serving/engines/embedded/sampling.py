@@ -99,13 +99,20 @@ class PerRequestSampler(ContinuousBatchingLogitsProcessor):
     Args:
         draws_of: a request's id → its :class:`Draws`; ``None`` for one that is gone.
         input_only: ids that no answer to an image gives (VoCo and image tokens).
+        drawn: called when every row has its token.
     """
 
     supported_kwargs: dict[str, type] = {}
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self, draws_of: Callable[[str], Draws | None], input_only: Sequence[int]) -> None:
+    def __init__(
+        self,
+        draws_of: Callable[[str], Draws | None],
+        input_only: Sequence[int],
+        drawn: Callable[[], Any],
+    ) -> None:
         self.draws_of, self.input_only = draws_of, torch.tensor(sorted(input_only))
+        self.drawn = drawn
         self._rows: list[Draws | None] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
@@ -134,6 +141,7 @@ class PerRequestSampler(ContinuousBatchingLogitsProcessor):
             if not draws.takes_likeliest:
                 tokens[row] = draws.draw(scores[row])
             draws.take(tokens[row], logprobs.get(row))
+        self.drawn()
         chosen = torch.full_like(scores, float("-inf"))
         return chosen.scatter_(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
 
