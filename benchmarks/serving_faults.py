@@ -303,7 +303,7 @@ def serving(folder: Path) -> Iterator[Target]:
     )  # fmt: skip
     parts = ServerParts(store=str(folder / "store"), kv_bytes=1 << 26)
     with assemble(model, processor, "m", settings, parts) as app:
-        listening = socket.socket()
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.bind(("127.0.0.1", 0))
         server = server_of(app, port=0)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)

@@ -53,6 +53,29 @@ def test_the_engine_reads_what_stage_two_reads(family):
     assert request.blocks.num_tokens == cache.num_tokens == [2, 2] and len(request.keys) == 2
 
 
+def test_one_question_about_many_images_is_tokenized_once(server, monkeypatch):
+    from voco_plugin.serving.http import prompt_building
+
+    calls = []
+    real = prompt_building.stream_of
+    monkeypatch.setattr(prompt_building, "stream_of", lambda *a: calls.append(a) or real(*a))
+    asked = [shown(10), shown(200), shown(10, text="And this?"), shown(10, 200), shown(200)]
+    for turns in asked:
+        said(server.chat(turns))
+    said(server.chat(shown(10), num_tokens=3))
+    ids = [request.ids for request in server.engine.requests]
+    voco = server.front.vocabulary.voco_id
+    assert ids[0] == ids[1] == ids[4] and len(set(ids)) == 4 == len(calls)
+    assert [one.count(voco) for one in ids] == [2, 2, 2, 4, 2, 3]
+    first, second = (request.keys for request in server.engine.requests[:2])
+    assert first != second
+    known = server.front.known_prompts
+    for number in range(400):
+        known.put(f"{number}" * 9000, (1,))
+    known.put("x" * 30_000, (1,))
+    assert known.get("x" * 30_000) is None and len(known) < 400 and known.get("1" * 9000) is None
+
+
 def test_images_stand_where_they_are_said_over_several_turns(server):
     first, second = shown(10)[0], shown(200, text="And now?")[0]
     turns = [

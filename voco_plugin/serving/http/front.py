@@ -17,6 +17,7 @@ from ..engines.request import Engine
 from .errors import ApiError
 from .fetching import Fetcher
 from .image_marks import ImageMarks
+from .known_prompts import KnownPrompts
 from .limits import Queue
 from .metrics import Metrics
 from .settings import ServerSettings
@@ -61,6 +62,7 @@ class Front:
         self.token_bytes = TokenBytes(self.tokenizer)
         self.fetcher = fetcher or Fetcher(settings)
         self.queue = Queue(settings)
+        self.known_prompts = KnownPrompts()
         self.metrics = Metrics(engine, blocks)
         self.created = int(time.time())
         self.open()

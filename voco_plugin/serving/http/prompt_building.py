@@ -6,6 +6,7 @@ parts → images and videos decoded, all compressed at once → one conversation
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -207,23 +208,28 @@ def _build(front: Front, messages: Sequence[Message], found: Sequence[Compressed
     try:
         cache = VoCoCache.cat([one.cache for one in found])
         talk = _talk(messages, found)
-        if any(time is not None for one in found for time in one.times or ()):
-            check_times(front.processor)
-        talks, _ = conversations([talk], caches=[cache], processor=front.processor)
-        front.marks.check_talk(front.processor, talks[0])
-        stream = stream_of(front.model, front.processor, talks, cache)
+        # one question about many images is tokenized once: its ids depend on its words and on each K alone
+        name = json.dumps([talk, cache.num_tokens])
+        ids = front.known_prompts.get(name)
+        if ids is None:
+            if any(time is not None for one in found for time in one.times or ()):
+                check_times(front.processor)
+            talks, _ = conversations([talk], caches=[cache], processor=front.processor)
+            front.marks.check_talk(front.processor, talks[0])
+            stream = stream_of(front.model, front.processor, talks, cache)
+            ids = tuple(stream["input_ids"][0].tolist())
     except TemplateError as problem:
         raise ApiError(f"this model's chat template refuses the messages: {problem}", "messages") from None
     except ValueError as problem:
         raise ApiError(
             str(problem).removeprefix("prompt 0: ").removeprefix("prompt 0 "), "messages"
         ) from None
-    ids = tuple(stream["input_ids"][0].tolist())
     voco = sum(cache.num_tokens)
     if ids.count(front.vocabulary.voco_id) != voco:
         raise ApiError(
             "the messages' text is read as a part of an image; change it.", "messages", "image_mark"
         )
+    front.known_prompts.put(name, ids)
     front.metrics.read(cache)
     details = PromptDetails(
         text_tokens=len(ids) - voco, voco_tokens=voco,
