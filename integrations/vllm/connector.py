@@ -56,6 +56,12 @@ class VoCoConnector(KVConnectorBase_V1):
                 vllm_config.model_config.dtype,
                 kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
             )
+            dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+            if dtype != self.engine.dtype:
+                logger.warning(
+                    "The model was exported in %s and runs in %s: it and its blocks are rounded to that.",
+                    self.engine.dtype, dtype,
+                )  # fmt: skip
             logger.info("VoCo blocks come from %s, %d bytes of them stay in memory.", store, memory)
 
     @classmethod

@@ -80,10 +80,6 @@ def break_it(name: str) -> None:
         placing.check_tokens = lambda *given: None
     elif name == "suppress":
         scheduler.SchedulerSide._suppress = lambda self, request: None  # type: ignore[method-assign]
-    elif name == "shapes":
-        placing._check_block = lambda *given: None
-    elif name == "failing":
-        scheduler.SchedulerSide.allocated = lambda self, request, tokens: None  # type: ignore[method-assign]
     else:
         raise ValueError(name)
 
