@@ -76,6 +76,21 @@ def test_one_question_about_many_images_is_tokenized_once(server, monkeypatch):
     assert known.get("x" * 30_000) is None and len(known) < 400 and known.get("001" * 3000) is None
 
 
+@pytest.mark.parametrize("route", ["chat", "compress"])
+def test_a_k_that_nobody_means_is_refused(route):
+    server = Server(max_num_tokens=8)
+    url = shown(10)[0]["content"][0]["image_url"]["url"]
+    for count, status in ((8, 200), (9, 400), (10**6, 400)):
+        if route == "chat":
+            answer = server.chat(shown(10), num_tokens=count)
+        else:
+            answer = server.post("/v1/voco/compress", {"image": url, "num_tokens": count})
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            error = answer.json()["error"]
+            assert error["param"] == "num_tokens" and f"num_tokens={count} is above" in error["message"]
+
+
 def test_images_stand_where_they_are_said_over_several_turns(server):
     first, second = shown(10)[0], shown(200, text="And now?")[0]
     turns = [

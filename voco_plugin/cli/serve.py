@@ -18,7 +18,8 @@ from .store import size
 
 _KEY = "VOCO_API_KEY"
 _LIMITS = (
-    "max_running", "max_waiting", "max_tokens", "max_images", "max_body", "request_seconds", "drain_seconds",
+    "max_running", "max_waiting", "max_tokens", "max_images", "max_num_tokens", "max_body",
+    "request_seconds", "drain_seconds",
 )  # fmt: skip
 
 
@@ -79,6 +80,9 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     limits.add_argument("--max-tokens", type=positive, metavar="N", help="of one answer (4096)")
     limits.add_argument("--max-images", type=positive, metavar="N", help="of one request (16)")
+    limits.add_argument(
+        "--max-num-tokens", type=positive, metavar="K", help="that a request asks for (64)"
+    )
     limits.add_argument("--max-body", type=size, metavar="SIZE", help="of one request (32MiB)")
     limits.add_argument("--request-seconds", type=float, metavar="S", help="of one request (300)")
     limits.add_argument("--drain-seconds", type=float, metavar="S", help="what runs gets at the end (30)")
@@ -150,7 +154,7 @@ def _listening(host: str, port: int) -> Any:
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small pieces at once on sockets that say TCP; on others each waits 40 ms for the one before
+    # asyncio sends small pieces at once on sockets that say TCP; on others each waits 40 ms
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -10,7 +10,7 @@ from .answer_schemas import CompressAnswer
 from .client_gone import unless_gone
 from .errors import ApiError
 from .front import Front
-from .prompt_building import compressed_image, compressed_video
+from .prompt_building import check_num_tokens, compressed_image, compressed_video
 from .request_fields import read_request
 from .request_record import record_of
 from .schemas import CompressRequest
@@ -40,6 +40,7 @@ async def compress(front: Front, request: Request) -> Response:
 
 
 async def _compressed(front: Front, asked: CompressRequest) -> Compressed:
+    check_num_tokens(front, asked.num_tokens)
     if asked.image is not None:
         return await compressed_image(front, asked.image, asked.num_tokens, "image")
     return await compressed_video(front, asked.video or "", asked.num_tokens, "video")

@@ -57,6 +57,7 @@ async def build_chat(
         ApiError: an image cannot be had or read, a key is not kept, or the messages are no conversation.
     """
     _check_turns(front, messages)
+    check_num_tokens(front, num_tokens)
     found: list[Compressed] = await _all(
         [_compressed(front, part, num_tokens, param) for part, param in _media(messages)]
     )
@@ -73,6 +74,20 @@ def built_text(ids: Sequence[int]) -> BuiltPrompt:
 
 
 # -- images, videos and keys
+
+
+def check_num_tokens(front: Front, num_tokens: int | None) -> None:
+    """Refuse a K that nobody means: stage 1 runs over vision tokens and K together.
+
+    Raises:
+        ApiError: it is above the server's limit.
+    """
+    most = max(front.settings.max_num_tokens, front.blocks.num_tokens)
+    if num_tokens is not None and num_tokens > most:
+        raise ApiError(
+            f"num_tokens={num_tokens} is above this server's {most} VoCo tokens an image; ask for fewer.",
+            "num_tokens", "invalid_value",
+        )  # fmt: skip
 
 
 async def compressed_image(front: Front, url: str, num_tokens: int | None, param: str) -> Compressed:
@@ -258,4 +273,11 @@ def _talk(messages: Sequence[Message], found: Sequence[Compressed]) -> Messages:
     return talk
 
 
-__all__ = ["BuiltPrompt", "build_chat", "built_text", "compressed_image", "compressed_video"]
+__all__ = [
+    "BuiltPrompt",
+    "build_chat",
+    "built_text",
+    "check_num_tokens",
+    "compressed_image",
+    "compressed_video",
+]

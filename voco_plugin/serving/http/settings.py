@@ -30,6 +30,7 @@ class ServerSettings:
         max_image: of an image file.
         max_pixels: of an image; of a video, of each frame.
         max_images: images, videos and keys of one prompt.
+        max_num_tokens: VoCo tokens of an image that a request may ask for, where the model's own are fewer.
         max_video: of a video file.
         video_frames: frames that a video gives, evenly spread.
         max_choices: answers that one request asks for (``n``, times its prompts).
@@ -61,6 +62,7 @@ class ServerSettings:
     max_image: int = 16 * MEBI
     max_pixels: int = 32_000_000
     max_images: int = 16
+    max_num_tokens: int = 64
     max_video: int = 24 * MEBI
     video_frames: int = 16
     max_choices: int = 8
