@@ -186,6 +186,28 @@ def test_what_waits_when_it_stops_is_told(pair):
         asyncio.run(blocks.of_image(shown))
 
 
+def test_stopping_does_not_wait_for_a_forward_without_end(pair, monkeypatch):
+    import threading
+    import time
+
+    release = threading.Event()
+    monkeypatch.setattr(kept_blocks, "compress_images", lambda *a, **k: release.wait(30) and [])
+    blocks = KeptBlocks(*pair, stop_seconds=0.2)
+    blocks.start()
+
+    async def ask():
+        asked = asyncio.ensure_future(blocks.of_image(pictures(1)[0]))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(blocks.stop)
+        return await asyncio.gather(asked, return_exceptions=True)
+
+    start = time.monotonic()
+    (found,) = asyncio.run(ask())
+    assert isinstance(found, EngineError) and "before this image was compressed" in str(found)
+    assert time.monotonic() - start < 5
+    release.set()
+
+
 def test_a_video_is_a_key_too(pair, tmp_path, batches):
     frames = [Frame(image, float(number), number) for number, image in enumerate(pictures(3))]
     with VoCoCacheStore.for_model(tmp_path / "store", pair[0]) as store:

@@ -55,6 +55,7 @@ class KeptBlocks(Blocks):
         batch_size: images of one forward.
         max_memory: bytes of working memory of one forward (``model.compress``).
         memory_bytes: blocks kept in memory, besides those that are in use.
+        stop_seconds: that a forward which runs gets when it stops.
         times: whether each frame of a video has its time before it (``<12.0s>``), as the model was trained.
     """
 
@@ -68,12 +69,13 @@ class KeptBlocks(Blocks):
         batch_size: int = 8,
         max_memory: int | None = None,
         memory_bytes: int = 256 << 20,
+        stop_seconds: float = 10.0,
         times: bool = False,
     ) -> None:
         self.model, self.processor, self.store = model, processor, store
         self.num_tokens = num_tokens or attachment(model).config.num_tokens
         self.batch_size, self.max_memory, self.memory_bytes = batch_size, max_memory, memory_bytes
-        self.times = times
+        self.stop_seconds, self.times = stop_seconds, times
         self._made_by = fingerprint_of(model) if store is None else store.fingerprint
         self._memory: OrderedDict[str, VoCoCache] = OrderedDict()
         self._videos: OrderedDict[str, tuple[tuple[str, ...], tuple[float, ...]]] = OrderedDict()
@@ -97,7 +99,8 @@ class KeptBlocks(Blocks):
             self._stopped = True
         self._queue.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(self.stop_seconds)
+        self._end_all()
 
     async def of_image(self, image: Any, num_tokens: int | None = None) -> Compressed:
         start = time.perf_counter()
@@ -246,6 +249,10 @@ class KeptBlocks(Blocks):
                     by_tokens.setdefault(job.num_tokens, []).append(job)
             for count, some in by_tokens.items():
                 self._compress(some, count)
+        self._end_all()
+
+    def _end_all(self) -> None:
+        """Nothing is compressed any more."""
         with self._lock:
             left = list(self._jobs.values())
         for job in left:
