@@ -186,6 +186,17 @@ def test_what_waits_when_it_stops_is_told(pair):
         asyncio.run(blocks.of_image(shown))
 
 
+def test_whatever_fails_the_next_image_is_compressed(pair, monkeypatch):
+    first, second = pictures(2)
+    with running(pair) as blocks:
+        monkeypatch.setattr(blocks, "_remember", lambda *a: 1 / 0)
+        with pytest.raises(EngineError, match="division by zero"):
+            asyncio.run(blocks.of_image(first))
+        monkeypatch.undo()
+        assert asyncio.run(blocks.of_image(second)).cache.num_tokens == [2]
+        assert asyncio.run(blocks.of_image(first)).cache.num_tokens == [2]
+
+
 def test_stopping_does_not_wait_for_a_forward_without_end(pair, monkeypatch):
     import threading
     import time

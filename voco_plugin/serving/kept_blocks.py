@@ -248,7 +248,12 @@ class KeptBlocks(Blocks):
                 if job is not None:
                     by_tokens.setdefault(job.num_tokens, []).append(job)
             for count, some in by_tokens.items():
-                self._compress(some, count)
+                try:
+                    self._compress(some, count)
+                except Exception as problem:  # the thread lives on, whatever it is
+                    _log.exception("stage 1 failed")
+                    for job in some:
+                        self._end(job, EngineError(f"compressing the image failed: {problem}"))
         self._end_all()
 
     def _end_all(self) -> None:
