@@ -285,4 +285,4 @@ def test_a_voco_token_is_answered_where_it_is_not_suppressed(tmp_path: Path) -> 
 def test_a_block_of_another_k_is_answered_from_where_k_is_not_checked(tmp_path: Path) -> None:
     bad, _ = bad_requests()["K too small"]
     (made,) = run(tmp_path, [{"requests": [bad]}], patch="tokens").steps
-    assert made[0]["finish"] == "length" and wrong(made, [case("K2-middle-0")])
+    assert made[0]["finish"] != "error" and wrong(made, [case("K2-middle-0")])
