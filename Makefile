@@ -175,7 +175,8 @@ $(VENV)-vllm/.made: pyproject.toml
 test-vllm: $(VENV)-vllm/.made $(VENV)/.test
 	rm -rf $(VENV)-vllm/given
 	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/helpers/vllm_reference.py $(VENV)-vllm/given
-	VOCO_VLLM=$(VENV)-vllm/given $(VENV)-vllm/bin/python -m pytest -q -rP tests/serving/test_vllm*.py
+	VOCO_VLLM=$(VENV)-vllm/given $(VENV)-vllm/bin/python -m pytest -q -rP $(addprefix tests/serving/test_vllm,.py _request.py _server.py _start.py)
+	VOCO_VLLM_PYTHON=$(VENV)-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/serving/test_vllm_front.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

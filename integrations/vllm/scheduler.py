@@ -108,7 +108,7 @@ class SchedulerSide:
     def _suppress(self, request: Any) -> None:
         """VoCo and vision tokens are input only, as in the package's own ``generate``."""
         params = copy.copy(request.sampling_params)
-        never = dict.fromkeys((self.engine.voco_id, *self.engine.image_ids), -math.inf)
+        never = dict.fromkeys(self.engine.input_only, -math.inf)
         params.logit_bias = {**(params.logit_bias or {}), **never}
         request.sampling_params = params
 

@@ -132,7 +132,6 @@ def main(out: Path) -> None:
 
     import voco_plugin as vp
     from tiny import make_inputs
-    from voco_plugin.cache.engine_file import EngineFile
     from voco_plugin.serving.export import write_text_model
 
     torch.set_num_threads(1)
@@ -140,8 +139,6 @@ def main(out: Path) -> None:
     model, processor = built()
     voco_id = vp.attachment(model).vocab.voco_id
     write_text_model(model, processor, out / "engine")
-    # an engine suppresses the markers around an image too, of which the package's own generate thinks nothing
-    input_only = list(EngineFile.read(out / "engine").image_ids)
     caches = {}
     with vp.VoCoCacheStore.for_model(out / "store", model) as store:
         for image in range(IMAGES):
@@ -154,7 +151,7 @@ def main(out: Path) -> None:
     for case in cases():
         ids, blocks = ids_of(case["parts"], voco_id)
         cache = vp.VoCoCache.cat([caches[block["key"]] for block in blocks])
-        more = {"voco_cache": cache, "suppress_tokens": input_only} if blocks else {}
+        more = {"voco_cache": cache} if blocks else {}
         with torch.no_grad():
             made = model.generate(
                 input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),

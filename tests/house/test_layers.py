@@ -41,6 +41,7 @@ OUTSIDE = ("examples", "recipes", "integrations")
 PUBLIC_MODULES = (
     "benchmark",
     "cache.engine_file",
+    "cache.engine_request",
     "cli",
     "config",
     "data",

@@ -115,8 +115,8 @@ def test_blocks_that_touch_are_told_apart_by_their_places() -> None:
 def engine(**changed: Any) -> EngineFile:
     """What :func:`stores.made` makes blocks of."""
     values: dict[str, Any] = {
-        "fingerprint": MADE_BY, "voco_id": VOCO, "image_ids": (IMAGE,), "num_tokens": 2, "num_layers": 2,
-        "num_kv_heads": 2, "head_dim": 16, "dtype": "float32", "positions": "compact", "max_positions": 1024,
+        "fingerprint": MADE_BY, "voco_id": VOCO, "image_ids": (IMAGE,), "input_only": (VOCO, IMAGE),
+        "num_tokens": 2, "num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "dtype": "float32", "positions": "compact", "max_positions": 1024,
         "layers": (LayerRope("halves", tuple(0.5**i for i in range(8))), LayerRope("none")),
     }  # fmt: skip
     return EngineFile(**{**values, **changed})

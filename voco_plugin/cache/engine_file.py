@@ -57,6 +57,7 @@ class EngineFile:
         fingerprint: what made the blocks that this language model reads: a store's must be the same.
         voco_id: the id of the VoCo token.
         image_ids: ids that stand for vision tokens, of which no prompt of a stream holds one.
+        input_only: ids that no answer to an image holds: the VoCo token and those that features replace.
         num_tokens: K where none is named.
         num_layers, num_kv_heads, head_dim: the shape of a block: per layer ``(num_kv_heads, K, head_dim)``.
         dtype: that the language model was exported in.
@@ -68,6 +69,7 @@ class EngineFile:
     fingerprint: dict[str, Any]
     voco_id: int
     image_ids: tuple[int, ...]
+    input_only: tuple[int, ...]
     num_tokens: int
     num_layers: int
     num_kv_heads: int
@@ -111,7 +113,8 @@ class EngineFile:
             )
         try:
             layers = tuple(LayerRope(x["kind"], tuple(map(float, x["inv_freq"]))) for x in value["layers"])
-            found = cls(**{**value, "layers": layers, "image_ids": tuple(value["image_ids"])})
+            ids = {name: tuple(map(int, value[name])) for name in ("image_ids", "input_only")}
+            found = cls(**{**value, **ids, "layers": layers})
         except (TypeError, KeyError, ValueError) as error:
             raise VoCoCacheError(f"{path} is damaged ({error}); export the checkpoint again.") from error
         if len(layers) != found.num_layers or any(x.kind not in ("none", *_TURNS) for x in layers):

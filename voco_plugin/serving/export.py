@@ -96,6 +96,7 @@ def engine_file_of(model: Any, made: PreTrainedModel) -> EngineFile:
         fingerprint=of_the_store(blocks_made_by(inner, state)),
         voco_id=state.vocab.voco_id,
         image_ids=tuple(sorted(state.vocab.placeholders | state.vocab.markers)),
+        input_only=tuple(sorted({state.vocab.voco_id, *state.vocab.placeholders})),
         num_tokens=state.config.num_tokens,
         num_layers=len(keys),
         num_kv_heads=keys[0][0],
