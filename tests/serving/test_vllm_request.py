@@ -116,7 +116,8 @@ def engine(**changed: Any) -> EngineFile:
     """What :func:`stores.made` makes blocks of."""
     values: dict[str, Any] = {
         "fingerprint": MADE_BY, "voco_id": VOCO, "image_ids": (IMAGE,), "input_only": (VOCO, IMAGE),
-        "num_tokens": 2, "num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "dtype": "float32", "positions": "compact", "max_positions": 1024,
+        "num_tokens": 2, "num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "dtype": "float32",
+        "positions": "compact", "max_positions": 1024,
         "layers": (LayerRope("halves", tuple(0.5**i for i in range(8))), LayerRope("none")),
     }  # fmt: skip
     return EngineFile(**{**values, **changed})
