@@ -80,9 +80,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     limits.add_argument("--max-tokens", type=positive, metavar="N", help="of one answer (4096)")
     limits.add_argument("--max-images", type=positive, metavar="N", help="of one request (16)")
-    limits.add_argument(
-        "--max-num-tokens", type=positive, metavar="K", help="that a request asks for (64)"
-    )
+    limits.add_argument("--max-num-tokens", type=positive, metavar="K", help="that a request asks for (64)")
     limits.add_argument("--max-body", type=size, metavar="SIZE", help="of one request (32MiB)")
     limits.add_argument("--request-seconds", type=float, metavar="S", help="of one request (300)")
     limits.add_argument("--drain-seconds", type=float, metavar="S", help="what runs gets at the end (30)")
