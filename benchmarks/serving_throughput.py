@@ -8,8 +8,9 @@ text        the same engine and loop on plain text of the same number of tokens:
 static      `model.generate` on batches of as many prompts with their caches, each batch as long as its
             longest answer: what continuous batching gains
 
-Answers end after a length of their own (drawn once, 4 to `--longest` tokens), whatever they say. Tokens a
-second; ratios are medians over the turns.
+Answers end after a length of their own (drawn once: uniform, 4 to `--longest` tokens, or exponential with a
+mean of a quarter of that and cut there), whatever they say. Tokens a second; ratios are medians over the turns.
+`bound` is what a loop that never had an idle place would gain on static batches, in steps.
 """
 
 from __future__ import annotations
@@ -52,9 +53,17 @@ def prompts_of(model: Any, processor: Any, count: int) -> list[tuple[tuple[int, 
     return found
 
 
-def lengths_of(count: int, longest: int) -> list[int]:
+def lengths_of(count: int, longest: int, kind: str) -> list[int]:
     draw = random.Random(0)
-    return [draw.randint(4, longest) for _ in range(count)]
+    if kind == "uniform":
+        return [draw.randint(4, longest) for _ in range(count)]
+    return [min(longest, 1 + int(draw.expovariate(4 / longest))) for _ in range(count)]
+
+
+def bound_of(lengths: list[int], size: int) -> float:
+    """Steps of static batches of ``size`` over those that the tokens need where no place is ever idle."""
+    static = sum(max(lengths[begin : begin + size]) for begin in range(0, len(lengths), size))
+    return static / max(sum(lengths) / size, max(lengths))
 
 
 def in_engine(engine: EmbeddedEngine, requests: list[EngineRequest], concurrency: int) -> int:
@@ -98,6 +107,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, or a model that ships (gridworld)")
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--longest", type=int, default=64)
+    parser.add_argument("--lengths", choices=("uniform", "exponential"), default="uniform")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -112,7 +122,10 @@ def main() -> None:
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model.eval()
-    prompts, lengths = prompts_of(model, processor, args.requests), lengths_of(args.requests, args.longest)
+    prompts, lengths = (
+        prompts_of(model, processor, args.requests),
+        lengths_of(args.requests, args.longest, args.lengths),
+    )
     vocab = model._voco_attachment.vocab
     special = {vocab.voco_id, *vocab.placeholders, *vocab.markers}
     plain = [i for i in range(5, model.config.get_text_config().vocab_size) if i not in special]
@@ -127,7 +140,7 @@ def main() -> None:
     ]
     wanted = sum(lengths)
     result: dict[str, Any] = {
-        "model": Path(args.model).name, "requests": args.requests, "tokens": wanted,
+        "model": Path(args.model).name, "requests": args.requests, "tokens": wanted, "lengths": args.lengths,
         "parameters": sum(p.numel() for p in model.parameters()), "levels": {},
     }  # fmt: skip
     pad = 0
@@ -155,11 +168,13 @@ def main() -> None:
             result["levels"][concurrency] = {
                 "tokens_a_second": {what: wanted / found["seconds"][what] for what in times},
                 "of_text": found["ratio"]["text"], "of_static": found["ratio"]["static"],
+                "bound": bound_of(lengths, concurrency),
             }  # fmt: skip
             level = result["levels"][concurrency]
             print(
                 f"{concurrency:3} at a time: {level['tokens_a_second']['engine']:8.0f} tokens a second; "
-                f"{level['of_text']:.2f} of plain text's rate, {level['of_static']:.2f} of static batches'"
+                f"{level['of_text']:.2f} of plain text's rate, {level['of_static']:.2f} of static batches' "
+                f"(bound {level['bound']:.2f})"
             )
     finally:
         engine.stop()
