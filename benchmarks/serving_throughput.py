@@ -9,7 +9,7 @@ static      `model.generate` on batches of as many prompts with their caches, ea
             longest answer: what continuous batching gains
 
 Answers end after a length of their own (drawn once: uniform, 4 to `--longest` tokens, or exponential with a
-mean of a quarter of that and cut there), whatever they say. Tokens a second; ratios are medians over the turns.
+mean of a quarter of that and cut there), whatever they say. Tokens a second; ratios are medians over turns.
 `bound` is what a loop that never had an idle place would gain on static batches, in steps.
 """
 
