@@ -17,7 +17,8 @@ def test_studies_are_shipped_apart_from_recipes() -> None:
     at_scale = {"table1", "table2", "table3", "table4", "table5_6", "ablations"}
     small = {f"gridworld_{name}" for name in (*at_scale, "long", "rivals", "turns")}
     pretrained = {
-        f"smollm2_{name}" for name in ("table1", "table2", "table4", "pictures_table1", "pictures_long")
+        f"smollm2_{name}"
+        for name in ("table1", "table2", "table4", "pictures_table1", "pictures_long", "gridworld_long")
     }
     assert set(shipped()) == at_scale | small | pretrained
     assert not set(shipped()) & set(recipe.shipped())

@@ -498,6 +498,7 @@ class _Module:
     """``torch.pretend``. It is available inside :func:`pretend_device` only, so that nothing else uses it."""
 
     used = 0
+    __name__ = f"torch.{NAME}"  # as a module has: transformers' continuous batching asks for it
 
     def is_available(self) -> bool:
         return self.used > 0

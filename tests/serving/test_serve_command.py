@@ -78,8 +78,9 @@ def test_the_example_runs_against_the_embedded_engine(demo, tmp_path, capsys):
         thread.start()
         try:
             until = time.monotonic() + 60
-            while not server.started and time.monotonic() < until:
+            while not server.started and thread.is_alive() and time.monotonic() < until:
                 time.sleep(0.05)
+            assert server.started, "the server ended, or did not start within a minute"
             port = server.servers[0].sockets[0].getsockname()[1]
             example = runpy.run_path(str(ROOT / "examples" / "serve_openai_client.py"))
             arguments = [
