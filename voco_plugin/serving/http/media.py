@@ -91,8 +91,7 @@ def image_of_bytes(data: bytes, settings: ServerSettings, param: str) -> Any:
                 pass
     except Exception:  # on malformed data Pillow raises errors of any class
         raise ApiError(
-            f"these {len(data)} bytes are no image that can be read; send a PNG, JPEG, WebP, GIF, BMP, TIFF "
-            "or AVIF.",
+            f"these {len(data)} bytes are no image that can be read; send one of {', '.join(_formats())}.",
             param, "invalid_image",
         ) from None  # fmt: skip
     try:
