@@ -73,6 +73,21 @@ def test_list_says_how_far_each_run_is(here: Path, capsys: Any) -> None:
     assert out_of(capsys, "study", "small.yaml", "--list", "--only", "star").count("star-k1") == 2
 
 
+@pytest.mark.parametrize(
+    ("only", "runs"),
+    [("voco", ["voco-k1-s0", "voco-k1-s1"]), ("voco-k1-s1", ["voco-k1-s1"]), ("base", ["base"]),
+     ("oco-k1-s1", ["voco-k1-s1", "slow_voco-k1-s1"])],
+)  # fmt: skip
+def test_a_methods_whole_name_is_that_method_alone(here: Path, capsys: Any, only: str, runs: list) -> None:
+    more = ("slow_voco.label=slow", "base.bound=base", "based.mode=base")
+    change = [word for one in more for word in ("--set", f"methods.{one}")]
+    shown = out_of(capsys, "study", "small.yaml", "--list", "--json", *change, "--only", only)
+    assert [one["run"] for one in json.loads(shown)] == runs
+    printed = out_of(capsys, "study", "small.yaml", "--print-commands", *change, "--only", only)
+    named = [line[2:] for line in printed.splitlines() if line.startswith("# ")]
+    assert ", ".join(named).split(", ") == runs  # one training is shared by those that have its values
+
+
 def test_printed_commands_are_what_the_study_would_run(here: Path, capsys: Any, monkeypatch: Any) -> None:
     text = out_of(capsys, "study", "small.yaml", "--print-commands")
     lines = [line for line in text.splitlines() if not line.startswith("#")]

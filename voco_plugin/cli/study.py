@@ -50,7 +50,7 @@ def add(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="change a key of the study, as in --set overrides.max_steps=50; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--only", metavar="PATTERN", help="runs whose name has this, or matches it (`voco-k*-s0`)"
+        "--only", metavar="PATTERN", help="a method; or runs whose name has this or matches it (`voco-k*-s0`)"
     )
     does = parser.add_mutually_exclusive_group()
     does.add_argument(
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         return _finish(args, planner, results, path, planner.runs(chosen), tried, by="values_key")
     counted = functools.partial(count_rows, before=commands_before(path))
     planner = Planner(study, Path(args.work), resolve, fingerprint, counted)
-    check_only(planner, args.only)
+    args.only = checked_only(planner, args.only)
     if args.list:
         return _list(planner, args)
     if args.print_commands:
@@ -190,19 +190,23 @@ def check_files(study: Study, path: Path) -> None:
     check_inputs({}, sets, before, "--set {}=FILE")
 
 
-def check_only(planner: Any, pattern: str | None) -> None:
-    """Refuse ``--only`` that chooses nothing.
+def checked_only(planner: Any, pattern: str | None) -> str | None:
+    """``--only`` as it is matched: a whole name of a method or run takes no other.
 
     Raises:
-        ValueError: it names the runs there are.
+        ValueError: it chooses nothing; the runs there are are named.
     """
-    names = [run.name for run in [*planner.candidates(), *planner.runs({})]]
+    from ..evaluation.study.runner import narrowed
+
+    runs = [*planner.candidates(), *planner.runs({})]
+    names = [run.name for run in runs]
     if not any(matches(name, pattern) for name in names):
         shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
         raise ValueError(
             f"--only {pattern!r} matches none of the {len(names)} runs{nearest(pattern or '', names)}: "
             f"{shown}."
         )
+    return narrowed(pattern, runs)
 
 
 def _list(planner: Any, args: argparse.Namespace) -> int:

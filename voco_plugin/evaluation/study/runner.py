@@ -63,6 +63,19 @@ def matches(name: str, pattern: str | None) -> bool:
     return fnmatch.fnmatch(name, pattern if wild else f"*{pattern}*")
 
 
+def narrowed(pattern: str | None, runs: Iterable[Run]) -> str | None:
+    """``pattern``, or where it is the whole name of a run or of a method, the one that takes those alone.
+
+    ``voco`` is a part of ``slow_voco-k1-s0`` too, and whoever names a method means that one.
+    """
+    runs = list(runs)
+    if pattern and any(run.name == pattern for run in runs):
+        return f"[{pattern[0]}]{pattern[1:]}"
+    if pattern and any(run.method.name == pattern for run in runs):
+        return f"[{pattern[0]}]{pattern[1:]}-k*"
+    return pattern
+
+
 def choose(candidates: Iterable[Run]) -> tuple[Choices, list[dict[str, Any]]]:
     """The best value on validation data for each method whose candidates are all finished.
 
