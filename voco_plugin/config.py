@@ -78,12 +78,13 @@ class VoCoConfig:
             VoCo token (the system prompt included).
         token_init: how the VoCo tokens' input embeddings are made. ``learned``: one trained row (the
             paper's). ``slots``: a trained offset for each of the K slots on top of it. ``pooled``: the row
-            plus a linear map, at zero when training starts, of the mean image feature of K regions.
+            plus a linear map of the mean image feature of K regions, at zero when training starts or, with
+            the option ``start: identity``, at the identity.
             ``queries``: the row plus such a map of what K learned queries read off the image, place by
             place. What else happens is unchanged, and so is what the cache can be used for.
         compressor: ``voco``, or a rival of the registry of compressors, whose K embeddings of the image stand
             where the VoCo tokens stand: the rule then hides the vision tokens from these too.
-        compressor_options: what the rival takes, by name, or ``token_init="queries"``.
+        compressor_options: what the rival takes, by name, or ``token_init="queries"`` or ``"pooled"``.
         frozen_stage1: the model compresses without its adapter and reads with it, as ``stage1: frozen``
             trained it. A fact of a checkpoint, which the trainer writes; nothing to choose.
         adapter_stages: which tokens LoRA acts on. ``both``: all. ``compress``: those of images (vision and

@@ -199,6 +199,10 @@ def test_new_weights_change_nothing_of_the_papers_token():
     for init in ("slots", "pooled", "queries"):
         new = build_compressor(vp.VoCoConfig(num_tokens=2, token_init=init), 6).double()
         assert torch.equal(new(vision, rows), rows.expand(2, 2, 6))
+    config = vp.VoCoConfig(num_tokens=2, token_init="pooled", compressor_options={"start": "identity"})
+    torch.testing.assert_close(
+        build_compressor(config, 6).double()(vision, rows), rows + regions(vision, 2), rtol=0, atol=0
+    )
     torch.testing.assert_close(
         build_compressor(vp.VoCoConfig(compressor="avg_pool"), 6).double()(vision, rows), regions(vision, 2)
     )
@@ -403,6 +407,7 @@ def test_a_cache_of_another_compressor_is_refused():
         ({"rule": "causal", "token_init": "slots"}, "use token_init='learned'"),
         ({"compressor_options": {"layers": 2}}, "would go unused"),
         ({"token_init": "pooled", "compressor_options": {"heads": 2}}, "'pooled' has no option 'heads'"),
+        ({"token_init": "pooled", "compressor_options": {"start": "one"}}, "zero or identity, not 'one'"),
         ({"token_init": "queries", "compressor_options": {"head": 2}}, "did you mean 'heads'"),
         ({"token_init": "queries", "compressor_options": {"heads": 3}}, "256 with 3 heads"),
         ({"token_init": "queries", "compressor_options": {"heads": 0}}, "at least 1, not 0"),

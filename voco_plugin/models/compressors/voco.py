@@ -35,14 +35,22 @@ class Slots(Compressor):
 class Pooled(Compressor):
     """``token_init="pooled"``: the row plus ``W · pool(V)``, K regions pooled for K tokens.
 
-    W ``(D, D)`` starts at zero, so training starts as the paper's. The token still reads the vision tokens
-    through the LLM's own attention; it need not find the image from nothing.
+    The token still reads the vision tokens through the LLM's own attention; it need not find the image from
+    nothing.
+
+    Args:
+        start: what W ``(D, D)`` is before training: ``zero`` (training starts as the paper's) or
+            ``identity`` (it starts where average pooling starts, the mean features themselves).
     """
 
-    def __init__(self, width: int, num_tokens: int) -> None:
+    def __init__(self, width: int, num_tokens: int, start: str = "zero") -> None:
         super().__init__(width, num_tokens)
+        if start not in ("zero", "identity"):
+            raise ValueError(
+                f"token_init='pooled' needs compressor_options.start to be zero or identity, not {start!r}."
+            )
         self.seed = nn.Linear(width, width, bias=False)
-        nn.init.zeros_(self.seed.weight)
+        (nn.init.zeros_ if start == "zero" else nn.init.eye_)(self.seed.weight)
 
     def forward(self, vision, rows, question=None) -> torch.Tensor:
         return rows + self.seed(regions(vision, len(rows)))
